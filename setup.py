@@ -1,0 +1,21 @@
+"Everything about the package is said once, in settings.ini; this file hands it to setuptools."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="])
+config.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
+    license="Apache-2.0", author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"],
+    classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Science/Research",
+                 "License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+    packages=find_packages(include=["basd", "basd.*"]), package_data={"basd": ["*.mplstyle", "recipes/*.yaml"]},
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["basd=basd._modidx:d"]},
+    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown", zip_safe=False,
+)
