@@ -26,7 +26,7 @@ def skipped(cell, flags):
 
 def run(path, flags):
     "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs"
-    nb, shell = NBProcessor(path, rm_directives=False).nb, CaptureShell(path)
+    nb, shell = NBProcessor(path, rm_directives=False).nb, CaptureShell(path, mpl_format='png')
     os.chdir(path.parent)
     try:
         shell.run_all(nb, exc_stop=True, preproc=lambda cell: skipped(cell, flags))

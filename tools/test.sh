@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Set up if need be, then everything that must hold: notebooks and package in step and clean, every notebook's
+# tests, the tests that need processes, the docs with every link resolved, README equal to index.ipynb.
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
+python -m pip check
+
+before=$(git status --porcelain)
+nbdev_export && nbdev_clean
+[ "$(git status --porcelain)" = "$before" ] || { git status --short; echo "notebooks and package are out of step: run nbdev_export and nbdev_clean, and commit"; exit 1; }
+
+nbdev_test --n_workers 2 --timing
+pytest -q tests
+python tools/docs.py
+[ "$(git status --porcelain)" = "$before" ] || { git status --short; echo "README.md and index.ipynb are out of step: run python tools/docs.py, and commit"; exit 1; }
+echo "all is well"
