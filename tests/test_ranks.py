@@ -1,0 +1,46 @@
+"Two ranks with half of the batch each are one rank with the whole of it: same loss, same gradients"
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+from torch.testing import assert_close
+
+SCRIPT = """
+import sys, torch
+from basd.data.views import build_loader
+from basd.geometry.statistics import global_mean, world
+from basd.training.lesson import processes, rank
+from basd.training.recipes import load_recipe
+from basd.training.trainer import Trainer
+out, method, precision, *words = sys.argv[1:]
+with processes('cpu') as device:
+    trainer = Trainer(load_recipe(method, words)[''], out + '.run', device, bars=False)
+    trainer.lesson.train()
+    trainer.step = 20                                                   # all ramps are up, so every term counts
+    if precision == 'float64': trainer.lesson.double(); trainer.teacher.double(); trainer.dtype = torch.float64
+    loader = build_loader(trainer.images, trainer.fit, trainer.views, 32, seed=0, epoch=0, rank=rank(), world=world(), workers=0)
+    result = trainer.forward(next(iter(loader)))
+    result['loss'].backward()
+    parts = {k: global_mean(v.detach()) for k, v in result['parts'].items()}
+    gradients = {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None}
+    if rank() == 0: torch.save((parts, gradients), out)
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2]) # MixUp, CutMix and their boxes come out differently
+def test_two_ranks_equal_one(seed, tmp_path, environment):
+    (tmp_path/"script.py").write_text(SCRIPT)
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path/f"{ranks}.pt"
+        words = [*TINY, f"train.seed={seed}", "student.drop_path=0"]    # drop-path draws differ between ranks on purpose
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", tmp_path/"script.py", out, "basd_cifar10", "float64",
+                               *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(out))
+    (parts1, grads1), (parts2, grads2) = found
+    assert set(parts1) >= {"ce", "rsd", "rel", "attn", "spectral"} and set(grads1) == set(grads2)
+    for k in parts1: assert_close(parts2[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
+    for k in grads1: assert_close(grads2[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
