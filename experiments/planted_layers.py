@@ -1,0 +1,99 @@
+"""Can a layer selector find a planted layer among the real features of a vision transformer?
+
+For each block `l` of a ViT-Tiny the student is that block's tokens in other channels (a random rotation) plus Gaussian noise.
+Every form of the selector then has to name `l`. One JSON holds the distances of all forms.
+
+    python experiments/planted_layers.py --data DIR_OF_PARQUET --weights vit_tiny_patch16_224.augreg.safetensors
+"""
+import argparse
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import timm
+import torch
+from PIL import Image
+
+from basd.geometry.selector import GrassmannSelector
+
+FORMS = {
+    "literal": dict(space="channel", mode="learned", normalise="none", tau=2.0, recon_form="mean", recon=.01),
+    "channel": dict(space="channel"),
+    "procrustes": dict(space="channel", procrustes=True),
+    "sample": dict(),
+}
+
+
+def read_images(folder, count):
+    "The first `count` test images of a parquet folder with an `img` column"
+    file = sorted(Path(folder).rglob("test-*.parquet"))[0]
+    table = next(pq.ParquetFile(file).iter_batches(batch_size=count, columns=["img"]))
+    return [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in table.column("img").to_pylist()]
+
+
+@torch.no_grad()
+def block_tokens(images, weights, batch=16):
+    "Patch tokens after each block, L × (B, N, D), class token removed"
+    model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=weights).eval()
+    x = torch.stack([torch.from_numpy(np.array(i.resize((224, 224), Image.BICUBIC))) for i in images])
+    x = x.permute(0, 3, 1, 2).float().div(255).sub(.5).div(.5)
+    parts = [model.forward_intermediates(b, output_fmt="NLC", intermediates_only=True) for b in x.split(batch)]
+    return [torch.cat(layer) for layer in zip(*parts)]
+
+
+def turned(x, noise, generator):
+    "`x` in other channels, plus noise relative to its own spread"
+    Q = torch.linalg.qr(torch.randn(x.shape[-1], x.shape[-1], generator=generator))[0]
+    return x @ Q + noise*(x - x.mean((0, 1))).square().mean().sqrt()*torch.randn(x.shape, generator=generator)
+
+
+def measure(xs, options, args, seed):
+    "Distances (L, L) and mean entropy: one row a planted layer, one column a teacher layer"
+    torch.manual_seed(seed)
+    widths = [x.shape[-1] for x in xs]
+    selector = GrassmannSelector(widths[:1], widths, rank=args.rank, dim=args.dim, max_rows=args.rows, **options)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    with torch.no_grad(): mixes = [selector([turned(x, args.noise, generator)], xs) for x in xs]
+    return torch.cat([m.report["distances"] for m in mixes]), torch.cat([m.report["entropy"] for m in mixes]).mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of parquet files with an img column")
+    parser.add_argument("--weights", required=True, help="safetensors of timm's vit_tiny_patch16_224")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--noise", type=float, default=.3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent/"results"/"planted_layers.json")
+    args = parser.parse_args()
+
+    start = time.time()
+    xs = block_tokens(read_images(args.data, args.images), args.weights)
+    forms = {}
+    for name, options in FORMS.items():
+        runs = [measure(xs, options, args, seed) for seed in range(args.seeds)]
+        hits = [int((d.argmin(1) == torch.arange(len(xs))).sum()) for d, _ in runs]
+        forms[name] = dict(found=sum(hits), planted=len(xs)*args.seeds, found_by_seed=hits, entropy=float(np.mean([e for _, e in runs])),
+                           distances=[[round(v, 4) for v in row] for row in runs[0][0].tolist()])
+        print(name, hits, f"entropy {forms[name]['entropy']:.4f}", flush=True)
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    result = dict(model="vit_tiny_patch16_224 (augreg, ImageNet)", data="first CIFAR-10 test images, 224 px bicubic", images=args.images,
+                  rows=args.rows, rank=args.rank, dim=args.dim, noise=args.noise, seeds=args.seeds, layers=len(xs), forms=forms,
+                  commit=git.stdout.strip(), torch=torch.__version__, timm=timm.__version__, hardware=f"{platform.machine()} CPU, {os.cpu_count()} cores",
+                  seconds=round(time.time() - start, 1))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
