@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from basd.geometry.selector import GrassmannSelector
+from basd.geometry.statistics import effective_rank
 
 FORMS = {
     "literal": dict(space="channel", mode="learned", normalise="none", tau=2.0, recon_form="mean", recon=.01),
@@ -89,6 +90,7 @@ def main():
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     result = dict(model="vit_tiny_patch16_224 (augreg, ImageNet)", data="first CIFAR-10 test images, 224 px bicubic", images=args.images,
                   rows=args.rows, rank=args.rank, dim=args.dim, noise=args.noise, seeds=args.seeds, layers=len(xs), forms=forms,
+                  effective_rank=[round(effective_rank(x.flatten(0, 1)).item(), 1) for x in xs],
                   commit=git.stdout.strip(), torch=torch.__version__, timm=timm.__version__, hardware=f"{platform.machine()} CPU, {os.cpu_count()} cores",
                   seconds=round(time.time() - start, 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)

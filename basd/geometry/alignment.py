@@ -35,10 +35,14 @@ def position_codes(
     device=None,                  # CPU if None
     dtype=None,                   # float32 if None
 )->Tensor:                        # (n, width); shared between calls, not to be changed in place
-    "Waves over relative coordinates: a fixed code of each token's place, alike for equal places in any number of tokens"
-    if grid is not None and grid[0]*grid[1] != n: raise ValueError(f"grid {tuple(grid)} holds {grid[0]*grid[1]} tokens, but there are {n}; pass the grid without prefix tokens, or None")
-    if width < (need := 2 if grid is None else 4): raise ValueError(f"width={width} holds no code of a place; it must be at least {need}")
-    with torch.inference_mode(False): return _codes(n, width, grid and tuple(grid), torch.device(device or 'cpu'), dtype or torch.float32)
+    "Waves over relative coordinates: a fixed code of each token's place, alike for equal places among any number"
+    if grid is not None and grid[0]*grid[1] != n:
+        raise ValueError(f"grid {tuple(grid)} holds {grid[0]*grid[1]} tokens, but there are {n}; pass the grid "
+                         "without prefix tokens, or None")
+    if width < (need := 2 if grid is None else 4):
+        raise ValueError(f"width={width} holds no code of a place; it must be at least {need}")
+    kind = torch.device(device or 'cpu'), dtype or torch.float32
+    with torch.inference_mode(False): return _codes(n, width, grid and tuple(grid), *kind)
 
 # %% ../../nbs/geometry/06_alignment.ipynb #b93d7b8c
 class TokenAligner(nn.Module):
@@ -105,10 +109,12 @@ def attend(
 def forward(
     self:TokenAligner,
     x:Tensor,                              # mixed teacher tokens, constant, (B, N_t, d_in)
-    grid_in:tuple[int,int]|None=None,      # (height, width) of the teacher tokens; a sequence if None here or in `grid_out`
+    grid_in:tuple[int,int]|None=None,      # (height, width) of the teacher tokens; a sequence if either grid is None
 )->Tensor:                                 # (B, n_out, d_out)
     "Aligned tokens `Y`; hand them detached to every loss but `reconstruction`"
-    if x.shape[-1] != self.proj.in_features: raise ValueError(f"teacher tokens {tuple(x.shape)} have width {x.shape[-1]}, but the aligner was made for d_in={self.proj.in_features}")
+    if x.shape[-1] != self.proj.in_features:
+        raise ValueError(f"teacher tokens {tuple(x.shape)} have width {x.shape[-1]}, but the aligner was made for "
+                         f"d_in={self.proj.in_features}")
     return self.attend(x, *self.places(x, grid_in))
 
 # %% ../../nbs/geometry/06_alignment.ipynb #0ac3a340
@@ -130,13 +136,14 @@ def reconstruction(
 def target_health(
     y:Tensor, # aligned tokens, (B, N, D)
 )->dict:      # 0-d tensors: `batch_std`, `effective_rank`, `cosine`
-    "Is a target alive? Its spread over images, its effective rank, and the cosine between different images; over all ranks"
+    "Is a target alive? Spread over images, effective rank and cosine between different images, over all ranks"
     with no_autocast(y):
         y = island(y)
         n, u = world()*len(y), F.normalize(y, dim=-1, eps=1e-6)
         var = global_mean((y - global_mean(y.mean(0))).square().mean(0))
         own, all_pairs = global_mean(u.square().sum(-1).mean()), global_mean(u.mean(0)).square().sum(-1).mean()
-        return dict(batch_std=var.sqrt().mean(), effective_rank=effective_rank(y.flatten(0, 1)), cosine=(n*all_pairs - own)/max(n - 1, 1))
+        cosine = (n*all_pairs - own) / max(n - 1, 1)              # the pairs of an image with itself left out
+        return dict(batch_std=var.sqrt().mean(), effective_rank=effective_rank(y.flatten(0, 1)), cosine=cosine)
 
 # %% ../../nbs/geometry/06_alignment.ipynb #946cc617
 class InterpAligner(nn.Module):

@@ -27,7 +27,8 @@ def _kept(build, sizes, device, dtype):
     with torch.inference_mode(False), torch.no_grad(): return build(*sizes).to(device, dtype)
 
 def _operator(build, sizes, device, dtype):
-    if min(sizes) < 1: raise ValueError(f"cannot resample {sizes[0]} tokens to {sizes[1]}; both counts must be at least 1")
+    if min(sizes) < 1:
+        raise ValueError(f"cannot resample {sizes[0]} tokens to {sizes[1]}; both counts must be at least 1")
     return _kept(build, tuple(map(int, sizes)), torch.device(device or 'cpu'), dtype or torch.float32)
 
 # %% ../../nbs/geometry/03_resampling.ipynb #f2b5929c
@@ -36,8 +37,8 @@ def interpolation(
     n_out:int,    # tokens wanted
     device=None,  # of the result; CPU if None
     dtype=None,   # of the result; float32 if None
-)->Tensor:        # rows are non-negative and sum to one, (n_out, n_in); shared between calls, not to be changed in place
-    "Operator `W` that reads values at new places: linear between tokens, averaged over a cell when there are fewer outputs"
+)->Tensor:        # rows are non-negative and sum to one, (n_out, n_in); shared, not to be changed in place
+    "Operator `W` that reads values at new places: linear between tokens, averaged over a cell when fewer are wanted"
     return _operator(_interpolation, (n_in, n_out), device, dtype)
 
 # %% ../../nbs/geometry/03_resampling.ipynb #97d0f4dd
@@ -51,7 +52,7 @@ def overlap(
     n_out:int,    # cells wanted
     device=None,  # of the result; CPU if None
     dtype=None,   # of the result; float32 if None
-)->Tensor:        # columns sum to one, rows to n_in/n_out, (n_out, n_in); shared between calls, not to be changed in place
+)->Tensor:        # columns sum to one, rows to n_in/n_out, (n_out, n_in); shared, not to be changed in place
     "Operator `V` that hands the mass of old cells to the new cells which cover them"
     return _operator(_overlap, (n_in, n_out), device, dtype)
 
@@ -59,7 +60,9 @@ def overlap(
 def _axes(n_in, n_out, grid_in, grid_out):
     "Sizes along each axis: [(n_in, n_out)] for sequences, [(h_in, h_out), (w_in, w_out)] where both sides have a grid"
     for n, grid in ((n_in, grid_in), (n_out, grid_out)):
-        if grid is not None and prod(grid) != n: raise ValueError(f"grid {tuple(grid)} holds {prod(grid)} tokens, but there are {n}; pass the grid without prefix tokens, or None")
+        if grid is not None and prod(grid) != n:
+            raise ValueError(f"grid {tuple(grid)} holds {prod(grid)} tokens, but there are {n}; pass the grid without "
+                             "prefix tokens, or None")
     return [(n_in, n_out)] if grid_in is None or grid_out is None else list(zip(grid_in, grid_out))
 
 # %% ../../nbs/geometry/03_resampling.ipynb #0406d514
@@ -91,7 +94,7 @@ def resample_tokens(
     grid_in:tuple[int,int]|None=None,  # (height, width) of the tokens, if they lie on a grid
     grid_out:tuple[int,int]|None=None, # (height, width) wanted; the tokens are a sequence if either grid is None
     rows:Tensor|None=None,             # output places wanted, (R,); all of them if None
-)->Tensor:                             # (..., n_out, D), or (..., R, D); `x` itself if sizes agree and all rows are wanted
+)->Tensor:                             # (..., n_out, D) or (..., R, D); `x` itself if sizes agree and no rows are given
     "Read tokens at new places, in the type of `x`; gradient flows to `x`"
     axes = _axes(x.shape[-2], n_out, grid_in, grid_out)
     if _same(axes): return x if rows is None else x.index_select(-2, rows)
@@ -114,9 +117,11 @@ def resample_attention(
     grid_in:tuple[int,int]|None=None,  # (height, width) of the tokens, if they lie on a grid
     grid_out:tuple[int,int]|None=None, # (height, width) wanted; the tokens are a sequence if either grid is None
     rows:Tensor|None=None,             # output queries wanted, (R,); all of them if None
-)->Tensor:                             # rows sum to one, (..., n_out, n_out), or (..., R, n_out); `A` itself if sizes agree
+)->Tensor:                             # rows sum to one, (..., n_out or R, n_out); `A` itself if sizes agree
     "Attention between tokens at new places: queries are interpolated, keys hand on their mass"
-    if A.shape[-1] != A.shape[-2]: raise ValueError(f"attention of shape {tuple(A.shape)} is not square; resample whole maps and pass `rows` for a part of the result")
+    if A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"attention of shape {tuple(A.shape)} is not square; resample whole maps and pass `rows` for "
+                         "a part of the result")
     axes = _axes(A.shape[-1], n_out, grid_in, grid_out)
     if not _same(axes):
         with no_autocast(A):

@@ -63,7 +63,7 @@ def orthogonality(
 )->Tensor:               # mean over extraction points, ()
     "Penalty on mixing teacher layers whose subspaces overlap; gradient flows to the weights"
     gram = gram.detach()
-    energy = (weights[:, None] @ gram @ weights[..., None])[:, 0, 0]
+    with no_autocast(weights): energy = (weights[:, None] @ gram @ weights[..., None])[:, 0, 0]
     if not diagonal: energy = (energy - (weights.square() * gram.diagonal(dim1=-2, dim2=-1)).sum(-1)) / 2
     return energy.mean() / k
 
@@ -223,18 +223,18 @@ def forward(self:GrassmannSelector,
     generator:torch.Generator|None=None, # draws token places, equal on all ranks; evenly spaced if None
 )->Mix:
     "Compare every extraction point with every teacher layer"
-    P, L, found = len(self.widths_s), len(self.widths_t), {}
+    P, L, tau, found = len(self.widths_s), len(self.widths_t), self.temperatures, {}
     recon = self.rho.new_zeros(())
     for points, rows_s, rows_t in self.row_groups(xs_s, xs_t, grids_s, grids_t, generator):
         with torch.no_grad(): z_s, z_t = (torch.stack(z) for z in (self.common.student(rows_s, points), self.common.teacher(rows_t)))
-        dist, gram, gap = _compare(z_s, z_t, self.rank, self.space, self.procrustes)
-        w = mixing_weights(dist, torch.stack([self.temperatures[p] for p in points]).to(dist.dtype), self.normalise)
+        with no_autocast(z_s): dist, gram, gap = _compare(z_s, z_t, self.rank, self.space, self.procrustes)
+        w = mixing_weights(dist, torch.stack([tau[p] for p in points]).to(dist.dtype), self.normalise)
         if self.recon: recon = recon + self.reconstruct(w, points, rows_s, rows_t) * len(points)/P
         gap = gap[:len(points)].minimum(gap[len(points):].min())
         for i,p in enumerate(points): found[p] = (w[i], dist[i], gram, gap[i])
     w, dist, gram, gap = (torch.stack(x) for x in zip(*(found[p] for p in range(P))))
     orth = orthogonality(w, gram, self.rank if self.normalise == 'standard' else 1, self.diagonal)
-    report = dict(distances=dist, temperatures=self.temperatures, entropy=torch.special.entr(w).sum(-1) / math.log(max(L, 2)), orth=orth, recon=recon, gap=gap)
+    report = dict(distances=dist, temperatures=tau, entropy=torch.special.entr(w).sum(-1) / math.log(max(L, 2)), orth=orth, recon=recon, gap=gap)
     return Mix(w, self.orth*orth + self.recon*recon, {n: x.detach() for n,x in report.items()})
 
 # %% ../../nbs/geometry/05_selector.ipynb #ea4ae191

@@ -127,7 +127,7 @@ def make_losses(self:BASD)->dict: # name → module, or None
     if o.attn:
         missing = self.attention_missing()
         if missing: warnings.warn(f"L_attn is left out: {missing}")
-        else: losses['attn'] = AttentionKL(s.heads, t.heads[0], **vars(o.attn))
+        else: losses['attn'] = AttentionKL(s.heads, t.heads, **vars(o.attn))
     return losses
 
 # %% ../../nbs/methods/31_basd.ipynb #595a9b2d
@@ -136,7 +136,8 @@ def attention_missing(self:BASD)->str: # '' if nothing is
     "Why attention cannot be compared, in words"
     for who,heads in dict(student=self.student.heads, teacher=self.teacher.heads).items():
         if None in heads: return f"layer {heads.index(None)} of the {who}'s tapped layers has no global attention"
-    if len(set(self.teacher.heads)) > 1 or len(set(self.teacher.tokens)) > 1: return "the teacher's layers differ in heads or tokens, so their maps cannot be mixed"
+    if self.options.losses.attn.scope != 'all_layers' and len(set(self.teacher.heads)) > 1 or len(set(self.teacher.tokens)) > 1: return "the teacher's layers differ in heads or tokens, so their maps cannot be mixed"
+    if self.options.losses.attn.scope != 'point' and len(set(self.student.tokens)) > 1: return "the student's layers differ in tokens; set method.losses.attn.scope=point"
     return ''
 
 # %% ../../nbs/methods/31_basd.ipynb #d762d675
@@ -147,7 +148,7 @@ def align(self:BASD,
     teacher:Features,
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align
     "Teacher tokens, mixed and brought to the student's places and width"
-    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids)
+    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids, constant=self.options.targets == 'constant')
     grid = teacher.grids[0] if len({x.shape[1] for x in teacher.tokens}) == 1 else None
     grids = [grid if len(m[0]) == teacher.tokens[0].shape[1] else g for m,g in zip(mixed, student.grids)]
     ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
@@ -189,10 +190,10 @@ def compare(self:BASD,
         elif name == 'rel':
             pairs = loss.draw(min(x.shape[1] for x in xs), g, device)
             out[name] = loss(xs, mixup(loss.target(ys, pairs)), pairs)
-        elif name == 'attn': out[name] = self.compare_attention(loss, student, teacher, weights, blend, keeps, g)
+        elif name == 'attn': out[name] = self.compare_attention(loss, student, teacher, weights, blend, keeps, g, progress)
         else:
             source = ys if self.options.spectrum_of == 'aligned' else mixed
-            out[name] = loss(xs, always(loss.target(source, [min(*x.shape[1:], *y.shape[1:]) for x,y in zip(xs, source)])))
+            out[name] = loss(xs, always(loss.target(source, [min(*x.shape[1:], *y.shape[1:]) for x,y in zip(xs, source)])), g)
     return out
 
 # %% ../../nbs/methods/31_basd.ipynb #8bf6037d
@@ -205,12 +206,13 @@ def by_image(
 
 # %% ../../nbs/methods/31_basd.ipynb #3b88af8b
 @patch
-def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, generator):
+def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, generator, progress):
     "The loss on routing"
-    maps = loss.target([a.detach() for a in teacher.attention], weights, [a.tokens for a in student.attention], teacher.grids, student.grids)
-    if keeps is not None: maps = [cut_attention(A, A[blend.partner], k) for A,k in zip(maps, keeps)]
-    elif blend is not None: maps = [superpose(A, blend) for A in maps]
-    return loss(student.attention, maps)
+    rows = loss.draw(student.attention[0].tokens, generator, weights.device)
+    maps = loss.target([a.detach() for a in teacher.attention], weights, [a.tokens for a in student.attention], teacher.grids, student.grids, rows)
+    if keeps is not None: maps = [cut_attention(A, A[blend.partner], k, rows) for A,k in zip(maps, keeps)]
+    elif blend is not None: maps = by_image(maps, lambda A: superpose(A, blend))
+    return loss(student.attention, maps, rows, progress.epoch)
 
 # %% ../../nbs/methods/31_basd.ipynb #e6a3be25
 @patch
@@ -224,7 +226,7 @@ def forward(self:BASD, student:Features, teacher:Features, target:Target, progre
     targets = ys if live else [y.detach() for y in ys]
     blend = target.blend if o.blended == 'mixed' else None
     raw = self.compare(student, teacher, weights, mixed, targets, blend, progress)
-    losses = torch.stack([raw[n].float() for n in self.losses])
+    losses = torch.stack([raw[n] for n in self.losses])
     total, balanced = self.balance(losses, *(torch.full((), float(v), device=device) for v in (progress.step, progress.total)))
     skip = o.blended == 'skip' and target.blend is not None
     parts = dict(ce=cross_entropy(student.logits, target.labels)) | {n: o.weight*(0. if skip else 1.)*p for n,p in zip(self.losses, balanced['parts'])}
@@ -261,5 +263,5 @@ def after_step(self:BASD): self.selector.after_step()
 @patch
 def no_weight_decay(self:BASD)->set:
     "The selector's temperatures and projections, and the aligners' learned queries"
-    queries = {f'aligners.{n}' for n,_ in self.aligners.named_parameters() if n.rpartition('.')[2] in ('queries', 'q')}
+    queries = {f'aligners.{n}' for n,_ in self.aligners.named_parameters() if n.endswith('queries')}
     return {f'selector.{n}' for n in self.selector.no_weight_decay()} | queries

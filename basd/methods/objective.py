@@ -32,6 +32,7 @@ class Progress(NamedTuple):
     step:int     # optimizer steps taken so far
     total:int    # optimizer steps of the whole run
     seed:int=0   # of the run
+    epoch:float=0.     # epochs behind us
     observe:bool=False # will this step be logged; if so, the report may hold what is too dear for every step
 
 # %% ../../nbs/methods/30_objective.ipynb #f2f1c154
