@@ -108,7 +108,7 @@ def forward(self:Trainer,
         if self.teacher is not None:
             clean = batch['teacher'].to(self.device, non_blocking=True)
             taught = self.teacher(blend_images(clean.to(self.dtype)/255, blend) if v.teacher_sees_blend else clean)
-        return self.model(x, taught, target, Progress(self.step, self.total, self.t.seed, observe))
+        return self.model(x, taught, target, Progress(self.step, self.total, self.t.seed, self.step/self.per_epoch, observe))
 
 # %% ../../nbs/training/64_trainer.ipynb #a456ac48
 @patch
@@ -235,7 +235,7 @@ def start(self:Trainer,
     self.dtype = next(self.lesson.student.parameters()).dtype
     self.groups = [params(self.lesson.student), params(self.lesson.objective)]
     self.model = torch.compile(self.lesson) if self.t.compile else self.lesson
-    if world() > 1: self.model = DistributedDataParallel(self.model, broadcast_buffers=False)
+    if world() > 1: self.model = DistributedDataParallel(self.model)
 
 # %% ../../nbs/training/64_trainer.ipynb #94a37bdc
 @patch
