@@ -149,8 +149,8 @@ def align(self:BASD,
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align
     "Teacher tokens, mixed and brought to the student's places and width"
     mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids, constant=self.options.targets == 'constant')
-    grid = teacher.grids[0] if len({x.shape[1] for x in teacher.tokens}) == 1 else None
-    grids = [grid if len(m[0]) == teacher.tokens[0].shape[1] else g for m,g in zip(mixed, student.grids)]
+    places = {(x.shape[1], g) for x,g in zip(teacher.tokens, teacher.grids)}
+    grids = teacher.grids[:1]*len(mixed) if len(places) == 1 else student.grids  # mixed tokens stay at the teacher's places if its layers agree on them
     ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
     recon = torch.stack([a.reconstruction(y, x, g) for a,y,x,g in zip(self.aligners, ys, mixed, grids)]).mean()
     return mixed, ys, recon
