@@ -65,9 +65,9 @@ class Balance(nn.Module):
         fraction:float=.1,            # warm-up as a share of all steps
         form:str='reference',         # "reference", "paper", "original" or "fixed"
         temperature:float|None=None,  # T; 1 for "reference", else 2
-        u_max:float=5.,               # largest inverse of a normalised loss
+        u_max:float=2.,               # how far below its trend a loss may seem to be
         beta:float=.99,               # memory of the reference
-        floor:float=.05,              # smallest reference, relative to the first level
+        floor:float=.25,              # smallest divisor, relative to the first level
         settle:int=50,                # active steps whose mean is the first level
         weights:dict|None=None,       # of form "fixed"; all equal if None
     ):
@@ -86,17 +86,16 @@ class Balance(nn.Module):
 def reference(self:Balance,
     losses:Tensor, # means over all ranks, (C,)
     active:Tensor, # whether a loss takes part, (C,)
-)->Tensor:         # r, (C,)
-    "The level that each loss is measured against; in training, updated with this step first"
+)->tuple:          # running mean (C,), divisor (C,)
+    "The trend of each loss and the level that it is divided by; in training, updated with this step first"
     if self.training:
         use = active & losses.isfinite()
         x = torch.where(use, losses, 0.)
         self.ema.copy_(torch.where(use, self.beta*self.ema + (1 - self.beta)*x, self.ema))
         self.first.copy_(torch.where(use & (self.count < self.settle), (self.first*self.count + x)/(self.count + 1), self.first))
         self.count.add_(use)
-    mean = self.ema/(1 - self.beta**self.count).clamp(min=1e-12)
-    r = torch.where(self.count > 0, torch.maximum(mean, self.floor*self.first), losses)
-    return r.clamp(min=1e-6)
+    trend = torch.where(self.count > 0, self.ema/(1 - self.beta**self.count).clamp(min=1e-12), losses)
+    return trend, torch.maximum(trend, self.floor*self.first).clamp(min=1e-6)
 
 # %% ../../nbs/losses/14_balance.ipynb #fe073cb6
 @patch
@@ -113,8 +112,8 @@ def weigh(self:Balance,
         running = ramped > 1e-8
         u = torch.where(running, 1/(self.temperature*ramped.clamp(min=1e-8)), -torch.inf)
         return one, torch.where(running, torch.nan_to_num(u.softmax(-1)), 0.)*running.sum()
-    r = self.reference(losses, active)
-    u = torch.where(active, (r/losses.clamp(min=1e-12)).clamp(max=self.u_max), 1.)
+    trend, r = self.reference(losses, active)
+    u = torch.where(active, (trend/losses.clamp(min=1e-12)).clamp(max=self.u_max), 1.)
     return r, (u/self.temperature).softmax(-1)
 
 # %% ../../nbs/losses/14_balance.ipynb #74d7f411

@@ -140,7 +140,7 @@ def plot_matrix(
     "Draw a small matrix as a heat map with a colour bar"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots()[1]
-    im = ax.imshow(x, aspect='auto', vmin=limits[0], vmax=limits[1])
+    im = ax.imshow(torch.as_tensor(x).numpy(), aspect='auto', vmin=limits[0], vmax=limits[1])
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xticks=range(0, x.shape[1], max(1, x.shape[1]//12)), yticks=range(x.shape[0]))
     ax.grid(False)
     ax.figure.colorbar(im, ax=ax)
