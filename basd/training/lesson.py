@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['processes', 'rank', 'open_data', 'build_student', 'build_teacher', 'teacher_from_run', 'input_size', 'dry_run',
-           'Lesson', 'make_optimizer', 'clip_and_flag', 'part_gradients', 'evaluate', 'autocast']
+           'Lesson', 'make_optimizer', 'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'autocast']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import math
@@ -162,15 +162,24 @@ def clip_and_flag(
 def part_gradients(
     parts:dict,     # name → 0-d tensor with gradient
     params:list,    # student parameters
-)->dict: # name → norm of the gradient over all ranks, ()
-    "Gradient norm of each part of the loss on the student"
+)->dict: # name → gradient of that part over all ranks, flattened, (number of parameters,)
+    "Gradient of each part of the loss on the student"
     out = {}
     for name,part in parts.items():
-        if not part.requires_grad: out[name] = torch.zeros_like(part); continue
-        grads = torch.autograd.grad(part, params, retain_graph=True, allow_unused=True)
-        flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p,g in zip(params, grads)])
-        out[name] = global_mean(flat).norm()
+        grads = torch.autograd.grad(part, params, retain_graph=True, allow_unused=True) if part.requires_grad else [None]*len(params)
+        out[name] = global_mean(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p,g in zip(params, grads)]))
     return out
+
+# %% ../../nbs/training/63_lesson.ipynb #822e034f
+def pulls(
+    gradients:dict, # of `part_gradients`
+)->dict: # name → 0-d tensor
+    "Norms, shares relative to cross-entropy, and the cosine between both"
+    out = {f'pull/{k}': g.norm() for k,g in gradients.items()}
+    if 'ce' not in gradients or len(gradients) == 1: return out
+    rest, ce = sum(g for k,g in gradients.items() if k != 'ce'), gradients['ce']
+    out |= {f'share/{k}': g.norm()/ce.norm() for k,g in (gradients | {'all': rest}).items() if k != 'ce'}
+    return out | {'conflict': torch.nn.functional.cosine_similarity(rest, ce, dim=0)}
 
 # %% ../../nbs/training/63_lesson.ipynb #0d0fb4c1
 @torch.no_grad()

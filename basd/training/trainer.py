@@ -30,7 +30,7 @@ from ..methods.objective import Progress, Target, find_objective
 from ..models.students import save_student
 from .checkpoints import load, rng_state, save, set_rng_state, start_run
 from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate, input_size, make_optimizer, open_data,
-                                  part_gradients, rank)
+                                  part_gradients, pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
 from .recipes import Recipe
 
@@ -149,10 +149,7 @@ def observe_gradients(self:Trainer,
     parts:dict, # named contributions to the loss
 ):
     "Measure how hard each part pulls on the student"
-    norms = part_gradients(parts, self.groups[0])
-    base = norms.get('ce')
-    self.meter.add({f'pull/{k}': v for k,v in norms.items()} |
-                   ({f'share/{k}': v/base for k,v in norms.items() if k != 'ce'} if base is not None else {}))
+    self.meter.add(pulls(part_gradients(parts, self.groups[0])))
 
 # %% ../../nbs/training/64_trainer.ipynb #dda2293e
 class NonFiniteLoss(RuntimeError):
