@@ -50,6 +50,13 @@ def page_markdown(path, figures):
     return "\n\n".join(cell_markdown(c, figures, path.stem) for c in cells)
 
 
+def page_name(path):
+    "Name of the page that Quarto makes of a processed notebook: what its front matter says, else its own"
+    first = json.loads(path.read_text())["cells"][0]
+    said = yaml.safe_load("".join(first["source"]).strip("-\n ")) if first["cell_type"] == "raw" else {}
+    return (said or {}).get("output-file", f"{path.stem}.html")
+
+
 class Anchors(HTMLParser):
     "Ids and links of a page"
     def __init__(self): super().__init__(); self.ids, self.links = set(), []
@@ -61,8 +68,8 @@ class Anchors(HTMLParser):
         if tag == "img": self.links.append(attrs["src"])
 
 
-def check_links(pages):
-    "Links between `pages` ({relative path: Anchors}) that lead nowhere"
+def check_links(pages, made):
+    "Links between `pages` ({relative path: Anchors}) that lead nowhere; `made` says which page a notebook became"
     broken, site = [], config.doc_host + config.doc_baseurl
     for page, parsed in pages.items():
         for link in parsed.links:
@@ -70,6 +77,8 @@ def check_links(pages):
             if re.match(r"[a-z]+:", link): continue
             target, _, anchor = link.partition("#")
             here = (out/page).parent
+            notebook = (here/target).resolve()
+            if notebook in made: target = str(made[notebook])
             found = [p for p in ((here/target).resolve(), (out/target).resolve()) if p.exists()] if target else [(out/page).resolve()]
             name = str(found[0].relative_to(out.resolve())) if found else None
             if not found or anchor and name in pages and anchor not in pages[name].ids and anchor.lower() not in pages[name].ids:
@@ -85,30 +94,33 @@ def sidebar_pages(entry):
 
 
 def write_readme(markdown):
-    "README.md from the text of index.ipynb; links to pages become links to the notebooks' site"
+    "README.md from the text of index.ipynb; links to pages lead to the notebooks"
     text = pypandoc.convert_text(markdown, "gfm", format="markdown", extra_args=["--wrap=preserve"])
+    text = re.sub(r"\]\(images/", "](nbs/images/", text).replace('src="images/', 'src="nbs/images/')
+    text = re.sub(r"\]\((\w+/\d\d_\w+\.)(html|ipynb|qmd)", r"](nbs/\1ipynb", text)
     note = "<!-- Generated from nbs/index.ipynb by tools/docs.py. Edit the notebook. -->\n\n"
-    (root/"README.md").write_text(note + re.sub(r"(index_files)/", r"nbs/\1/", text).rstrip() + "\n")
+    (root/"README.md").write_text(note + text.rstrip() + "\n")
 
 
 def main():
     processed = proc_nbs(force=True, n_workers=2)
-    pages, trouble = {}, []
+    pages, made, trouble = {}, {}, []
     for path in sorted(processed.rglob("*.ipynb")):
         rel = path.relative_to(processed)
-        target = (out/rel).with_suffix(".html")
+        target = out/rel.parent/page_name(path)
+        made[(out/rel).resolve()] = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         markdown = page_markdown(path, target.parent/f"{path.stem}_files")
+        if str(rel) == "index.ipynb": write_readme(page_markdown(path, root/"nbs"/"images"))
         try: html = pypandoc.convert_text(markdown, "html5", format="markdown", extra_args=["-s", "--mathml", "--fail-if-warnings", f"--metadata=title:{path.stem}"])
         except RuntimeError as e: trouble.append(f"{rel}: {str(e).splitlines()[0]}"); continue
         target.write_text(html)
         pages[str(target.relative_to(out))] = parsed = Anchors()
         parsed.feed(html)
-        if str(rel) == "index.ipynb": write_readme(markdown)
     named = set(sidebar_pages(yaml.safe_load((root/"_quarto.yml").read_text())["website"]["sidebar"]["contents"]))
     there = {str(p.relative_to(processed)) for p in processed.rglob("*.ipynb")}
     trouble += [f"_quarto.yml: no page {p}" for p in sorted(named - there)] + [f"_quarto.yml: page {p} is not in the sidebar" for p in sorted(there - named)]
-    trouble += [f"broken link in {b}" for b in check_links(pages)]
+    trouble += [f"broken link in {b}" for b in check_links(pages, made)]
     print(f"{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links, {len(trouble)} in trouble", *trouble, sep="\n")
     sys.exit(bool(trouble))
 

@@ -1,0 +1,33 @@
+"""Gather the runs of cifar10_alive.sh into experiments/results/cifar10_alive.json.
+
+    python experiments/cifar10_alive.py OUT_FOLDER
+"""
+import json
+import sys
+from pathlib import Path
+
+from basd.training.checkpoints import read_run
+from basd.training.metrics import read_log
+
+KEEP = ("step", "raw/", "normalised/", "weight/", "ramp/", "pull/", "share/", "conflict", "mixing", "distance", "entropy", "target/", "loss", "part/")
+
+
+def rounded(x):
+    if isinstance(x, dict): return {k: rounded(v) for k, v in x.items()}
+    return [rounded(v) for v in x] if isinstance(x, list) else float(f"{x:.5g}") if isinstance(x, float) else x
+
+
+def gather(run):
+    recipe = read_run(run)
+    environment = json.loads((run/"environment.json").read_text())
+    evaluation = run/"evaluation.json"
+    return dict(seed=recipe.train.seed, steps=[{k: v for k, v in r.items() if k.startswith(KEEP)} for r in read_log(run, "step")], epochs=read_log(run, "epoch"),
+                result=json.loads((run/"result.json").read_text()), evaluation=json.loads(evaluation.read_text()) if evaluation.is_file() else None,
+                environment=environment, warmup=recipe.method.options.balance.fraction)
+
+
+if __name__ == "__main__":
+    found = {p.name: gather(p) for p in sorted(Path(sys.argv[1]).iterdir()) if (p/"result.json").is_file()}
+    out = Path(__file__).parent/"results"/"cifar10_alive.json"
+    out.write_text(json.dumps(rounded(found)))
+    print(out.name, {k: v["result"]["test"][v["result"]["headline"]]["top1"] for k, v in found.items()})
