@@ -14,12 +14,14 @@ from basd.geometry.statistics import global_mean, world
 from basd.training.lesson import processes, rank
 from basd.training.recipes import load_recipe
 from basd.training.trainer import Trainer
-out, method, precision, *words = sys.argv[1:]
+out, method, *words = sys.argv[1:]
+build = Trainer.build_models
+def build_double(self): build(self); self.lesson.double(); self.teacher.double()
+Trainer.build_models = build_double
 with processes('cpu') as device:
     trainer = Trainer(load_recipe(method, words)[''], out + '.run', device, bars=False)
     trainer.lesson.train()
     trainer.step = 20                                                   # all ramps are up, so every term counts
-    if precision == 'float64': trainer.lesson.double(); trainer.teacher.double(); trainer.dtype = torch.float64
     loader = build_loader(trainer.images, trainer.fit, trainer.views, 32, seed=0, epoch=0, rank=rank(), world=world(), workers=0)
     result = trainer.forward(next(iter(loader)))
     result['loss'].backward()
@@ -36,7 +38,7 @@ def test_two_ranks_equal_one(seed, tmp_path, environment):
     for ranks in (1, 2):
         out = tmp_path/f"{ranks}.pt"
         words = [*TINY, f"train.seed={seed}", "student.drop_path=0"]    # drop-path draws differ between ranks on purpose
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", tmp_path/"script.py", out, "basd_cifar10", "float64",
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", tmp_path/"script.py", out, "basd_cifar10",
                                *words], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(out))
