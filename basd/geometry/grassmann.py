@@ -64,7 +64,7 @@ def subspace(
     d = cov.shape[-1]
     if not 0 < k < d: raise ValueError(f"k={k} directions of a covariance of shape {tuple(cov.shape[-2:])}; k must be between 1 and {d-1}")
     with no_autocast(cov), torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        cov = island(cov)
+        cov = torch.nan_to_num(island(cov))  # LAPACK would stop; who produced the value will be named by the loss
         jitter = eps * cov.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]                          # (..., 1)
         U, lam = _Eigen.apply((cov + cov.mT)/2 + jitter[..., None]*torch.eye(d, dtype=cov.dtype, device=cov.device), k)
         return U, torch.maximum(lam, jitter)

@@ -71,7 +71,7 @@ def effective_rank(
 )->Tensor:    # between 1 and d; 0 for rows that are all alike, (...,)
     "Exponential of the entropy of the covariance spectrum; a diagnostic without gradient"
     with no_autocast(x):
-        cov = covariance(centre(island(x)))
+        cov = torch.nan_to_num(covariance(centre(island(x))))
         lam = torch.linalg.eigvalsh(cov).clamp(min=0)
         total = lam.sum(-1, keepdim=True)
         p = lam / total.clamp(min=torch.finfo(lam.dtype).tiny)

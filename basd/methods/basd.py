@@ -100,6 +100,9 @@ class BASD(Objective):
         self.aligners = nn.ModuleList(self.make_aligner(p) for p in range(len(student.widths)))
         self.losses = nn.ModuleDict({n: make for n,make in self.make_losses().items() if make is not None})
         if not self.losses: raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral")
+        if options.targets == 'live':                                         # nothing trains what the law would have trained
+            for a in self.aligners: getattr(a, 'back', nn.Identity()).requires_grad_(False)
+        if not options.selector.recon: self.selector.common.requires_grad_(False)
         self.balance = Balance(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses}, **vars(options.balance))
 
     @classmethod
