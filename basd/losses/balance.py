@@ -73,6 +73,13 @@ class Balance(nn.Module):
     ):
         super().__init__()
         if form not in ('reference', 'paper', 'original', 'fixed'): raise ValueError(f"form={form!r}; choose 'reference', 'paper', 'original' or 'fixed'")
+        for what,given in (('starts', starts or {}), ('weights', weights or {})):
+            if set(given) - set(names): raise ValueError(f"{what} names {min(set(given) - set(names))!r}, which is no loss; the losses are {', '.join(names)}")
+        if weights and set(names) - set(weights): raise ValueError(f"weights leaves out {min(set(names) - set(weights))!r}; give one of each loss")
+        for what,v,ok in (('temperature', temperature, temperature is None or temperature > 0), ('u_max', u_max, u_max > 0), ('settle', settle, settle > 0)):
+            if not ok: raise ValueError(f"{what}={v}; it must be positive")
+        for what,v in (('beta', beta), ('floor', floor)):
+            if not 0 <= v < 1: raise ValueError(f"{what}={v}; it must be at least 0 and below 1")
         self.names, self.form, self.u_max, self.beta, self.floor, self.settle = list(names), form, u_max, beta, floor, settle
         self.temperature = (1. if form == 'reference' else 2.) if temperature is None else temperature
         self.ramps = Ramps({n: (starts or {}).get(n, 0.) for n in self.names}, 0. if starts is None else fraction)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import centre, covariance, global_mean, island, no_autocast
+from ..geometry.statistics import centre, covariance, global_mean, island, no_autocast, world
 
 # %% ../../nbs/losses/10_rsd.ipynb #cc3e9dd3
 def standardise(
@@ -84,23 +84,39 @@ class RSD(nn.Module):
         pooled:bool=False,       # rows are images (mean token), as the paper, rather than tokens
         reduction:str='dim',     # "dim" (about 1 at the start), "sum" (paper) or "mean" (original)
         norm:str='layer',        # of the heads: "layer", or "batch" as the paper
-        max_rows:int|None=None,  # use only that many rows of each rank, evenly spaced; None: all
+        max_rows:int|None=None,  # use about that many token rows over all ranks, at least one an image; None: all
     ):
         super().__init__()
         for name,v,allowed in (('reduction', reduction, ('dim', 'sum', 'mean')), ('norm', norm, ('layer', 'batch'))):
             if v not in allowed: raise ValueError(f"{name}={v!r}; choose one of {', '.join(map(repr, allowed))}")
         if isinstance(kappa, str) and kappa != '1/D': raise ValueError(f"kappa={kappa!r}; give a number, or '1/D'")
+        if len(widths_s) != len(widths_t): raise ValueError(f"{len(widths_s)} student widths and {len(widths_t)} target widths; give one of each an extraction point")
+        if gamma*min(widths_s) < 1: raise ValueError(f"gamma={gamma} leaves a head of width {min(widths_s)} no hidden channel; raise gamma")
+        if max_rows is not None and max_rows < 1: raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
         self.kappa, self.center, self.pooled, self.reduction, self.max_rows = kappa, center, pooled, reduction, max_rows
         together = len(set(widths_s)) == len(set(widths_t)) == 1
         self.heads = nn.ModuleList([Heads(len(widths_s), widths_s[0], widths_t[0], gamma, norm)] if together else [Heads(1, a, b, gamma, norm) for a,b in zip(widths_s, widths_t)])
 
     def rows(self,
         x:Tensor, # tokens, (..., B, N, D)
+        places:Tensor|None=None, # which of the N are used, (n,); None: all
     )->Tensor:    # (..., M, D)
         "What is correlated: tokens, or images if pooled"
-        x = x.mean(-2) if self.pooled else x.flatten(-3, -2)
-        if self.max_rows is None or x.shape[-2] <= self.max_rows: return x
-        return x[..., ::-(-x.shape[-2]//self.max_rows), :]
+        if self.pooled: return x.mean(-2)
+        return (x if places is None else x.index_select(-2, places)).flatten(-3, -2)
+
+# %% ../../nbs/losses/10_rsd.ipynb #6dd48b0d
+@patch
+def draw(self:RSD,
+    x:Tensor,                   # student tokens, (B, N, D)
+    generator:torch.Generator|None=None, # on the tokens' device; None: places evenly spaced, the same at each step
+)->Tensor|None:                 # (n,), or None for all
+    "The token places of one step"
+    B, N, _ = x.shape
+    n = N if self.pooled or self.max_rows is None else max(1, self.max_rows//(B*world()))
+    if n >= N: return None
+    if generator is None: return torch.arange(n, device=x.device)*N//n
+    return torch.randperm(N, generator=generator, device=x.device)[:n]
 
 # %% ../../nbs/losses/10_rsd.ipynb #4f3a2198
 @patch
@@ -115,9 +131,13 @@ def target(self:RSD,
 def forward(self:RSD,
     xs:list,     # student tokens, P × (B, N, D_s)
     target:list, # targets at the same places, P × (B, N, D_t)
+    generator:torch.Generator|None=None, # draws the token places, if only some are used
 )->Tensor:       # ()
     "Mean over extraction points"
-    S, T = ([self.rows(x) for x in side] for side in (xs, target))
+    for s,t in zip(xs, target):
+        if s.shape[:-1] != t.shape[:-1]: raise ValueError(f"student tokens {tuple(s.shape)} and target {tuple(t.shape)} differ in images or places; align the target first")
+    places = [self.draw(x, generator) for x in xs]
+    S, T = ([self.rows(x, p) for x,p in zip(side, places)] for side in (xs, target))
     if len(self.heads) > 1: return torch.stack([self.one(head, s[None], t.detach()[None]).mean() for head,s,t in zip(self.heads, S, T)]).mean()
     if len({len(s) for s in S}) > 1: raise ValueError(f"student layers of one width hand over {[len(s) for s in S]} rows; tap layers of equal token count, or use pooled=True")
     return self.one(self.heads[0], torch.stack(S), torch.stack(T).detach()).mean()

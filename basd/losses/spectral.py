@@ -48,9 +48,10 @@ def normalised(
     energy:bool=False, # compare shares of energy σ²/Σσ² in place of unit vectors
 )->Tensor:             # (..., k)
     "A spectrum as a shape: `k` values of unit norm (or unit sum, for `energy`)"
-    unit = (lambda v: v.square()/v.square().sum(-1, keepdim=True)) if energy else (lambda v: F.normalize(v, dim=-1, eps=1e-6))
+    if k > s.shape[-1]: raise ValueError(f"k={k} singular values, but these tokens have {s.shape[-1]}; ask for min(N_s, D_s, N_t, D_t) at most")
+    unit = (lambda v: v.square()/v.square().sum(-1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)) if energy else (lambda v: F.normalize(v, dim=-1, eps=1e-6))
     if align == 'truncate': return unit(s[..., :k])
-    return F.adaptive_avg_pool1d(unit(s).flatten(0, -2), k).unflatten(0, s.shape[:-1])
+    return F.adaptive_avg_pool1d(unit(s).reshape(-1, s.shape[-1]), k).reshape(*s.shape[:-1], k)
 
 # %% ../../nbs/losses/13_spectral.ipynb #f5507843
 def moments(
@@ -62,7 +63,7 @@ def moments(
         G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=torch.finfo(G.dtype).tiny)
         G2 = G @ G
         traces = torch.stack([G2.diagonal(dim1=-2, dim2=-1).sum(-1), (G2*G).sum((-1, -2)), G2.square().sum((-1, -2))], -1)
-        return -traces.clamp(min=torch.finfo(G.dtype).tiny).log() / torch.tensor([1., 2., 3.], device=x.device, dtype=G.dtype)
+        return -traces.clamp(min=torch.finfo(G.dtype).tiny).log() / torch.arange(1, 4, device=G.device, dtype=G.dtype)
 
 # %% ../../nbs/losses/13_spectral.ipynb #f8d9ede2
 class Spectral(nn.Module):
@@ -110,7 +111,7 @@ def target(self:Spectral,
 )->list:     # representations, P × (B, k)
     "What the student's spectra are compared with"
     if self.form != 'batch' and len({(y.shape, k) for y,k in zip(ys, ks)}) == 1: return list(self.represent(torch.cat(list(ys)), ks[0]).chunk(len(ks)))
-    return [self.represent(y, k) for y,k in zip(ys, ks)]
+    return [self.represent(y, k).expand(len(y), -1) for y,k in zip(ys, ks)]
 
 # %% ../../nbs/losses/13_spectral.ipynb #07e03942
 @patch
