@@ -189,7 +189,7 @@ def compare(self:BASD,
     out = {}
     for name,loss in self.losses.items():
         g = self.draw(progress, name, device)
-        if name == 'rsd': out[name] = loss(xs, mixup(loss.target(ys)))
+        if name == 'rsd': out[name] = loss(xs, mixup(loss.target(ys)), g)
         elif name == 'rel':
             pairs = loss.draw(min(x.shape[1] for x in xs), g, device)
             out[name] = loss(xs, mixup(loss.target(ys, pairs)), pairs)
