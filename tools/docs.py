@@ -50,11 +50,11 @@ def page_markdown(path, figures):
     return "\n\n".join(cell_markdown(c, figures, path.stem) for c in cells)
 
 
-def page_name(path):
-    "Name of the page that Quarto makes of a processed notebook: what its front matter says, else its own"
+def front_matter(path):
+    "What nbdev wrote at the head of a processed notebook: title, description, name of the page"
     first = json.loads(path.read_text())["cells"][0]
     said = yaml.safe_load("".join(first["source"]).strip("-\n ")) if first["cell_type"] == "raw" else {}
-    return (said or {}).get("output-file", f"{path.stem}.html")
+    return {"output-file": f"{path.stem}.html"} | (said or {})
 
 
 class Anchors(HTMLParser):
@@ -93,13 +93,14 @@ def sidebar_pages(entry):
     return sidebar_pages(entry.get("contents", [])) + ([entry["href"]] if "href" in entry else [])
 
 
-def write_readme(markdown):
+def write_readme(markdown, front):
     "README.md from the text of index.ipynb; links to pages lead to the notebooks"
     text = pypandoc.convert_text(markdown, "gfm", format="markdown", extra_args=["--wrap=preserve"])
     text = re.sub(r"\]\(images/", "](nbs/images/", text).replace('src="images/', 'src="nbs/images/')
     text = re.sub(r"\]\((\w+/\d\d_\w+\.)(html|ipynb|qmd)", r"](nbs/\1ipynb", text)
+    text = re.sub(r"<!-- WARNING.*?-->\n+", "", text)
     note = "<!-- Generated from nbs/index.ipynb by tools/docs.py. Edit the notebook. -->\n\n"
-    (root/"README.md").write_text(note + text.rstrip() + "\n")
+    (root/"README.md").write_text(f"{note}# {front['title']}\n\n> {front['description']}\n\n{text.strip()}\n")
 
 
 def main():
@@ -107,11 +108,11 @@ def main():
     pages, made, trouble = {}, {}, []
     for path in sorted(processed.rglob("*.ipynb")):
         rel = path.relative_to(processed)
-        target = out/rel.parent/page_name(path)
+        target = out/rel.parent/front_matter(path)["output-file"]
         made[(out/rel).resolve()] = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         markdown = page_markdown(path, target.parent/f"{path.stem}_files")
-        if str(rel) == "index.ipynb": write_readme(page_markdown(path, root/"nbs"/"images"))
+        if str(rel) == "index.ipynb": write_readme(page_markdown(path, root/"nbs"/"images"), front_matter(path))
         try: html = pypandoc.convert_text(markdown, "html5", format="markdown", extra_args=["-s", "--mathml", "--fail-if-warnings", f"--metadata=title:{path.stem}"])
         except RuntimeError as e: trouble.append(f"{rel}: {str(e).splitlines()[0]}"); continue
         target.write_text(html)
