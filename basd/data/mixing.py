@@ -11,6 +11,7 @@ from random import Random
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/data/52_mixing.ipynb #80f71389
@@ -42,6 +43,14 @@ class Blend(NamedTuple):
         y0, x0, y1, x1 = self.box.unbind()
         if grid is None: return 1 - _covered(n, y0, y0 + 1 - self.lam)  # an interval as long as the box is large
         return (1 - _covered(grid[0], y0, y1)[:, None] * _covered(grid[1], x0, x1)).flatten()
+
+# %% ../../nbs/data/52_mixing.ipynb #74ee2d76
+@patch
+def of(self:Blend,
+    n:int, # images, counted in whole pairs
+)->Blend:
+    "The same blend for `n` of the images"
+    return self._replace(partner=(torch.arange(n, device=self.partner.device) ^ 1).clamp(max=n - 1))
 
 # %% ../../nbs/data/52_mixing.ipynb #77fe89fe
 def draw_blend(

@@ -126,10 +126,10 @@ def reconstruction(
     grid_in:tuple[int,int]|None=None,      # (height, width) of the teacher tokens
 )->Tensor:                                 # 0-d; 1 says that `y` tells nothing of `x`
     "How much of the teacher's tokens a linear map misses in `y`; the only loss that trains the aligner"
+    guess = self.back(y)
     with no_autocast(x):
-        y, x = island(y, x.detach())
-        target = resample_tokens(x, self.n_out, grid_in, self.grid_out)
-        return (y @ self.back.weight.to(y.dtype).mT - F.layer_norm(target, target.shape[-1:])).square().mean()
+        guess, target = island(guess, resample_tokens(x.detach(), self.n_out, grid_in, self.grid_out))
+        return (guess - F.layer_norm(target, target.shape[-1:])).square().mean()
 
 # %% ../../nbs/geometry/06_alignment.ipynb #bcbc38df
 @torch.no_grad()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from ..geometry.alignment import HeadAligner
 from ..geometry.features import Attention
-from ..geometry.resampling import resample_attention
-from ..geometry.statistics import island, no_autocast
+from ..geometry.resampling import resample_attention, resample_keys, stencil
+from ..geometry.statistics import images_at_once, in_pieces, island, no_autocast
 
 # %% ../../nbs/losses/12_attention.ipynb #592963a8
 def attention_kl(
@@ -30,7 +30,7 @@ def attention_kl(
         s, t = island(scores, target)
         t = t.clamp(min=torch.finfo(t.dtype).tiny)
         if normalise == 'map': s, t = s.flatten(-2)[..., None, :], t.flatten(-2)[..., None, :]
-        total = F.kl_div(s.log_softmax(-1), t, reduction='sum')
+        total = (t*(t.log() - s.log_softmax(-1))).sum()
         return total / (s.shape[:-1] if reduction == 'row' else s.shape[:-3]).numel()
 
 # %% ../../nbs/losses/12_attention.ipynb #23a139ba
@@ -90,7 +90,7 @@ class AttentionKL(nn.Module):
             raise ValueError(f"rows={rows} with normalise={normalise!r}: give at least 1 row, and sample rows only "
                              "with normalise='row'")
         self.scope, self.normalise, self.reduction, self.rows, self.anneal = scope, normalise, reduction, rows, anneal
-        self.points, H = len(heads_s), every[0]
+        self.points, H, self.at_once = len(heads_s), every[0], None # images at a time, where the target is a function; None: as the device has room
         head = lambda s, t: HeadAligner(s, t, noise=noise, bias=normalise == 'map')
         if scope == 'point': self.heads = nn.ModuleList(head(h, H) for h in heads_s)
         else: self.heads = nn.ModuleList([head(sum(heads_s), sum(every) if scope == 'all_layers' else H*len(heads_s))])
@@ -140,9 +140,14 @@ def mixtures(
     if not attention_available(attention_t):
         raise ValueError(f"teacher layers {attention_t} cannot be mixed: each needs attention, with equal heads and "
                          "tokens; tap others, or use `pseudo_attention`")
-    ready = rows is not None and all(_in_place(attention_t[0].tokens, grid_t, p) for p in places)
-    mixed = mix_attention(attention_t, weights, rows if ready else None)
-    if ready: return mixed
+    n = attention_t[0].tokens
+    if rows is not None and all(_in_place(n, grid_t, p) for p in places): return mix_attention(attention_t, weights, rows)
+    if rows is not None:
+        index, share = (t[rows] for t in stencil(n, places[0][0], *((grid_t, places[0][1]) if grid_t and places[0][1] else ()), device=rows.device))
+        if index.numel() < n:
+            read = mix_attention(attention_t, weights, index.flatten()).unflatten(-2, index.shape)    # (P, B, H_t, R, S, N_t)
+            return resample_keys((read*share[..., None].to(read.dtype)).sum(-2), places[0][0], grid_t, places[0][1])
+    mixed = mix_attention(attention_t, weights)
     if len(set(places)) == 1: return resample_attention(mixed, places[0][0], grid_t, places[0][1], rows)
     return [resample_attention(A, n, grid_t, g) for A,(n,g) in zip(mixed, places)]
 
@@ -189,14 +194,37 @@ def scores(
 def forward(
     self:AttentionKL,
     attention_s:list,      # `Attention` of each compared student layer, with gradient
-    target,                # from `target`, blended or not: one (B, H_t, R, N) an extraction point
+    target,                # from `target`, blended or not: one (B, H_t, R, N) an extraction point; or a function from a slice of images to theirs
     rows:Tensor|None=None, # query rows that the target was made for
-    epoch:float=0.,        # epochs that have passed, for `anneal`
+    epoch:float=0.,        # epochs that have passed, for `anneal`; a number or ()
 )->Tensor: # nats, mean over extraction points, 0-d
     "How far the student's attention is from the target; gradient to the student's queries and keys and to the head map"
+    loss = self.in_pieces(attention_s, target, rows) if callable(target) else self.compare(attention_s, target, rows)
+    return loss if self.anneal == 1 else loss * self.anneal**epoch
+
+# %% ../../nbs/losses/12_attention.ipynb #0b1510c9
+@patch
+def compare(self:AttentionKL, attention_s, target, rows=None):
+    "Mean over extraction points, before annealing"
     pairs = zip(self.scores(attention_s, rows), target, strict=True)
-    losses = [attention_kl(s, t, self.normalise, self.reduction) for s,t in pairs]
-    return torch.stack(losses).mean() * self.anneal**epoch
+    return torch.stack([attention_kl(s, t, self.normalise, self.reduction) for s,t in pairs]).mean()
+
+# %% ../../nbs/losses/12_attention.ipynb #ab9a7eb5
+@patch
+def in_pieces(
+    self:AttentionKL,
+    attention_s:list,      # `Attention` of each compared student layer, with gradient
+    target,                # slice of images → their constant target
+    rows:Tensor|None=None, # query rows that the target is made for
+)->Tensor: # 0-d
+    "The same loss with the maps of a few images in memory"
+    B, N = len(attention_s[0].q), attention_s[0].tokens
+    def share(images, *qk):
+        some = [Attention(q, k, a.scale, a.prefix) for q,k,a in zip(qk[::2], qk[1::2], attention_s)]
+        return self.compare(some, target(images), rows) * (len(qk[0])/B)
+    numbers = sum(len(h.weight) for h in self.heads) * N * (N if rows is None else len(rows))
+    size = self.at_once or images_at_once(numbers, B, attention_s[0].q.device)
+    return in_pieces(share, [t for a in attention_s for t in (a.q, a.k)], list(self.parameters()), size)
 
 # %% ../../nbs/losses/12_attention.ipynb #e3f29d10
 @patch

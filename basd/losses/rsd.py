@@ -32,8 +32,9 @@ def cross_correlation(
 )->Tensor:             # teacher channels × student channels, (..., D, D)
     "Correlation of every teacher channel with every student channel, in float32, over all ranks"
     with no_autocast(s):
-        s, t = island(s, t)
-        return covariance(standardise(t, center), standardise(s, center))
+        s, t = (centre(x) if center else x for x in island(s, t))
+        scale = lambda x: (global_mean(x.square().mean(-2)) + 1e-10).rsqrt()             # 1/σ of each column, (..., D)
+        return covariance(t, s) * scale(t)[..., None] * scale(s)[..., None, :]
 
 # %% ../../nbs/losses/10_rsd.ipynb #4ce6e2bb
 def redundancy(
@@ -70,7 +71,7 @@ class Heads(nn.Module):
         h = x @ self.w1.mT
         with no_autocast(h):
             h = standardise(island(h)) if self.norm == 'batch' else F.layer_norm(island(h), h.shape[-1:])
-        return F.gelu(h*self.scale + self.shift).to(x.dtype) @ self.w2.mT
+        return F.gelu(torch.addcmul(self.shift, h, self.scale)).to(x.dtype) @ self.w2.mT
 
 # %% ../../nbs/losses/10_rsd.ipynb #a9cd0384
 class RSD(nn.Module):
@@ -108,15 +109,16 @@ class RSD(nn.Module):
 # %% ../../nbs/losses/10_rsd.ipynb #6dd48b0d
 @patch
 def draw(self:RSD,
-    x:Tensor,                   # student tokens, (B, N, D)
-    generator:torch.Generator|None=None, # on the tokens' device; None: places evenly spaced, the same at each step
+    N:int,                      # tokens of an image
+    images:int,                 # on this rank
+    generator:torch.Generator|None=None, # on `device`; None: places evenly spaced, the same at each step
+    device='cpu',
 )->Tensor|None:                 # (n,), or None for all
     "The token places of one step"
-    B, N, _ = x.shape
-    n = N if self.pooled or self.max_rows is None else max(1, self.max_rows//(B*world()))
+    n = N if self.pooled or self.max_rows is None else max(1, self.max_rows//(images*world()))
     if n >= N: return None
-    if generator is None: return torch.arange(n, device=x.device)*N//n
-    return torch.randperm(N, generator=generator, device=x.device)[:n]
+    if generator is None: return torch.arange(n, device=device)*N//n
+    return torch.randperm(N, generator=generator, device=device)[:n]
 
 # %% ../../nbs/losses/10_rsd.ipynb #4f3a2198
 @patch
@@ -131,12 +133,12 @@ def target(self:RSD,
 def forward(self:RSD,
     xs:list,     # student tokens, P × (B, N, D_s)
     target:list, # targets at the same places, P × (B, N, D_t)
-    generator:torch.Generator|None=None, # draws the token places, if only some are used
+    places:list|None=None, # of `draw`, one an extraction point; evenly spaced if None
 )->Tensor:       # ()
     "Mean over extraction points"
     for s,t in zip(xs, target):
         if s.shape[:-1] != t.shape[:-1]: raise ValueError(f"student tokens {tuple(s.shape)} and target {tuple(t.shape)} differ in images or places; align the target first")
-    places = [self.draw(x, generator) for x in xs]
+    places = [self.draw(x.shape[1], len(x), device=x.device) for x in xs] if places is None else places
     S, T = ([self.rows(x, p) for x,p in zip(side, places)] for side in (xs, target))
     if len(self.heads) > 1: return torch.stack([self.one(head, s[None], t.detach()[None]).mean() for head,s,t in zip(self.heads, S, T)]).mean()
     if len({len(s) for s in S}) > 1: raise ValueError(f"student layers of one width hand over {[len(s) for s in S]} rows; tap layers of equal token count, or use pooled=True")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SelectorOptions', 'BalanceOptions', 'AlignerOptions', 'LossOptions', 'BASDOptions', 'cut', 'superpose', 'BASD',
-           'by_image']
+           'by_image', 'divisible']
 
 # %% ../../nbs/methods/31_basd.ipynb #a8aa2210
 import warnings
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.features import Attention, Features
 from ..geometry.selector import GrassmannSelector
-from ..geometry.statistics import step_generator
+from ..geometry.statistics import draw_images, step_generator
 from ..losses.attention import AttentionKL, cut_attention
 from ..losses.balance import Balance
 from ..losses.relational import Relational
@@ -33,6 +33,7 @@ class AlignerOptions:
     kind:Literal['cross', 'interp'] = 'cross'       # cross-attention, or resampling and a fixed projection
     width:Literal['student', 'teacher'] = 'student' # of the aligned tokens; the original's code used the teacher's
     codes:bool = True                               # position codes on queries and keys
+    samples:int|None = None                         # images whose reconstruction trains the aligner, over all ranks; None: all
 
 # %% ../../nbs/methods/31_basd.ipynb #4b9e0256
 @settings
@@ -45,7 +46,7 @@ class LossOptions:
 
 # %% ../../nbs/methods/31_basd.ipynb #5b97dfe7
 SelectorOptions = options_of(GrassmannSelector, 'widths_s', 'widths_t')
-BalanceOptions = options_of(Balance, 'names', 'weights', 'starts')
+BalanceOptions = options_of(Balance, 'names', 'starts')
 
 # %% ../../nbs/methods/31_basd.ipynb #54c2ff14
 @settings
@@ -149,24 +150,32 @@ def align(self:BASD,
     weights:Tensor,       # mixing weights, (P, L)
     student:Features,
     teacher:Features,
+    images:Tensor|None=None, # which of them train the aligner; None: all
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align
     "Teacher tokens, mixed and brought to the student's places and width"
     mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids, constant=self.options.targets == 'constant')
     places = {(x.shape[1], g) for x,g in zip(teacher.tokens, teacher.grids)}
     grids = teacher.grids[:1]*len(mixed) if len(places) == 1 else student.grids  # mixed tokens stay at the teacher's places if its layers agree on them
-    ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
-    recon = torch.stack([a.reconstruction(y, x, g) for a,y,x,g in zip(self.aligners, ys, mixed, grids)]).mean()
-    return mixed, ys, recon
+    learn = lambda xs: [a.reconstruction(y, x, g) for a,y,x,g in zip(self.aligners, [a(x, g) for a,x,g in zip(self.aligners, xs, grids)], xs, grids)]
+    if images is None:
+        ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
+        return mixed, ys, torch.stack([a.reconstruction(y, x, g) for a,y,x,g in zip(self.aligners, ys, mixed, grids)]).mean()
+    with torch.no_grad(): ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
+    return mixed, ys, torch.stack(learn([x[images] for x in mixed])).mean()
 
 # %% ../../nbs/methods/31_basd.ipynb #f051da74
 @patch
-def draw(self:BASD,
-    progress:Progress,
-    name:str,         # of the part that draws
-    device,
-)->torch.Generator:
-    "The generator of one part at one step"
-    return step_generator(progress.seed*31 + ['selector', 'rsd', 'rel', 'attn', 'spectral'].index(name), progress.step, device)
+def prepare(self:BASD, progress:Progress, batch:int, device)->Progress:
+    "Draw what each part samples at this step"
+    generator = lambda i: step_generator(progress.seed*31 + i, progress.step, device)
+    n, s, part = self.student.tokens, self.student, dict(self.losses)
+    drawn = dict(selector=self.selector.draw(n, s.grids, batch, generator(0), device), align=draw_images(batch, self.options.aligner.samples, generator(5), device))
+    if 'rsd' in part: g = generator(1); drawn['rsd'] = [part['rsd'].draw(m, batch, g, device) for m in n]
+    if 'rel' in part: drawn['rel'] = part['rel'].draw(min(n), generator(2), device)
+    if 'attn' in part: drawn['attn'] = part['attn'].draw(n[0], generator(3), device)
+    if 'spectral' in part: drawn['spectral'] = part['spectral'].draw(batch, generator(4), device)
+    number = lambda v: torch.full((), float(v), device=device)
+    return progress._replace(drawn=drawn | dict(step=number(progress.step), total=number(progress.total), epoch=number(progress.epoch)))
 
 # %% ../../nbs/methods/31_basd.ipynb #e1564fa4
 @patch
@@ -177,26 +186,20 @@ def compare(self:BASD,
     mixed:list,       # P × (B, N_t, D_t)
     ys:list,          # P × (B, N_s, D_s)
     blend,            # record of MixUp or CutMix, or None
-    progress:Progress,
+    drawn:dict,       # of `prepare`
 )->dict: # name → 0-d tensor
     "The four losses"
-    xs, device = student.tokens, student.tokens[0].device
+    xs = student.tokens
     boxed = blend is not None and blend.box is not None
     keeps = [blend.keep(x.shape[1], g) for x,g in zip(xs, student.grids)] if boxed else None
     if boxed: ys = [cut(y, blend, k) for y,k in zip(ys, keeps)]
     mixup = (lambda t: by_image(t, lambda u: superpose(u, blend))) if blend is not None and not boxed else (lambda t: t)
-    always = (lambda t: by_image(t, lambda u: superpose(u, blend))) if blend is not None else (lambda t: t)
     out = {}
     for name,loss in self.losses.items():
-        g = self.draw(progress, name, device)
-        if name == 'rsd': out[name] = loss(xs, mixup(loss.target(ys)), g)
-        elif name == 'rel':
-            pairs = loss.draw(min(x.shape[1] for x in xs), g, device)
-            out[name] = loss(xs, mixup(loss.target(ys, pairs)), pairs)
-        elif name == 'attn': out[name] = self.compare_attention(loss, student, teacher, weights, blend, keeps, g, progress)
-        else:
-            source = ys if self.options.spectrum_of == 'aligned' else mixed
-            out[name] = loss(xs, always(loss.target(source, [min(*x.shape[1:], *y.shape[1:]) for x,y in zip(xs, source)])), g)
+        if name == 'rsd': out[name] = loss(xs, mixup(loss.target(ys)), drawn['rsd'])
+        elif name == 'rel': out[name] = loss(xs, mixup(loss.target(ys, drawn['rel'])), drawn['rel'])
+        elif name == 'attn': out[name] = self.compare_attention(loss, student, teacher, weights, blend, keeps, drawn)
+        else: out[name] = self.compare_spectra(loss, xs, ys if self.options.spectrum_of == 'aligned' else mixed, blend, drawn['spectral'])
     return out
 
 # %% ../../nbs/methods/31_basd.ipynb #8bf6037d
@@ -207,30 +210,50 @@ def by_image(
     "Apply `f` to the representation of each extraction point"
     return [f(u) for u in t]
 
+# %% ../../nbs/methods/31_basd.ipynb #270a9107
+def divisible(
+    blend, # record of MixUp or CutMix, or None
+)->bool:
+    "May a few images be worked on at a time, whole pairs together"
+    return blend is None or hasattr(blend, 'of')
+
+# %% ../../nbs/methods/31_basd.ipynb #e44876c6
+@patch
+def compare_spectra(self:BASD, loss, xs, source, blend, images):
+    "The loss on spectra, of all images or of a sample"
+    if images is not None and divisible(blend): source, blend = [y[images] for y in source], blend and blend.of(len(images))
+    else: images = None
+    target = loss.target(source, [min(*x.shape[1:], *y.shape[1:]) for x,y in zip(xs, source)])
+    if blend is not None: target = by_image(target, lambda u: superpose(u, blend))
+    return loss(xs, target, images)
+
 # %% ../../nbs/methods/31_basd.ipynb #3b88af8b
 @patch
-def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, generator, progress):
-    "The loss on routing"
-    rows = loss.draw(student.attention[0].tokens, generator, weights.device)
-    maps = loss.target([a.detach() for a in teacher.attention], weights, [a.tokens for a in student.attention], teacher.grids, student.grids, rows)
-    if keeps is not None: maps = [cut_attention(A, A[blend.partner], k, rows) for A,k in zip(maps, keeps)]
-    elif blend is not None: maps = by_image(maps, lambda A: superpose(A, blend))
-    return loss(student.attention, maps, rows, progress.epoch)
+def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, drawn):
+    "The loss on routing, a few images at a time where nothing but the student learns from it"
+    rows, n_outs, B = drawn['attn'], [a.tokens for a in student.attention], len(student.tokens[0])
+    def target(images):
+        maps = loss.target([a[images].detach() for a in teacher.attention], weights, n_outs, teacher.grids, student.grids, rows)
+        if blend is None: return maps
+        mine = blend if images == slice(0, B) else blend.of(images.stop - images.start)
+        if keeps is None: return by_image(maps, lambda A: superpose(A, mine))
+        return [cut_attention(A, A[mine.partner], k, rows) for A,k in zip(maps, keeps)]
+    return loss(student.attention, target if divisible(blend) and not weights.requires_grad else target(slice(0, B)), rows, drawn['epoch'])
 
 # %% ../../nbs/methods/31_basd.ipynb #e6a3be25
 @patch
 def forward(self:BASD, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
     "One evaluation of the objective"
-    o, device = self.options, student.logits.device
-    live = o.targets == 'live'
-    mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, self.draw(progress, 'selector', device))
+    o, live = self.options, self.options.targets == 'live'
+    drawn = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None else progress).drawn
+    mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, drawn['selector'])
     weights = mix.weights if live else mix.weights.detach()
-    mixed, ys, recon = self.align(weights, student, teacher)
+    mixed, ys, recon = self.align(weights, student, teacher, None if live else drawn['align'])
     targets = ys if live else [y.detach() for y in ys]
     blend = target.blend if o.blended == 'mixed' else None
-    raw = self.compare(student, teacher, weights, mixed, targets, blend, progress)
+    raw = self.compare(student, teacher, weights, mixed, targets, blend, drawn)
     losses = torch.stack([raw[n] for n in self.losses])
-    total, balanced = self.balance(losses, *(torch.full((), float(v), device=device) for v in (progress.step, progress.total)))
+    total, balanced = self.balance(losses, drawn['step'], drawn['total'])
     skip = o.blended == 'skip' and target.blend is not None
     parts = dict(ce=cross_entropy(student.logits, target.labels)) | {n: o.weight*(0. if skip else 1.)*p for n,p in zip(self.losses, balanced['parts'])}
     parts |= dict(selector=mix.regulariser) | ({} if live else dict(align=o.align*recon))

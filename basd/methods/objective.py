@@ -33,6 +33,7 @@ class Progress(NamedTuple):
     total:int    # optimizer steps of the whole run
     seed:int=0   # of the run
     epoch:float=0.     # epochs behind us
+    drawn:Any=None     # of `Objective.prepare`: random draws and schedules as tensors; the objective draws them itself if None
     observe:bool=False # will this step be logged; if so, the report may hold what is too dear for every step
 
 # %% ../../nbs/methods/30_objective.ipynb #f2f1c154
@@ -88,6 +89,14 @@ class Objective(nn.Module):
     )->dict: # loss: (), output: (B, C), parts: {name: ()} which sum to the loss, report: {name: detached tensor}
         "One evaluation of the method"
         raise TypeError(f"{type(self).__name__} must define forward")
+
+    def prepare(self,
+        progress:Progress,
+        batch:int,                 # images on this rank
+        device,
+    )->Progress:
+        "Draw all that is random and depends on the progress alone; called outside of a compiled forward pass"
+        return progress
 
     def after_step(self):
         "Called after each optimizer step; constrained parameters go back to their manifold here"
