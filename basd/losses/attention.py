@@ -43,8 +43,9 @@ def mix_attention(
     mixed = None
     for w, a in zip(weights.unbind(1), attention):
         A = a.detach().weights(rows)
-        if mixed is None: mixed = A.new_zeros(len(weights), *A.shape)
-        for p, w_p in enumerate(w.unbind()): mixed[p].addcmul_(A, w_p.to(A.dtype))
+        if mixed is None: mixed = w.to(A.dtype).view(-1, *[1]*A.dim()) * A
+        else:
+            for p, w_p in enumerate(w.unbind()): mixed[p].addcmul_(A, w_p.to(A.dtype))
     return mixed
 
 # %% ../../nbs/losses/12_attention.ipynb #3c3aa23b
@@ -222,7 +223,7 @@ def in_pieces(
     def share(images, *qk):
         some = [Attention(q, k, a.scale, a.prefix) for q,k,a in zip(qk[::2], qk[1::2], attention_s)]
         return self.compare(some, target(images), rows) * (len(qk[0])/B)
-    numbers = sum(len(h.weight) for h in self.heads) * N * (N if rows is None else len(rows))
+    numbers = sum(len(h.weight) for h in self.heads) * N * (N if rows is None else 4*len(rows))
     size = self.at_once or images_at_once(numbers, B, attention_s[0].q.device)
     return in_pieces(share, [t for a in attention_s for t in (a.q, a.k)], list(self.parameters()), size)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import island, no_autocast, step_generator
+from ..geometry.statistics import images_at_once, in_pieces, island, no_autocast, step_generator
 
 # %% ../../nbs/losses/11_relational.ipynb #8e67651c
 def relations(
@@ -49,7 +49,7 @@ class Relational(nn.Module):
         super().__init__()
         if form not in ('direction', 'gram', 'smooth_l1'): raise ValueError(f"form={form!r}; choose 'direction', 'gram' or 'smooth_l1'")
         if pairs < 1: raise ValueError(f"pairs={pairs}; at least one is needed")
-        self.pairs, self.form = pairs, form
+        self.pairs, self.form, self.at_once = pairs, form, None # images at a time, where the target is a function; None: as the device has room
 
     def draw(self,
         n:int,          # tokens that both sides have
@@ -78,12 +78,26 @@ def target(self:Relational,
 @patch
 def forward(self:Relational,
     xs:list,     # student tokens, P × (B, N, D)
-    target:list, # of `target`, possibly blended
+    target,      # of `target`, possibly blended; or a function from a slice of images to theirs
     pairs:tuple, # the same as for `target`
 )->Tensor:       # ()
     "Mean over pairs, images and extraction points"
+    if callable(target): return self.in_pieces(xs, target, pairs)
     if len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1: return self.one(torch.stack(list(xs)), torch.stack(list(target)), pairs)
     return torch.stack([self.one(x, t, pairs) for x,t in zip(xs, target)]).mean()
+
+# %% ../../nbs/losses/11_relational.ipynb #10672c33
+@patch
+def in_pieces(self:Relational,
+    xs:list,     # student tokens, P × (B, N, D)
+    target,      # slice of images → their constant target
+    pairs:tuple, # of `draw`
+)->Tensor:       # ()
+    "The same mean with the relations of a few images in memory"
+    B = len(xs[0])
+    share = lambda images, *some: self(list(some), target(images), pairs) * (len(some[0])/B)
+    size = self.at_once or images_at_once(len(pairs[0])*sum(x.shape[-1] for x in xs), B, xs[0].device)
+    return in_pieces(share, list(xs), size=size)
 
 # %% ../../nbs/losses/11_relational.ipynb #de1250d4
 @patch

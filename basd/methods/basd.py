@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.features import Attention, Features
@@ -195,11 +196,12 @@ def compare(self:BASD,
     if boxed: ys = [cut(y, blend, k) for y,k in zip(ys, keeps)]
     mixup = (lambda t: by_image(t, lambda u: superpose(u, blend))) if blend is not None and not boxed else (lambda t: t)
     out = {}
+    compare = dict(rsd=lambda loss: loss(xs, mixup(loss.target(ys)), drawn['rsd']),
+                   rel=lambda loss: self.compare_relations(loss, xs, ys, blend, drawn['rel']),
+                   attn=lambda loss: self.compare_attention(loss, student, teacher, weights, blend, keeps, drawn),
+                   spectral=lambda loss: self.compare_spectra(loss, xs, ys if self.options.spectrum_of == 'aligned' else mixed, blend, drawn['spectral']))
     for name,loss in self.losses.items():
-        if name == 'rsd': out[name] = loss(xs, mixup(loss.target(ys)), drawn['rsd'])
-        elif name == 'rel': out[name] = loss(xs, mixup(loss.target(ys, drawn['rel'])), drawn['rel'])
-        elif name == 'attn': out[name] = self.compare_attention(loss, student, teacher, weights, blend, keeps, drawn)
-        else: out[name] = self.compare_spectra(loss, xs, ys if self.options.spectrum_of == 'aligned' else mixed, blend, drawn['spectral'])
+        with record_function(f'part/{name}'): out[name] = compare[name](loss)
     return out
 
 # %% ../../nbs/methods/31_basd.ipynb #8bf6037d
@@ -227,6 +229,16 @@ def compare_spectra(self:BASD, loss, xs, source, blend, images):
     if blend is not None: target = by_image(target, lambda u: superpose(u, blend))
     return loss(xs, target, images)
 
+# %% ../../nbs/methods/31_basd.ipynb #574fd96c
+@patch
+def compare_relations(self:BASD, loss, xs, ys, blend, pairs):
+    "The loss on relations, a few images at a time where nothing but the student learns from it"
+    def target(images):
+        t = loss.target([y[images] for y in ys], pairs)
+        if blend is None or blend.box is not None: return t
+        return by_image(t, lambda u: superpose(u, blend if images == slice(0, len(xs[0])) else blend.of(images.stop - images.start)))
+    return loss(xs, target if divisible(blend) and not ys[0].requires_grad else target(slice(0, len(xs[0]))), pairs)
+
 # %% ../../nbs/methods/31_basd.ipynb #3b88af8b
 @patch
 def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, drawn):
@@ -246,9 +258,9 @@ def forward(self:BASD, student:Features, teacher:Features, target:Target, progre
     "One evaluation of the objective"
     o, live = self.options, self.options.targets == 'live'
     drawn = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None else progress).drawn
-    mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, drawn['selector'])
+    with record_function('part/selector'): mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, drawn['selector'])
     weights = mix.weights if live else mix.weights.detach()
-    mixed, ys, recon = self.align(weights, student, teacher, None if live else drawn['align'])
+    with record_function('part/align'): mixed, ys, recon = self.align(weights, student, teacher, None if live else drawn['align'])
     targets = ys if live else [y.detach() for y in ys]
     blend = target.blend if o.blended == 'mixed' else None
     raw = self.compare(student, teacher, weights, mixed, targets, blend, drawn)

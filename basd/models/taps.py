@@ -216,6 +216,12 @@ class Taps:
             attention.append(a if a is not None and a.tokens == x.shape[1] else None)
         return Features(tokens, attention, logits, grids)
 
+    def take(self, logits=None)->Features:
+        "The latest forward pass as `Features`, and nothing of it kept"
+        f = self.features(logits)
+        self.outputs.clear()
+        return f
+
     def _tokens(self, out):
         prefix = 0 if self.grid and out.dim() == 3 and out.shape[1] == math.prod(self.grid) else self.prefix
         x, grid = to_tokens(out, prefix, self.channels_last)
@@ -274,6 +280,7 @@ class Tapped(nn.Module):
         self.attention, self.prefix, self.channels_last = attention, prefix, channels_last
         for name,v in dict(mean=mean, std=std).items():
             self.register_buffer(name, None if v is None else torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        self.taps = None         # hooks that stay, after `attach`
         self.widths = self.tokens = self.grids = self.heads = None # one entry a layer, once `probe` has run
         self.input_size = None   # (3, height, width) of the images that the model expects, where it is known
         self.architecture, self.model_args = None, {} # name and arguments for `timm.create_model`, where the model comes from there
@@ -284,8 +291,22 @@ class Tapped(nn.Module):
         **kwargs, # likewise
     )->Features:
         "One ordinary forward pass"
+        if self.taps is not None: return self.taps.take(self._logits(self.model(self.normalise(x), *args, **kwargs)))
         with tap(self.model, self.names, self.attention, self.prefix, self.channels_last) as taps: out = self.model(self.normalise(x), *args, **kwargs)
         return taps.features(self._logits(out))
+
+    def attach(self):
+        "Leave the hooks in place from now on, so that a compiler finds them and no step has to set them"
+        if self.taps is None:
+            _refuse_compiled(self.model)
+            self.taps = Taps(self.model, self.names, self.attention, self.prefix, self.channels_last)
+            self.taps.attach()
+        return self
+
+    def release(self):
+        "Take them away again"
+        if self.taps is not None: self.taps.remove()
+        self.taps = None
 
     def normalise(self,
         x:Tensor, # bytes, or floats in [0, 1], (B, 3, h, w)

@@ -29,7 +29,7 @@ from ..geometry.statistics import step_generator, world
 from ..methods.objective import Progress, Target, find_objective
 from ..models.students import save_student
 from .checkpoints import load, rng_state, save, set_rng_state, start_run
-from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate, input_size, make_optimizer, open_data,
+from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate, hold_memory, input_size, make_optimizer, open_data,
                                   part_gradients, pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
 from .recipes import Recipe
@@ -108,7 +108,8 @@ def forward(self:Trainer,
         if self.teacher is not None:
             clean = batch['teacher'].to(self.device, non_blocking=True)
             taught = self.teacher(blend_images(clean.to(self.dtype)/255, blend) if v.teacher_sees_blend else clean)
-        return self.model(x, taught, target, Progress(self.step, self.total, self.t.seed, self.step/self.per_epoch, observe))
+        progress = Progress(self.step, self.total, self.t.seed, self.step/self.per_epoch, observe)
+        return self.model(x, taught, target, self.lesson.objective.prepare(progress, len(y), self.device))
 
 # %% ../../nbs/training/64_trainer.ipynb #a456ac48
 @patch
@@ -231,7 +232,11 @@ def start(self:Trainer,
     params = lambda m: [p for p in m.parameters() if p.requires_grad]
     self.dtype = next(self.lesson.student.parameters()).dtype
     self.groups = [params(self.lesson.student), params(self.lesson.objective)]
-    self.model = torch.compile(self.lesson) if self.t.compile else self.lesson
+    self.model = self.lesson
+    if self.t.compile:
+        for m in (self.lesson.student, self.teacher): m and m.attach()
+        self.model, self.teacher = torch.compile(self.lesson), self.teacher and torch.compile(self.teacher)
+    elif self.device.type == 'cpu': hold_memory()
     if world() > 1: self.model = DistributedDataParallel(self.model)
 
 # %% ../../nbs/training/64_trainer.ipynb #94a37bdc
