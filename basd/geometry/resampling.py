@@ -121,11 +121,11 @@ def resample_tokens(
     "Read tokens at new places, in the type of `x`; gradient flows to `x`"
     axes = _axes(x.shape[-2], n_out, grid_in, grid_out)
     if _same(axes): return x if rows is None else x.index_select(-2, rows)
+    kind = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     with no_autocast(x):
-        z = island(x)
-        if rows is None: return _along([interpolation(*a, z.device, z.dtype) for a in axes], z).to(x.dtype)
-        index, share = (t[rows] for t in stencil(x.shape[-2], n_out, grid_in, grid_out, z.device, z.dtype))
-        return sum(s[:, None]*z.index_select(-2, i) for i,s in zip(index.unbind(1), share.unbind(1))).to(x.dtype)
+        if rows is None: return _along([interpolation(*a, **kind) for a in axes], island(x)).to(x.dtype)
+        index, share = (t[rows] for t in stencil(x.shape[-2], n_out, grid_in, grid_out, **kind))
+        return sum(s[:, None]*x.index_select(-2, i) for i,s in zip(index.unbind(1), share.unbind(1))).to(x.dtype)
 
 # %% ../../nbs/geometry/03_resampling.ipynb #771a0c6c
 def _keys(ops, A): # ops (out, in) one an axis, A (..., R, N_in) -> (..., R, N_out)

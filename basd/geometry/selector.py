@@ -34,14 +34,14 @@ def mixing_weights(
 
 # %% ../../nbs/geometry/05_selector.ipynb #985d0f9e
 def _mixture(weights, xs, normalise):
-    x = torch.stack([F.layer_norm(x, x.shape[-1:]) if normalise else x for x in xs])
+    x = torch.stack([F.layer_norm(island(x), x.shape[-1:]) if normalise else island(x) for x in xs])
     return torch.tensordot(weights.to(x.dtype), x, 1)                                   # (P, B, ..., D)
 
 def _mixtures(weights, xs, normalise):
     "The same for a few entries at a time, where nothing has to be kept for a gradient"
     size = images_at_once(len(xs)*xs[0][0].numel(), len(xs[0]), xs[0].device)
     if size == len(xs[0]) or torch.is_grad_enabled() and any(t.requires_grad for t in (weights, *xs)): return _mixture(weights, xs, normalise)
-    out = xs[0].new_empty(len(weights), *xs[0].shape)
+    out = island(xs[0].new_empty(0)).new_empty(len(weights), *xs[0].shape)
     for i in range(0, len(xs[0]), size): out[:, i:i+size] = _mixture(weights, [x[i:i+size] for x in xs], normalise)
     return out
 

@@ -125,7 +125,13 @@ def parser()->argparse.ArgumentParser:
     e = sub.add_parser('evaluate', help="measure a run's weights on its test split", description=evaluate.__doc__)
     e.add_argument('run_dir')
     e.add_argument('--weights', default='all', help='last, best, ema or all (default)')
-    for s in (t, e): s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
+    b = sub.add_parser('bench', help="time a recipe's step beside its lower bound", description='Needs neither data nor weights. For a CPU, choose a batch it can hold: data.batch_size=16')
+    b.add_argument('recipe', nargs='?', default='basd_imagenet', help='name of a packaged recipe or a .yaml file (default basd_imagenet)')
+    b.add_argument('overrides', nargs='*', metavar='key=value', help='change the recipe, as in data.batch_size=16')
+    b.add_argument('--out', help='folder for bench.json and bench.png')
+    b.add_argument('--reps', type=int, default=7, help='pairs of steps (default 7)')
+    b.add_argument('--growth', action='store_true', help='also with other batch sizes, token counts, widths, layers and points')
+    for s in (t, e, b): s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
     r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
     r.add_argument('name', nargs='?', help='print this recipe')
     return p
@@ -137,7 +143,7 @@ def parse(
     "Read the command line"
     p = parser()
     args, rest = p.parse_known_args(argv)
-    if args.command == 'train' and all('=' in w and not w.startswith('-') for w in rest): args.overrides += rest
+    if args.command in ('train', 'bench') and all('=' in w and not w.startswith('-') for w in rest): args.overrides += rest
     elif rest: p.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
@@ -152,6 +158,9 @@ def run(
     elif args.command == 'evaluate':
         for name,r in evaluate(args.run_dir, args.weights, args.device).items():
             if rank() == 0: print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  cross-entropy {r['loss']:.4f}  ({r['n']} images)")
+    elif args.command == 'bench':
+        from basd.training.bench import bench, sizes_around, table     # the profiler is not for everyday starts
+        print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device, sizes=sizes_around if args.growth else None)))
     elif args.name: print(yaml.safe_dump(read_recipe(args.name), sort_keys=False, allow_unicode=True), end='')
     else:
         for name,about in recipes(): print(f'{name:24} {about}')
