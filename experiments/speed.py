@@ -39,10 +39,10 @@ GPU = {
 }
 
 
-def measure(words, extra):
+def measure(words):
     "One row, in a process of its own"
     with tempfile.TemporaryDirectory() as tmp:
-        done = subprocess.run([sys.executable, "-m", "basd", "bench", *words, *extra, "--out", tmp], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "basd", "bench", *words, "--out", tmp], capture_output=True, text=True)
         if done.returncode: return dict(error=(done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
         print(done.stdout)
         return json.loads((Path(tmp)/"bench.json").read_text())
@@ -55,12 +55,12 @@ def main():
     p.add_argument("--out", default=None)
     args = p.parse_args()
     out = Path(args.out or f"experiments/results/speed_{args.rows}.json")
-    rows, extra = (CPU, []) if args.rows == "cpu" else (GPU, ["--kernels", "--sync"])
+    rows = CPU if args.rows == "cpu" else GPU
     results = json.loads(out.read_text()) if out.is_file() else {}
     for name, words in rows.items():
         if args.only and name not in args.only: continue
         print(name, flush=True)
-        results[name] = measure(words, extra)
+        results[name] = measure(words)
         out.write_text(json.dumps(results, indent=1))
 
 

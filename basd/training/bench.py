@@ -9,6 +9,7 @@ __all__ = ['Bench', 'seconds', 'race', 'additions', 'peak_memory', 'Noise', 'var
 # %% ../../nbs/training/66_bench.ipynb #9b7347ef
 import copy
 import json
+import os
 import platform
 import statistics
 import time
@@ -162,6 +163,30 @@ def additions(
     named = {k.removeprefix('part/'): v for k,v in parts.items() if k.startswith('part/')}
     return {'taps': over('teacher')} | named | {'backward': over('backward'), 'optimizer': over('optimizer')}
 
+# %% ../../nbs/training/66_bench.ipynb #56cf5774
+@patch
+def kernels(self:Bench,
+    n:int=3, # how many
+)->list: # (name, share of the time on the device)
+    "The kernels of a full step that take most of a GPU's time"
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
+        self.full(); torch.cuda.synchronize()
+    on_device = [e for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and not e.key.startswith(('bound/', 'full/', 'part/'))]
+    total = sum(e.self_device_time_total for e in on_device)
+    return [(e.key, e.self_device_time_total/total) for e in sorted(on_device, key=lambda e: -e.self_device_time_total)[:n]]
+
+# %% ../../nbs/training/66_bench.ipynb #70ab2ad8
+@patch
+def without_waiting(self:Bench,
+    steps:int=20,
+)->bool: # True; raises RuntimeError where a step waits for the device
+    "Make steps in a mode in which waiting for the device is an error"
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for _ in range(steps): self.full()
+    finally: torch.cuda.set_sync_debug_mode('default')
+    return True
+
 # %% ../../nbs/training/66_bench.ipynb #93e9e994
 def peak_memory(
     f,       # called without arguments
@@ -213,7 +238,7 @@ def pipeline(self:Bench,
     v, student = self.recipe.views, input_size(self.lesson.student)
     views = Views(student, None if self.clean is None else self.clean.shape[-1], geometry=v.geometry, crop_scale=tuple(v.crop_scale), flip=v.flip, photometry=v.photometry, erase=v.erase)
     noise = Noise(self.B*(batches + 4), student if student <= 64 else 256)
-    batch, start = iter(build_loader(noise, None, views, self.B, workers=self.recipe.data.workers)), None
+    batch, start = iter(build_loader(noise, None, views, self.B, workers=min(self.recipe.data.workers, os.cpu_count()))), None
     for i in range(batches + 4):
         next(batch)
         if i == 3: start = time.perf_counter()       # workers have started by now
@@ -270,6 +295,7 @@ def bench(
     reps:int=7,           # pairs of steps
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     sizes=None,           # for `growth`, or a function from the recipe to them; left out if None
+    gpu_checks:bool=True, # on a GPU: name the largest kernels, and make 20 steps in which waiting for the device is an error
 )->dict:
     "Measure a recipe's step beside its lower bound"
     chosen = load_recipe(recipe, overrides)
@@ -280,9 +306,17 @@ def bench(
     result = dict(recipe=recipe, overrides=list(overrides), B=b.B, precision=r.train.precision, compile=r.train.compile, time=timed, parts=parts, additions=additions(parts),
                   memory=b.memory(), images_per_s=dict(step=b.B/timed['full'], pipeline=b.pipeline()), date=time.strftime('%Y-%m-%d'),
                   environment=environment() | dict(cpu=_cpu()))
+    if device == 'cuda' and gpu_checks: result |= dict(kernels=b.kernels(), without_waiting=_checked(b))
     if sizes: result['growth'] = growth(r, sizes(r) if callable(sizes) else sizes, device)
     if out is not None: write(result, out)
     return result
+
+def _checked(b):
+    "True, or what the host waited for"
+    settle = getattr(getattr(b.lesson.objective, 'selector', None), 'settle', 0)
+    for _ in range(settle): b.full()
+    try: return b.without_waiting()
+    except RuntimeError as e: return str(e).splitlines()[0]
 
 def _cpu():
     "The processor's name"

@@ -1,0 +1,46 @@
+"""Do sampled losses, or losses without decompositions, teach worse? The quickstart over three seeds, in three forms of BASD.
+
+    python experiments/estimators.py [RUNS]      # resumes where it was interrupted; experiments/results/estimators.json
+
+The teacher and the student by labels alone are trained once a seed; the forms differ in nothing but the options below.
+"""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from basd.training.checkpoints import environment
+from basd.training.cli import train
+from basd.training.recipes import load_recipe, write_recipe
+
+FORMS = {
+    "exact": [],
+    "sampled": ["method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9", "method.losses.spectral.samples=16",
+                "method.aligner.samples=16"],
+    "products": ["method.selector.solver=track", "method.losses.spectral.form=moments"],
+}
+
+
+def finished(run, recipe, *overrides):
+    "Results of a run, made or taken up if need be"
+    if not (run/"result.json").is_file(): train(recipe, *overrides, run_dir=str(run), resume=(run/"recipe.yaml").is_file(), bars=False)
+    r = json.loads((run/"result.json").read_text())
+    return dict(val=r["val_top1"], test=r["test"][r["headline"]]["top1"], seconds=r["seconds"])
+
+
+if __name__ == "__main__":
+    folder, rows = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/estimators"), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(3):
+        stages = load_recipe("quickstart", [f"train.seed={seed}"])
+        row = dict(seed=seed)
+        for stage in ("teacher", "ce", "basd"):
+            recipe = stages[stage]
+            if recipe.teacher.run: recipe = replace(recipe, teacher=replace(recipe.teacher, run=str(folder/f"{seed}-teacher")))
+            write_recipe(recipe, file := folder/f"{seed}-{stage}.yaml")
+            if stage != "basd": row[stage] = finished(folder/f"{seed}-{stage}", str(file))
+            else: row |= {form: finished(folder/f"{seed}-{form}", str(file), *overrides) for form, overrides in FORMS.items()}
+            out = dict(rows=[*rows, row], forms=FORMS, environment=environment())
+            (Path(__file__).parent/"results"/"estimators.json").write_text(json.dumps(out, indent=1))
+        rows.append(row)
+        print(row, flush=True)
