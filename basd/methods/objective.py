@@ -44,6 +44,7 @@ class Needs:
     layers:Any=None          # teacher layers, in the same words; None for none
     attention:bool=False     # keep queries and keys of those layers
     teacher:bool=False       # run the teacher at all
+    distilled:bool=False     # train the student's second, distillation head; a student that has one is refused otherwise
 
 # %% ../../nbs/methods/30_objective.ipynb #6a8f36c9
 @dataclass

@@ -291,9 +291,9 @@ class Tapped(nn.Module):
         **kwargs, # likewise
     )->Features:
         "One ordinary forward pass"
-        if self.taps is not None: return self.taps.take(self._logits(self.model(self.normalise(x), *args, **kwargs)))
+        if self.taps is not None: return self._features(self.taps.take, self.model(self.normalise(x), *args, **kwargs))
         with tap(self.model, self.names, self.attention, self.prefix, self.channels_last) as taps: out = self.model(self.normalise(x), *args, **kwargs)
-        return taps.features(self._logits(out))
+        return self._features(taps.features, out)
 
     def attach(self):
         "Leave the hooks in place from now on, so that a compiler finds them and no step has to set them"
@@ -315,6 +315,12 @@ class Tapped(nn.Module):
         if self.mean is None: return x
         if x.dtype == torch.uint8: x = x.to(self.mean.dtype) / 255
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+
+    def _features(self, read, out):
+        both = isinstance(out, tuple) and len(out) == 2 and all(isinstance(o, Tensor) and o.dim() == 2 for o in out) # class head, distillation head
+        f = read(self._logits(out[0] if both else out))
+        if both: f.distilled = out[1]
+        return f
 
     def _logits(self, out):
         out = getattr(out, 'logits', out)

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 import basd
-from ..methods.objective import Needs
+from ..methods.objective import find_objective
 from .checkpoints import load, read_run, start_run, write_atomic
 from .recipes import load_recipe, packaged, read_recipe, recipe_names
 from .lesson import build_student, evaluate as measure, input_size, open_data, processes, rank
@@ -104,7 +104,7 @@ def evaluate(
     if weights != 'all' and weights not in found: raise ValueError(f"{run} holds no {weights!r} weights; it has {', '.join(found)}")
     with processes(device) as here:
         images, _, _, test = open_data(recipe)
-        student = build_student(recipe, images.num_classes, Needs()).to(here)
+        student = build_student(recipe, images.num_classes, find_objective(recipe.method.name).needs(recipe.method.options)).to(here)
         out = {}
         for name in found if weights == 'all' else [weights]:
             student.model.load_state_dict(found[name])

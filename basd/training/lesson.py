@@ -76,7 +76,13 @@ def build_student(
     s = recipe.student
     options = {k: getattr(s, k) for k in ('model', 'img_size', 'patch_size', 'depth', 'width', 'heads', 'drop_path', 'pretrained', 'checkpoint')}
     points = {None: [], 'default': None}.get(needs.points, needs.points) if not isinstance(needs.points, list) else needs.points
-    return create_student(num_classes=classes, points=points, attention=needs.attention, **options, **s.kwargs)
+    student = create_student(num_classes=classes, points=points, attention=needs.attention, **options, **s.kwargs)
+    second = getattr(student.model, 'set_distilled_training', None)
+    if needs.distilled and second is None: raise ValueError(f"student.model={s.model!r} has no distillation head, which the method trains; use one that has, as deit_tiny_distilled_patch16_224")
+    if second is not None and not needs.distilled:
+        raise ValueError(f"student.model={s.model!r} has a distillation head that method {recipe.method.name!r} does not train, and evaluation averages both heads; use a model with one head")
+    if second is not None: second(True)
+    return student
 
 # %% ../../nbs/training/63_lesson.ipynb #d39e4897
 def build_teacher(
