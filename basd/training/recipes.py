@@ -99,7 +99,7 @@ class TrainRecipe:
     compile:bool = False
     ema:Annotated[float, Field(ge=0, lt=1)]|None = None # decay of the averaged student; None: no average
     log_every:Count = 50                  # optimizer steps a row of metrics.jsonl
-    gradient_shares:bool = True           # measure at each logging step how hard each part pulls on the student
+    gradient_shares:bool = True           # measure at each logging step how hard each part pulls on the student; not in compiled runs
     save_every:Count|None = None          # optimizer steps between checkpoints; None: at the end of each epoch
     skip_nonfinite:Annotated[int, Field(ge=0)] = 0 # how many steps with a non-finite loss may be skipped before the run stops
     headline:Literal['best', 'last', 'ema'] = 'best' # which weights are exported and named first; best and last of the student itself

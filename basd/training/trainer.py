@@ -122,7 +122,7 @@ def optimize(self:Trainer,
         last = micro == len(batches) - 1
         with nullcontext() if last or world() == 1 else self.model.no_sync():
             out = self.forward(batch, micro, logging and last)
-            if logging and last and self.t.gradient_shares: self.observe_gradients(out['parts'])
+            if logging and last and self.t.gradient_shares and not self.t.compile: self.observe_gradients(out['parts']) # compiled graphs cannot be walked twice
             (out['loss']/len(batches)).backward()
         self.observe(out)
     norms, self.optimizer.found_inf = clip_and_flag(self.groups, self.t.clip)
