@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,12 @@ from fastcore.basics import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..data.cache import Cache, Layout
 from ..data.mixing import blend_images, blend_labels, draw_blend
 from ..data.views import Views, build_loader
 from ..geometry.statistics import step_generator
 from ..methods.objective import Progress, Target, find_objective
+from ..models.records import RecordForm, from_record, to_record
 from .checkpoints import environment
 from .lesson import Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, hold_memory, input_size, make_optimizer
 from .recipes import Recipe, load_recipe
@@ -37,6 +40,7 @@ class Bench:
         recipe:Recipe,
         device='cpu',
         classes:int=10,
+        cached:bool=False, # read what the teacher says from a cache, as from a run's second epoch on
     ):
         if recipe.teacher.run is not None: raise ValueError("teacher.run names a finished run, which a bench has no use for; give teacher.model")
         r, self.device = recipe, torch.device(device)
@@ -54,6 +58,7 @@ class Bench:
         self.optimizer, self.plain_optimizer = make_optimizer(self.lesson, r), torch.optim.AdamW(self.plain.parameters(), 1e-4, fused=True)
         self.model = self.lesson
         self.made_up()
+        self.records = self.keep() if cached else None
         if r.train.compile: self.compile()
 
 # %% ../../nbs/training/66_bench.ipynb #53c1cbdc
@@ -123,9 +128,24 @@ def learn(self:Bench, x, target, progress):
 
 # %% ../../nbs/training/66_bench.ipynb #5a086f9b
 @patch
+@torch.no_grad()
+def keep(self:Bench):
+    "The teacher's answers in a cache on the disk"
+    features = self.teacher(self.clean)
+    form = RecordForm.of(features)
+    record, folder = to_record(features, form), tempfile.TemporaryDirectory()
+    layout = Layout({k: v.shape[1:] for k,v in record.items()})
+    cache = Cache(folder.name, layout, self.B, {}, shard=8)
+    cache.build(lambda which: {k: v[which[0]:which[-1] + 1] for k,v in record.items()}, batch=self.B)
+    return cache, form, torch.arange(self.B), folder                                  # the folder goes when the bench goes
+
+# %% ../../nbs/training/66_bench.ipynb #021ca99e
+@patch
 def features(self:Bench):
     "What the teacher says of the clean images"
-    return None if self.teacher is None else self.teacher(self.clean)
+    if self.records is None: return None if self.teacher is None else self.teacher(self.clean)
+    cache, form, which, _ = self.records
+    return from_record(cache.layout.unpack(cache.read(which, pin=self.device.type == 'cuda').to(self.device, non_blocking=True)), form)
 
 # %% ../../nbs/training/66_bench.ipynb #11f6ca46
 def seconds(
@@ -323,15 +343,16 @@ def bench(
     reps:int=7,           # pairs of steps
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     sizes=None,           # for `growth`, or a function from the recipe to them; left out if None
+    cached:bool=False,    # the teacher's answers come from a disk
     gpu_checks:bool=True, # on a GPU: name the largest kernels, and make 20 steps in which waiting for the device is an error
 )->dict:
     "Measure a recipe's step beside its lower bound"
     chosen = load_recipe(recipe, overrides)
     r = list(chosen.values())[-1]                       # of a recipe in stages, the last
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    b = Bench(r, device)
+    b = Bench(r, device, cached=cached)
     timed, parts = race(b.bound, b.full, device, reps), b.parts()
-    result = dict(recipe=recipe, overrides=list(overrides), B=b.B, precision=r.train.precision, compile=r.train.compile, time=timed, parts=parts, additions=additions(parts),
+    result = dict(recipe=recipe, overrides=list(overrides), cached=cached, B=b.B, precision=r.train.precision, compile=r.train.compile, time=timed, parts=parts, additions=additions(parts),
                   memory=b.memory(), images_per_s=dict(step=b.B/timed['full'], pipeline=b.pipeline()), date=time.strftime('%Y-%m-%d'),
                   environment=environment() | dict(cpu=_cpu()))
     if device == 'cuda' and gpu_checks: result |= dict(kernels=b.kernels(), without_waiting=_checked(b))

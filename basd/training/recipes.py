@@ -80,6 +80,7 @@ class TeacherRecipe:
     pretrained:bool = False
     checkpoint:str|None = None            # .pth or .safetensors, timm's or DINOv2's official key layout
     img_size:Count|None = None            # pixels of the teacher's view
+    cache:str|None = None                 # folder in which to keep what it says of each image; needs a view that does not move
     kwargs:dict[str, Any] = field(default_factory=dict)
 
 # %% ../../nbs/training/60_recipes.ipynb #e5e08677

@@ -28,6 +28,7 @@ from ..data.views import Views, build_loader
 from ..geometry.statistics import step_generator, world
 from ..methods.objective import Progress, Target, find_objective
 from ..models.students import save_student
+from .cached import CachedTeacher, refuse_moving
 from .checkpoints import load, rng_state, save, set_rng_state, start_run
 from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate, hold_memory, input_size, make_optimizer, open_data,
                                   part_gradients, pulls, rank)
@@ -45,10 +46,10 @@ class Trainer:
         bars:bool|None=None,      # progress bars; None: where standard output is a terminal or a notebook
     ):
         self.recipe, self.run, self.device, self.t = recipe, Path(run), torch.device(device), recipe.train
+        self.bars = rank() == 0 and (interactive() if bars is None else bars)
         self.build_data()
         self.build_models()
         self.start(resume)
-        self.bars = rank() == 0 and (interactive() if bars is None else bars)
 
 # %% ../../nbs/training/65_trainer.ipynb #6a73f572
 def interactive()->bool:
@@ -82,8 +83,13 @@ def build_models(self:Trainer):
     self.size_s, self.size_t = input_size(student), None if self.teacher is None else input_size(self.teacher)
     torch.manual_seed(self.t.seed + 1)
     objective = method(r.method.options, dry_run(student, self.device), None if self.teacher is None else dry_run(self.teacher, self.device), self.classes).to(self.device)
-    self.views = Views(self.size_s, self.size_t, geometry=v.geometry, crop_scale=tuple(v.crop_scale), flip=v.flip, photometry=v.photometry, erase=v.erase)
-    self.lesson = Lesson(student, objective)
+    make_views = lambda size_t: Views(self.size_s, size_t, geometry=v.geometry, crop_scale=tuple(v.crop_scale), flip=v.flip, photometry=v.photometry, erase=v.erase)
+    self.views = make_views(self.size_t)
+    self.lesson, self.kept = Lesson(student, objective), None
+    if self.teacher is not None and r.teacher.cache is not None:
+        refuse_moving(self.views, v.teacher_sees_blend)
+        self.kept = CachedTeacher(self.teacher, r.teacher.cache, self.images, self.fit, self.views, self.device)
+        self.views = make_views(None)                                   # nobody looks at the teacher's view any more
     self.optimizer = make_optimizer(self.lesson, r)
     self.scheduler = CosineLRScheduler(self.optimizer, t_initial=self.total, lr_min=self.t.min_lr, warmup_t=min(round(self.t.warmup_epochs*self.per_epoch), self.total - 1),
                                        warmup_lr_init=self.t.min_lr, warmup_prefix=False, t_in_epochs=False)
@@ -105,7 +111,8 @@ def forward(self:Trainer,
     target = Target(blend_labels(y, self.classes, blend, v.smoothing), None if v.teacher_sees_blend else blend)
     taught = None
     with autocast(self.device, self.t.precision):
-        if self.teacher is not None:
+        if self.kept is not None: taught = self.kept(batch['index'])
+        elif self.teacher is not None:
             clean = batch['teacher'].to(self.device, non_blocking=True)
             taught = self.teacher(blend_images(clean.to(self.dtype)/255, blend) if v.teacher_sees_blend else clean)
         progress = Progress(self.step, self.total, self.t.seed, self.step/self.per_epoch, observe)
@@ -226,6 +233,9 @@ def start(self:Trainer,
     if world() > 1: dist.barrier()
     self.step, self.done, self.best, self.before, self.comment = 0, 0, dict(top1=-1., epoch=-1), 0., ''  # `done`: epochs evaluated
     self.meter, self.sentinel, self.stopping = Meter(), Sentinel(self.device), False
+    if self.kept is not None and not self.kept.cache.complete:
+        if rank() == 0: print(f"{self.recipe.name or 'run'}: {self.kept}", flush=True)
+        self.kept.build(progress=progress_bar if self.bars else None)
     self.clock = self.began = time.perf_counter()
     offset = self.restore() if resume and (self.run/'last.pt').is_file() else 0
     self.log = Log(self.run, offset) if rank() == 0 else None
