@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from ..geometry.statistics import centre, covariance, global_mean, island, no_autocast, world
+from ..geometry.statistics import centre, covariance, global_mean, in_pieces, island, no_autocast, world
 
 # %% ../../nbs/losses/10_rsd.ipynb #cc3e9dd3
 def standardise(
@@ -95,6 +96,7 @@ class RSD(nn.Module):
         if gamma*min(widths_s) < 1: raise ValueError(f"gamma={gamma} leaves a head of width {min(widths_s)} no hidden channel; raise gamma")
         if max_rows is not None and max_rows < 1: raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
         self.kappa, self.center, self.pooled, self.reduction, self.max_rows = kappa, center, pooled, reduction, max_rows
+        self.at_once = None # points at a time; None: all, or one where they are large
         together = len(set(widths_s)) == len(set(widths_t)) == 1
         self.heads = nn.ModuleList([Heads(len(widths_s), widths_s[0], widths_t[0], gamma, norm)] if together else [Heads(1, a, b, gamma, norm) for a,b in zip(widths_s, widths_t)])
 
@@ -142,12 +144,23 @@ def forward(self:RSD,
     S, T = ([self.rows(x, p) for x,p in zip(side, places)] for side in (xs, target))
     if len(self.heads) > 1: return torch.stack([self.one(head, s[None], t.detach()[None]).mean() for head,s,t in zip(self.heads, S, T)]).mean()
     if len({len(s) for s in S}) > 1: raise ValueError(f"student layers of one width hand over {[len(s) for s in S]} rows; tap layers of equal token count, or use pooled=True")
-    return self.one(self.heads[0], torch.stack(S), torch.stack(T).detach()).mean()
+    return self.by_point(torch.stack(S), torch.stack(T).detach())
 
-# %% ../../nbs/losses/10_rsd.ipynb #f2a3fd20
+# %% ../../nbs/losses/10_rsd.ipynb #c62730f5
+@patch
+def by_point(self:RSD,
+    s:Tensor, # student rows, (P, M, D_s)
+    t:Tensor, # target rows, (P, M, D_t)
+)->Tensor:    # ()
+    "Mean over points that share a `Heads`, one at a time where they are large"
+    head, (names, params) = self.heads[0], zip(*self.heads[0].named_parameters())
+    share = lambda points, s, *own: self.one(lambda x: functional_call(head, dict(zip(names, own)), (x,)), s, t[points]).sum() / len(t)
+    return in_pieces(share, [s, *params], size=self.at_once or (1 if s.shape[1]*params[0].shape[1]*len(s) > 2**21 else None))
+
+# %% ../../nbs/losses/10_rsd.ipynb #a1d8f651
 @patch
 def one(self:RSD,
-    head:Heads,
+    head,     # `Heads`, or a function like it
     s:Tensor, # student rows, (P, M, D_s)
     t:Tensor, # target rows, (P, M, D_t)
 )->Tensor:    # (P,)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SelectorOptions', 'BalanceOptions', 'AlignerOptions', 'LossOptions', 'BASDOptions', 'cut', 'superpose', 'BASD',
-           'by_image', 'divisible']
+           'learned', 'by_image', 'divisible']
 
 # %% ../../nbs/methods/31_basd.ipynb #a8aa2210
 import warnings
@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.features import Attention, Features
 from ..geometry.selector import GrassmannSelector
-from ..geometry.statistics import draw_images, step_generator
+from ..geometry.statistics import draw_images, images_at_once, in_pieces, step_generator
 from ..losses.attention import AttentionKL, cut_attention
 from ..losses.balance import Balance
 from ..losses.relational import Relational
@@ -146,23 +146,39 @@ def attention_missing(self:BASD)->str: # '' if nothing is
     return ''
 
 # %% ../../nbs/methods/31_basd.ipynb #d762d675
+def learned(
+    aligner,     # of one extraction point
+    x:Tensor,    # mixed teacher tokens, (B, N_t, D_t)
+    grid,        # of these tokens, or None
+)->tuple:        # targets (B, N_s, D), constant; the aligner's loss, ()
+    "Align, and learn from it, a few images at a time"
+    if not any(p.requires_grad for p in aligner.parameters()): return (y := aligner(x, grid)).detach(), aligner.reconstruction(y, x, grid)
+    ys, width = [], max(x.shape[-1], 2*getattr(aligner, 'queries', x).shape[-1])
+    def share(images, some):
+        y = aligner(some, grid)
+        ys.append(y.detach())
+        return aligner.reconstruction(y, some, grid) * (len(some)/len(x))
+    loss = in_pieces(share, [x], list(aligner.parameters()), images_at_once(4*x.shape[1]*width, len(x), x.device))
+    return torch.cat(ys), loss
+
+# %% ../../nbs/methods/31_basd.ipynb #64340455
 @patch
 def align(self:BASD,
     weights:Tensor,       # mixing weights, (P, L)
     student:Features,
     teacher:Features,
     images:Tensor|None=None, # which of them train the aligner; None: all
-)->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align
+)->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, None for live targets
     "Teacher tokens, mixed and brought to the student's places and width"
     mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids, constant=self.options.targets == 'constant')
     places = {(x.shape[1], g) for x,g in zip(teacher.tokens, teacher.grids)}
     grids = teacher.grids[:1]*len(mixed) if len(places) == 1 else student.grids  # mixed tokens stay at the teacher's places if its layers agree on them
-    learn = lambda xs: [a.reconstruction(y, x, g) for a,y,x,g in zip(self.aligners, [a(x, g) for a,x,g in zip(self.aligners, xs, grids)], xs, grids)]
-    if images is None:
-        ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
-        return mixed, ys, torch.stack([a.reconstruction(y, x, g) for a,y,x,g in zip(self.aligners, ys, mixed, grids)]).mean()
-    with torch.no_grad(): ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
-    return mixed, ys, torch.stack(learn([x[images] for x in mixed])).mean()
+    if self.options.targets == 'live': return mixed, [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)], None
+    if images is None: ys, losses = zip(*(learned(a, x, g) for a,x,g in zip(self.aligners, mixed, grids)))
+    else:
+        with torch.no_grad(): ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
+        losses = [learned(a, x[images], g)[1] for a,x,g in zip(self.aligners, mixed, grids)]
+    return mixed, list(ys), torch.stack(losses).mean()
 
 # %% ../../nbs/methods/31_basd.ipynb #f051da74
 @patch

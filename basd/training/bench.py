@@ -119,6 +119,7 @@ def learn(self:Bench, x, target, progress):
     with autocast(self.device, t.precision):
         with record_function('full/teacher'): taught = self.features()
         with record_function('full/forward'): out = self.model(x, taught, target, progress)
+    del taught                                                                  # the graph holds what it needs
     with record_function('full/backward'): out['loss'].backward()
     with record_function('full/optimizer'):
         _, self.optimizer.found_inf = clip_and_flag([list(self.lesson.student.parameters()), [p for p in self.lesson.objective.parameters() if p.requires_grad]], t.clip)
