@@ -67,7 +67,7 @@ class Balance(nn.Module):
         temperature:float|None=None,  # T; 1 for "reference", else 2
         u_max:float=2.,               # how far below its trend a loss may seem to be
         beta:float=.99,               # memory of the reference
-        floor:float=.5,               # smallest divisor, relative to the first level
+        floor:float=.25,              # smallest divisor, relative to the first level
         settle:int=50,                # active steps whose mean is the first level
         weights:dict|None=None,       # of form "fixed"; all equal if None
     ):

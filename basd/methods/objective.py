@@ -33,8 +33,8 @@ class Progress(NamedTuple):
     total:int    # optimizer steps of the whole run
     seed:int=0   # of the run
     epoch:float=0.     # epochs behind us
-    drawn:Any=None     # of `Objective.prepare`: random draws and schedules as tensors; the objective draws them itself if None
     observe:bool=False # will this step be logged; if so, the report may hold what is too dear for every step
+    drawn:Any=None     # of `Objective.prepare`: random draws and schedules as tensors; the objective draws them itself if None
 
 # %% ../../nbs/methods/30_objective.ipynb #f2f1c154
 @dataclass
