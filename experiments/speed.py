@@ -29,6 +29,7 @@ CPU = {
     "large fp32 sampled cached": [*LARGE, FP32, *SAMPLED, "--cached"],
     "small fp32 exact cached": [*SMALL, FP32, "--cached"],
     "small fp32 sampled cached": [*SMALL, FP32, *SAMPLED, "--cached"],
+    "large bf16 sampled released": [*LARGE, BF16, *SAMPLED, "--release"],
     "small growth": [*SMALL, FP32, "data.batch_size=32", "--growth", "--reps", "3"],
 }
 GPU = {

@@ -241,6 +241,7 @@ def load_recipe(
     tree = read_recipe(name)
     for text in overrides: tree = merge(tree, parse_override(text))
     stages = tree.pop('stages', None)
+    if isinstance(stages, dict): stages = {k: v for k,v in stages.items() if v is not None}     # null leaves out a stage of the recipe that this one extends
     if not stages: return {'': resolve(tree)}
     if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()): raise ValueError("stages: should be sections, one a stage")
     out = {}
