@@ -30,7 +30,7 @@ CPU = {
     "small fp32 exact cached": [*SMALL, FP32, "--cached"],
     "small fp32 sampled cached": [*SMALL, FP32, *SAMPLED, "--cached"],
     "large bf16 sampled released": [*LARGE, BF16, *SAMPLED, "--release"],
-    "small growth": [*SMALL, FP32, "data.batch_size=32", "--growth", "--reps", "3"],
+    "small growth": [*SMALL, FP32, *SAMPLED, "--growth", "--reps", "3"],
 }
 GPU = {
     "gpu exact": ["basd_imagenet", "data.batch_size=256", BF16, "train.compile=true", "method.selector.solver=track", "method.losses.spectral.form=moments"],

@@ -108,8 +108,8 @@ def overlap(
 def turn(
     cov:Tensor,    # symmetric, (..., d, d)
     X:Tensor,      # orthonormal eigenvectors of a matrix not far from it, (..., d, d)
-    times:int=2,   # each squares the error
-    cap:float=.1,  # largest angle of a pair, in radians
+    times:int=4,   # each leaves the square of a small error
+    cap:float=.4,  # largest angle of a pair, in radians
 )->tuple[Tensor, Tensor]: # orthonormal (..., d, d) and eigenvalues (..., d), descending
     "Eigenvectors that follow a slowly changing matrix, by products alone"
     for _ in range(times):
@@ -118,7 +118,7 @@ def turn(
         gap = lam[..., None, :] - lam[..., None]                                         # S_jj − S_ii
         angle = (torch.atan2(2*S, gap.abs()) * gap.sign() / 2).clamp(-cap, cap)
         X = X + X @ angle
-        for _ in range(2): X = 1.5*X - .5*X @ (X.mT @ X)
+        for _ in range(4): X = 1.5*X - .5*X @ (X.mT @ X)
     lam, order = (X * (cov @ X)).sum(-2).sort(descending=True, stable=True)
     return X.gather(-1, order[..., None, :].expand_as(X)), lam
 

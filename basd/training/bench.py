@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Bench', 'seconds', 'race', 'additions', 'Waits', 'peak_memory', 'Noise', 'varied', 'sizes_around', 'growth', 'bench',
-           'write', 'plot_bench', 'table']
+           'write', 'part_colours', 'plot_bench', 'table']
 
 # %% ../../nbs/training/66_bench.ipynb #9b7347ef
 import copy
@@ -41,10 +41,11 @@ class Bench:
         device='cpu',
         classes:int=10,
         cached:bool=False, # read what the teacher says from a cache, as from a run's second epoch on
+        hold:bool=True,    # keep freed memory, as the trainer does on a CPU
     ):
         if recipe.teacher.run is not None: raise ValueError("teacher.run names a finished run, which a bench has no use for; give teacher.model")
         r, self.device = recipe, torch.device(device)
-        if self.device.type == 'cpu': hold_memory()
+        if hold and self.device.type == 'cpu': hold_memory()
         method = find_objective(r.method.name)
         needs = method.needs(r.method.options)
         torch.manual_seed(r.train.seed)
@@ -345,15 +346,16 @@ def bench(
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     sizes=None,           # for `growth`, or a function from the recipe to them; left out if None
     cached:bool=False,    # the teacher's answers come from a disk
+    hold:bool=True,       # keep freed memory, as the trainer does on a CPU
     gpu_checks:bool=True, # on a GPU: name the largest kernels, and make 20 steps in which waiting for the device is an error
 )->dict:
     "Measure a recipe's step beside its lower bound"
     chosen = load_recipe(recipe, overrides)
     r = list(chosen.values())[-1]                       # of a recipe in stages, the last
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    b = Bench(r, device, cached=cached)
+    b = Bench(r, device, cached=cached, hold=hold)
     timed, parts = race(b.bound, b.full, device, reps), b.parts()
-    result = dict(recipe=recipe, overrides=list(overrides), cached=cached, B=b.B, precision=r.train.precision, compile=r.train.compile, time=timed, parts=parts, additions=additions(parts),
+    result = dict(recipe=recipe, overrides=list(overrides), cached=cached, hold=hold, B=b.B, precision=r.train.precision, compile=r.train.compile, time=timed, parts=parts, additions=additions(parts),
                   memory=b.memory(), images_per_s=dict(step=b.B/timed['full'], pipeline=b.pipeline()), date=time.strftime('%Y-%m-%d'),
                   environment=environment() | dict(cpu=_cpu()))
     if device == 'cuda' and gpu_checks: result |= dict(kernels=b.kernels(), without_waiting=_checked(b))
@@ -390,6 +392,15 @@ def write(
         plt.close(fig)
 
 # %% ../../nbs/training/66_bench.ipynb #1371d2a6
+def part_colours(
+    names:list, # of parts
+)->dict: # name → colour
+    "Greys for what every method has, colours for the rest"
+    greys = dict(taps='.7', backward='.5', optimizer='.3')
+    own = [n for n in names if n not in greys]
+    return greys | {n: f'C{i}' for i,n in enumerate(own)}
+
+# %% ../../nbs/training/66_bench.ipynb #2e737f80
 def plot_bench(
     results:list,     # of `bench`
     ax=None,
@@ -400,13 +411,14 @@ def plot_bench(
     ax = ax or plt.subplots(figsize=(7, 1 + .4*len(results)))[1]
     labels = labels or [' '.join([r['recipe'], *r['overrides'][:2]]) for r in results]
     names = list(dict.fromkeys(k for r in results for k in r['additions']))
+    colour = part_colours(names)
     for y,r in enumerate(results):
         total = sum(v for k,v in r['parts'].items() if k.startswith('bound/'))
-        ax.barh(y, 1, color='.8', label='lower bound' if y == 0 else None)
+        ax.barh(y, 1, color='.88', label='lower bound' if y == 0 else None)
         left = 1.
-        for i,n in enumerate(names):
+        for n in names:
             width = r['additions'].get(n, 0.)/total
-            ax.barh(y, width, left=left, color=f'C{i}', label=n if y == 0 else None)
+            ax.barh(y, width, left=left, color=colour[n], label=n if y == 0 else None)
             left += width
         ax.plot([r['time']['ratio']]*2, [y - .4, y + .4], color='k', lw=1.5, label='measured ratio' if y == 0 else None)
     ax.set(yticks=range(len(results)), yticklabels=labels, xlabel='time of a step ÷ its lower bound')

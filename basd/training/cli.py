@@ -131,6 +131,7 @@ def parser()->argparse.ArgumentParser:
     b.add_argument('--out', help='folder for bench.json and bench.png')
     b.add_argument('--reps', type=int, default=7, help='pairs of steps (default 7)')
     b.add_argument('--cached', action='store_true', help="read the teacher's answers from a cache, as from the second epoch on")
+    b.add_argument('--release', action='store_true', help='let freed memory go back to the system, which a CPU run otherwise keeps')
     b.add_argument('--growth', action='store_true', help='also with other batch sizes, token counts, widths, layers and points')
     for s in (t, e, b): s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
     r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
@@ -161,7 +162,7 @@ def run(
             if rank() == 0: print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  cross-entropy {r['loss']:.4f}  ({r['n']} images)")
     elif args.command == 'bench':
         from basd.training.bench import bench, sizes_around, table     # the profiler is not for everyday starts
-        print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device, cached=args.cached, sizes=sizes_around if args.growth else None)))
+        print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device, cached=args.cached, hold=not args.release, sizes=sizes_around if args.growth else None)))
     elif args.name: print(yaml.safe_dump(read_recipe(args.name), sort_keys=False, allow_unicode=True), end='')
     else:
         for name,about in recipes(): print(f'{name:24} {about}')
