@@ -1,4 +1,4 @@
-"""Do sampled losses, or losses without decompositions, teach worse? The quickstart over three seeds, in three forms of BASD.
+"""Do sampled losses teach worse? The quickstart over three seeds: labels alone, BASD with exact losses and with sampled ones.
 
     python experiments/estimators.py [RUNS]      # resumes where it was interrupted; experiments/results/estimators.json
 
@@ -17,7 +17,6 @@ FORMS = {
     "exact": [],
     "sampled": ["method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9", "method.losses.spectral.samples=16",
                 "method.aligner.samples=16"],
-    "products": ["method.selector.solver=track", "method.losses.spectral.form=moments"],
 }
 
 

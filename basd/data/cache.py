@@ -63,8 +63,9 @@ def unpack(self:Layout,
 
 # %% ../../nbs/data/53_cache.ipynb #c07ea424
 def fingerprint(
-    x, # nested dicts and lists of tensors and plain values
-)->str: # 16 hexadecimal digits
+    x,             # nested dicts and lists of tensors and plain values
+    digits:int=16, # hexadecimal, up to 64
+)->str:
     "A digest of everything in `x`"
     h = hashlib.sha256()
     def feed(x):
@@ -77,7 +78,7 @@ def fingerprint(
             for v in x.items() if isinstance(x, dict) else x: feed(v)
         else: h.update(repr(x).encode())
     feed(x)
-    return h.hexdigest()[:16]
+    return h.hexdigest()[:digits]
 
 # %% ../../nbs/data/53_cache.ipynb #e1592f93
 class Cache:

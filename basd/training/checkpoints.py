@@ -6,7 +6,6 @@
 __all__ = ['write_atomic', 'save', 'digest', 'load', 'rng_state', 'set_rng_state', 'start_run', 'read_run', 'environment']
 
 # %% ../../nbs/training/61_checkpoints.ipynb #ec56ee03
-import hashlib
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 import basd
+from ..data.cache import fingerprint
 from ..geometry.statistics import world
 from .recipes import Recipe, as_tree, differences, load_recipe, write_recipe
 
@@ -44,23 +44,12 @@ def save(
     "Write a checkpoint atomically, with a digest of its content"
     write_atomic(path, lambda p: torch.save({'state': state, 'digest': digest(state)}, p))
 
-# %% ../../nbs/training/61_checkpoints.ipynb #48c54816
+# %% ../../nbs/training/61_checkpoints.ipynb #173f27ea
 def digest(
     state, # nested dicts and lists of tensors and plain values
-)->str:
+)->str:    # 64 hexadecimal digits
     "SHA-256 over the content of `state`, in the order in which it is nested"
-    h = hashlib.sha256()
-    def feed(x):
-        if isinstance(x, Tensor):
-            h.update(f'{x.dtype}{tuple(x.shape)}'.encode())
-            h.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b'')
-        elif isinstance(x, dict):
-            for k,v in x.items(): h.update(repr(k).encode()); feed(v)
-        elif isinstance(x, (list, tuple)):
-            for v in x: feed(v)
-        else: h.update(repr(x).encode())
-    feed(state)
-    return h.hexdigest()
+    return fingerprint(state, 64)
 
 # %% ../../nbs/training/61_checkpoints.ipynb #5d353260
 def load(
