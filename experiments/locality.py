@@ -1,0 +1,52 @@
+"""The locality curse at the scale of two processor cores: who teaches, and how far the student then looks.
+
+    HF_HUB_OFFLINE=1 python experiments/locality.py CIFAR10_FOLDER VIT_TINY.safetensors [RUNS]
+
+CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Every student has the same architecture, images, views, schedule and
+selection rule; rows differ in what is listed in ROWS and in nothing else. Resumes where it was interrupted; writes
+experiments/results/locality.json after every run.
+"""
+import json
+import sys
+from pathlib import Path
+
+from basd.training.checkpoints import environment
+from basd.training.cli import train
+
+REDUCED = ["data.download=false", "data.val_size=2000", "data.train_size=5000", "data.batch_size=128", "data.workers=0", "views.geometry=fixed",
+           "train.epochs=12", "train.warmup_epochs=1", "train.log_every=20"]
+STUDENT = ["student.depth=6", "student.width=96", "student.heads=3", "student.drop_path=0"]
+CNN = ["student.kwargs={channels: [16, 32, 64, 128]}", "views.mixup=0", "views.cutmix=0"]
+VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.img_size=128"]
+SAMPLED = ["method.weight=0.3", "method.selector.max_rows=1024", "method.losses.rsd.max_rows=1024", "method.losses.attn.rows=16",
+           "method.losses.spectral.samples=32", "method.aligner.samples=32"]
+ROWS = {
+    "cnn": ("resnet18_cifar", CNN),
+    "ce": ("deit_cifar", STUDENT),
+    "cnn-taught": ("deit_cifar_distill", STUDENT),
+    "cka-taught": ("deit_ss_distill_cka_cifar", [*STUDENT, *VIT, "method.layers=[2, 5, 8, 11]"]),
+    "basd-taught": ("basd_study", [*STUDENT, *VIT, "method.layers=[1, 3, 5, 7, 9, 11]", *SAMPLED]),
+}
+
+
+def result(run, recipe, overrides):
+    "Results of a run, made or taken up if need be"
+    if not (run/"result.json").is_file(): train(recipe, *overrides, run_dir=str(run), resume=(run/"recipe.yaml").is_file(), bars=False)
+    r = json.loads((run/"result.json").read_text())
+    return dict(val=r["val_top1"], test=r["test"][r["headline"]]["top1"], seconds=r["seconds"])
+
+
+if __name__ == "__main__":
+    data, weights, *rest = sys.argv[1:]
+    folder, out = Path(rest[0] if rest else "runs/locality"), Path(__file__).parent/"results"/"locality.json"
+    here = [f"data.source=hfds/{data}", f"data.root={folder}/images"]
+    rows = []
+    for seed in range(3):
+        for name, (recipe, overrides) in ROWS.items():
+            local = [f"train.seed={seed}", *here]
+            if name == "cnn-taught": local.append(f"teacher.run={folder}/cnn-{seed}")
+            if "teacher.img_size=128" in overrides: local += [f"teacher.checkpoint={weights}", f"teacher.cache={folder}/cache-{name}"]
+            rows.append(dict(seed=seed, row=name) | result(folder/f"{name}-{seed}", recipe, [*REDUCED, *overrides, *local]))
+            print(rows[-1], flush=True)
+            commands = {n: " ".join(["basd train", r, *REDUCED, *o]) for n, (r, o) in ROWS.items()}
+            out.write_text(json.dumps(dict(rows=rows, commands=commands, environment=environment()), indent=1))
