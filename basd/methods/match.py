@@ -78,7 +78,7 @@ def checked_loss(
 @settings
 class MatchOptions:
     "Everything that a recipe may say about matching"
-    losses:dict[str, Any]                   # name → options, with `weight` among them
+    losses:dict[str, Any]                   # name → options, with `weight` among them; null leaves one out that a recipe inherits
     points:Any = 'default'                  # extraction points
     layers:Any = 'all'                      # teacher layers to choose from
     layer_map:str = 'uniform'               # which of them each point is paired with
@@ -87,6 +87,7 @@ class MatchOptions:
     rise:float = 0.                         # share of the run over which it does
 
     def __post_init__(self):
+        self.losses = {n: o for n,o in self.losses.items() if o is not None}
         for name,options in self.losses.items(): checked_loss(name, options)
         if not self.losses: raise ValueError("losses is empty; name at least one, or use method ce")
         layer_map(self.layer_map, 1, 2)
