@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SelectorOptions', 'BalanceOptions', 'AlignerOptions', 'LossOptions', 'BASDOptions', 'cut', 'superpose', 'BASD',
-           'learned', 'by_image', 'divisible']
+           'learned', 'grids_of_mixed', 'by_image', 'divisible']
 
 # %% ../../nbs/methods/31_basd.ipynb #a8aa2210
 import warnings
@@ -162,6 +162,15 @@ def learned(
     return torch.cat(ys), loss
 
 # %% ../../nbs/methods/31_basd.ipynb #64340455
+def grids_of_mixed(
+    student:Features,
+    teacher:Features,
+)->list: # (height, width) or None, one an extraction point
+    "Where mixed tokens lie: at the teacher's places if its layers agree on them, else at the student's"
+    places = {(x.shape[1], g) for x,g in zip(teacher.tokens, teacher.grids)}
+    return teacher.grids[:1]*len(student.tokens) if len(places) == 1 else student.grids
+
+# %% ../../nbs/methods/31_basd.ipynb #a07276ad
 @patch
 def align(self:BASD,
     weights:Tensor,       # mixing weights, (P, L)
@@ -171,8 +180,7 @@ def align(self:BASD,
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, None for live targets
     "Teacher tokens, mixed and brought to the student's places and width"
     mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids, constant=self.options.targets == 'constant')
-    places = {(x.shape[1], g) for x,g in zip(teacher.tokens, teacher.grids)}
-    grids = teacher.grids[:1]*len(mixed) if len(places) == 1 else student.grids  # mixed tokens stay at the teacher's places if its layers agree on them
+    grids = grids_of_mixed(student, teacher)
     if self.options.targets == 'live': return mixed, [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)], None
     if images is None: ys, losses = zip(*(learned(a, x, g) for a,x,g in zip(self.aligners, mixed, grids)))
     else:
