@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..geometry.resampling import resample_tokens
 from ..geometry.statistics import island, no_autocast
-from .cka import paired
+from .paired import feature_loss, paired
 
 # %% ../../nbs/losses/18_fourier.ipynb #cde26e60
 def fourier_distance(
@@ -42,6 +42,7 @@ def log_magnitude(
     return torch.fft.rfft2(x.unflatten(-2, grid), dim=(-3, -2), norm='ortho').abs().log1p()
 
 # %% ../../nbs/losses/18_fourier.ipynb #9e61c018
+@feature_loss('fourier')
 class Fourier(nn.Module):
     "Match feature maps wave by wave; gradient to the student and the maps between widths"
     def __init__(self,

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.resampling import resample_tokens
 from ..geometry.statistics import centre, global_mean, island, no_autocast, rank, world
-from .cka import paired
+from .paired import at_places, feature_loss, paired
 
 # %% ../../nbs/losses/17_gram.ipynb #83c6e319
 def unit_tokens(
@@ -40,6 +39,7 @@ def gram_distance(
     return d + (-d).clamp(min=0).detach()
 
 # %% ../../nbs/losses/17_gram.ipynb #0230da0e
+@feature_loss('gram')
 class Gram(nn.Module):
     "Match the cosines among the tokens of an image; gradient to the student, no parameters"
     def __init__(self,
@@ -69,10 +69,11 @@ def forward(self:Gram,
     grids_t:list|None=None, # (height, width) of each teacher layer; resampled as a sequence if either is None
 )->Tensor:                  # ()
     "Mean over images and extraction points"
-    pairs = [(x, resample_tokens(y, x.shape[1], b, a)) for x,y,a,b in paired(xs, ys, grids_s, grids_t)]
+    pairs = at_places(xs, ys, grids_s, grids_t)
     return torch.stack([self.one(x, y).mean() for x,y in pairs]).mean()
 
 # %% ../../nbs/losses/17_gram.ipynb #bbac9b57
+@feature_loss('token')
 class TokenCosine(nn.Module):
     "One minus the cosine of each token with its teacher token; gradient to the student and the maps"
     def __init__(self,
@@ -107,13 +108,14 @@ def forward(self:TokenCosine,
     grids_t:list|None=None, # (height, width) of each teacher layer; resampled as a sequence if either is None
 )->Tensor:                  # ()
     "Mean over tokens, images and extraction points"
-    pairs = [(x, resample_tokens(y, x.shape[1], b, a)) for x,y,a,b in paired(xs, ys, grids_s, grids_t)]
+    pairs = at_places(xs, ys, grids_s, grids_t)
     maps = self.maps or [nn.Identity()]*len(pairs)
     if len(maps) != len(pairs):
         raise ValueError(f"{len(pairs)} extraction points, but widths for {len(maps)}; give one an extraction point")
     return torch.stack([self.one(f(x), y) for f,(x,y) in zip(maps, pairs)]).mean()
 
 # %% ../../nbs/losses/17_gram.ipynb #2ffe9247
+@feature_loss('correlation')
 class PooledCorrelation(nn.Module):
     "Match the similarities among the images of a batch; gradient to the student, no parameters"
     def __init__(self,
