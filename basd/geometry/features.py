@@ -20,12 +20,13 @@ class Attention:
         k:Tensor,           # keys as the forward pass used them, (B, H, N', D_h)
         scale:float|None=None, # factor on `q·k`; `D_h**-0.5` if None
         prefix:int=0,       # how many of the N' tokens, counted from the first, are class or register tokens
+        v:Tensor|None=None, # values, (B, H, N', D_h), where the model hands them over
     ):
         if q.shape != k.shape or q.dim() != 4:
             raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must both have shape (B, H, N', D_h); repeat grouped keys first")
         if not 0 <= prefix < q.shape[2]:
             raise ValueError(f"prefix={prefix} of {q.shape[2]} tokens leaves none; it must be below the token count")
-        self.q, self.k, self.prefix = q, k, prefix
+        self.q, self.k, self.v, self.prefix = q, k, v, prefix
         self.scale = q.shape[-1]**-.5 if scale is None else scale
 
     @property
@@ -55,13 +56,13 @@ class Attention:
 
     def detach(self)->'Attention':
         "The same attention, cut from the graph"
-        return Attention(self.q.detach(), self.k.detach(), self.scale, self.prefix)
+        return Attention(self.q.detach(), self.k.detach(), self.scale, self.prefix, None if self.v is None else self.v.detach())
 
     def __getitem__(self,
         images, # slice or indices
     )->'Attention':
         "Attention of some images of the batch"
-        return Attention(self.q[images], self.k[images], self.scale, self.prefix)
+        return Attention(self.q[images], self.k[images], self.scale, self.prefix, None if self.v is None else self.v[images])
 
     def _scores(self, q, k):
         with torch.autocast(q.device.type, enabled=False):

@@ -104,16 +104,23 @@ class NormedReader:
         attn:nn.Module, # with `q_norm`, `k_norm`, `scale` and, if rotary, `num_prefix_tokens`
     ):
         self.attn, self.names = attn, list(inspect.signature(attn.forward).parameters)
-        self.q = self.k = self.given = None
+        self.q = self.k = self.qkv = self.given = None
 
     def hooks(self)->list: # handles
         "Attach to the module"
+        joint = [self.attn.qkv.register_forward_hook(self._qkv)] if isinstance(getattr(self.attn, 'qkv', None), nn.Module) else []
         return [self.attn.register_forward_pre_hook(self._given, with_kwargs=True),
-                self.attn.q_norm.register_forward_hook(self._q), self.attn.k_norm.register_forward_hook(self._k)]
+                self.attn.q_norm.register_forward_hook(self._q), self.attn.k_norm.register_forward_hook(self._k), *joint]
 
     def _given(self, module, args, kwargs): self.given = {**dict(zip(self.names, args)), **kwargs}
     def _q(self, module, args, out): self.q = out
     def _k(self, module, args, out): self.k = out
+    def _qkv(self, module, args, out): self.qkv = out
+
+    def values(self)->Tensor|None: # (B, H, N', D_h)
+        "The last third of a joint projection; None where there is none"
+        B, H, N, _ = self.q.shape
+        return None if self.qkv is None or self.qkv.shape[-1] != 3*self.q[0, :, 0].numel() else self.qkv.reshape(B, N, 3, H, -1)[:, :, 2].transpose(1, 2)
 
     def read(self,
         prefix:int, # prefix tokens
@@ -122,7 +129,7 @@ class NormedReader:
         if self.q is None or self.given.get('attn_mask') is not None or self.given.get('is_causal'): return None
         q, k, rope = self.q, self.k, self.given.get('rope')
         if rope is not None: q, k = (_rotate(self.attn, t, rope) for t in (q, k))
-        return Attention(q, k.repeat_interleave(q.shape[1]//k.shape[1], 1) if k.shape[1] != q.shape[1] else k, self.attn.scale, prefix)
+        return Attention(q, k.repeat_interleave(q.shape[1]//k.shape[1], 1) if k.shape[1] != q.shape[1] else k, self.attn.scale, prefix, self.values())
 
 # %% ../../nbs/models/40_taps.ipynb #a72a88fd
 def _rotate(attn, t, rope):
