@@ -111,15 +111,18 @@ def convolve(
     full = torch.stack([torch.fft.irfft2(torch.fft.rfft2(v)*torch.fft.rfft2(k, n), n) for v,k in zip(x, kernels)])
     return full[..., 2*p:2*p + h, 2*p:2*p + w]
 
-# %% ../../nbs/analysis/71_corruptions.ipynb #78dad6bd
+# %% ../../nbs/analysis/71_corruptions.ipynb #c31f0d46
 def lens(
     R:float, # radius in pixels
 )->Tensor: # (k, k), sums to 1
-    "A disc of light; a pixel on its rim counts as far as it lies inside"
-    p = math.ceil(R)
-    t = torch.arange(-p, p + 1.)
-    k = (R + .5 - (t[:, None]**2 + t**2).sqrt()).clamp(0, 1)
-    return k/k.sum()
+    "A disc of light of standard deviation R/2 along each axis"
+    t = torch.arange(-math.ceil(R) - 1, math.ceil(R) + 2, dtype=torch.double)
+    distance, low, high = torch.hypot(t[:, None], t), 0., R + 1
+    for _ in range(40):
+        r = (low + high)/2
+        k = (r + .5 - distance).clamp(0, 1)
+        low, high = (r, high) if (k.sum(0)@t**2)/k.sum() < R**2/4 else (low, r)
+    return (k/k.sum()).float()
 
 # %% ../../nbs/analysis/71_corruptions.ipynb #f2900813
 @corruption
@@ -139,7 +142,7 @@ def shuffle(
     di, dj = (u[:, :2]*(d + 1)).long().T[..., None, None]                                # where the grid begins
     window = (torch.arange(h)[:, None] + di)//(d + 1)*(w + d + 1) + (torch.arange(w) + dj)//(d + 1)
     window = window.flatten(1)                                                           # (B, h·w)
-    place, who = window.argsort(1, stable=True), (window + u[:, 2:]).argsort(1)
+    place, who = window.argsort(dim=1, stable=True), (window + u[:, 2:]).argsort(dim=1)
     source = torch.empty_like(place).scatter_(1, place, who).to(x.device)
     return x.flatten(2).gather(2, source[:, None].expand(-1, C, -1)).view_as(x)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..geometry.features import Features
 from ..losses.balance import ramp
+from ..losses.images import VRM
 from ..losses.logits import DKD, HardLabels, LogitKL, logit_kl
 from ..losses.temperature import Temperature
 from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings
@@ -23,7 +24,7 @@ from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy
 @settings
 class LogitOptions:
     "How a teacher's logits are compared"
-    loss:Literal['kl', 'dkd', 'hard'] = 'kl'   # softened probabilities, decoupled, or the teacher's decision
+    loss:Literal['kl', 'dkd', 'hard', 'vrm'] = 'kl' # softened probabilities, decoupled, the teacher's decision, or edges among predictions
     T:Annotated[float, Field(gt=0)] = 4.       # temperature of "kl" and "dkd"
     direction:Literal['forward', 'reverse'] = 'forward' # of "kl"
     beta:float = 8.                            # of "dkd": weight of the ranking of other classes
@@ -41,7 +42,7 @@ class LogitLoss(nn.Module):
     ):
         super().__init__()
         o, self.classes = options, classes
-        self.loss = dict(kl=lambda: LogitKL(o.T, o.direction), dkd=lambda: DKD(o.T, beta=o.beta), hard=HardLabels)[o.loss]()
+        self.loss = dict(kl=lambda: LogitKL(o.T, o.direction), dkd=lambda: DKD(o.T, beta=o.beta), hard=HardLabels, vrm=VRM)[o.loss]()
         self.temperature = Temperature(classes, **vars(o.temperature)) if o.temperature is not None else None
 
     def forward(self,
