@@ -74,7 +74,7 @@ def readable(
     if not have: raise ValueError(f"none of the {len(names)} tapped layers ({names[0]} … {names[-1]}) has attention that can be read; attention distance is for transformers with global attention, tapped with attention=True")
     for i in have:
         if f.grids[i] is None or math.prod(f.grids[i]) != f.attention[i].tokens:
-            raise ValueError(f"the {f.attention[i].tokens} tokens of {names[i]} fill no rectangle of rows and columns that the model declares (grid {f.grids[i]}); attention distance needs one")
+            raise ValueError(f"the {f.attention[i].tokens} tokens of layer {names[i]} fill no rectangle of rows and columns that the model declares (grid {f.grids[i]}); attention distance needs one")
     grids = {tuple(f.grids[i]): names[i] for i in have}
     if len(grids) > 1: raise ValueError(f"layers lie on different grids ({', '.join(f'{h}×{w} at {n}' for (h, w), n in grids.items())}); tap layers of one grid")
     if math.prod(*grids) < 2: raise ValueError(f"a grid of one patch ({names[have[0]]}) has no distances; use larger images or smaller patches")
@@ -82,11 +82,10 @@ def readable(
 
 # %% ../../nbs/analysis/72_attention_distance.ipynb #e44b8777
 def prefix_share(
-    attention, # `Attention` or `FormedAttention` of one layer
+    attention, # `Attention` of one layer
 )->Tensor:     # share in [0, 1], mean over patch queries, (B, H)
     "How much of their attention patches pay to class and register tokens"
     p = attention.prefix
-    if not p: return attention.weights().new_zeros(()).expand(len(attention.weights()), attention.heads)
     return attention.full()[:, :, p:, :p].sum(-1).mean(-1)
 
 # %% ../../nbs/analysis/72_attention_distance.ipynb #a6f778f6
@@ -100,7 +99,9 @@ def layer_sums(
     for i in range(0, n, size):
         some = attention[i:i+size]
         A = some.weights()
-        total = total + torch.stack([map_distance(A, delta), map_entropy(A), prefix_share(some)]).double().sum(1)
+        d = map_distance(A, delta)
+        share = prefix_share(some) if some.prefix else torch.zeros_like(d)
+        total = total + torch.stack([d, map_entropy(A), share]).double().sum(1)
     return total
 
 # %% ../../nbs/analysis/72_attention_distance.ipynb #4300174a
@@ -158,11 +159,11 @@ def plot_attention(
                 colour, label = (f'C{names.index(name)}' if name in names else '.3'), ('untrained' if name is None else f'{name}, untrained')
                 plot_heads(r[key], ax, heads=False, lw=5, alpha=.3, zorder=1, color=colour, label=label)
             ax.axhline(line, color='k', lw=1, ls=':', label='uniform attention')
-            ax.set(xlabel='layer', ylim=(0, None), xticks=range(0, depth, max(1, depth//12)))
+            ax.set(xlabel='layer', ylim=(0, 1.1*max(line, *(v for r in results.values() for row in r[key] for v in row))), xticks=range(0, depth, max(1, depth//12)))
         axs[0].set_ylabel('attention distance (patches)' if one_grid else 'attention distance ÷ uniform')
         axs[1].set_ylabel('row entropy ÷ log N')
         if one_grid: axs[0].secondary_yaxis('right', functions=(lambda v: v/U, lambda v: v*U)).set_ylabel('÷ uniform')
-        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=4, fontsize=8)
+        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=5, fontsize=8)
         if path is not None: fig.savefig(path)
         plt.close(fig)
     return fig

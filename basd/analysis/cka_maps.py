@@ -174,7 +174,7 @@ def plot_cka(
         fig, axs = plt.subplots(rows, columns, figsize=(min(7, 2.4*columns + .8), (2.4 - .15*columns + .3*deep)*rows), squeeze=False)
         for ax in axs.flat[len(results):]: ax.set_axis_off()
         for ax, (title, r) in zip(axs.flat, results.items()):
-            im = ax.imshow(torch.tensor(r['cka']).numpy(), vmin=0, vmax=1, origin='lower')
+            im = ax.imshow(torch.tensor(r['cka']).numpy(), vmin=0, vmax=1, origin='lower', aspect=len(r['layers_b'])/len(r['layers_a']))
             for axis, names in ((ax.yaxis, r['layers_a']), (ax.xaxis, r['layers_b'])): name_ticks(axis, short_names(names))
             ax.set(title=title, xlabel=f"layer of {r['names'][1]}", ylabel=f"layer of {r['names'][0]}")
             ax.grid(False)

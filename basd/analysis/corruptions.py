@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['corruptions', 'draw', 'check_setting', 'check_images', 'corruption', 'size_factor', 'gaussian_noise', 'shot_noise',
            'impulse_noise', 'convolve', 'lens', 'defocus_blur', 'shuffle', 'gaussian', 'glass_blur', 'streak', 'drag',
-           'motion_blur', 'zoom_blur', 'snow', 'cloud', 'fog', 'crystals', 'frost', 'brightness', 'contrast', 'tilt',
-           'bend', 'elastic_transform', 'blocks', 'pixelate', 'jpeg_compression', 'corrupt', 'robustness']
+           'motion_blur', 'zoom_blur', 'snow', 'cloud', 'fog', 'crystals', 'ice', 'frost', 'brightness', 'contrast',
+           'tilt', 'bend', 'elastic_transform', 'blocks', 'pixelate', 'jpeg_compression', 'corrupt', 'robustness']
 
 # %% ../../nbs/analysis/71_corruptions.ipynb #c5b46318
 import math
@@ -258,12 +258,21 @@ def crystals(
     return (torch.maximum(arm, .8*barbs)*(1 - (a/r)**2).clamp(min=0)).amax(1, keepdim=True)
 
 # %% ../../nbs/analysis/71_corruptions.ipynb #7157f57f
+def ice(
+    h:int, w:int,
+    generators, # one an image
+    device='cpu',
+)->Tensor: # (B, 3, h, w), from 0 to 1
+    "What grows on the window"
+    layer = .35 + .3*cloud(h, w, 2, generators, device) + .6*crystals(h, w, generators, device)
+    return (layer*torch.tensor([.85, .95, 1.05], device=device)[:, None, None]).clamp(max=1)
+
+# %% ../../nbs/analysis/71_corruptions.ipynb #29f54580
 @corruption
 def frost(x, severity, gs):
     "Ice on the window"
-    keep, c = ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))[severity - 1]
-    ice = .35 + .3*cloud(*x.shape[-2:], 2, gs, x.device) + .6*crystals(*x.shape[-2:], gs, x.device)
-    return keep*x + c*(ice*x.new_tensor([.85, .95, 1.05])[:, None, None]).clamp(max=1)
+    keep, c = ((1, .2), (1, .3), (.9, .4), (.85, .45), (.75, .55))[severity - 1]
+    return keep*x + c*ice(*x.shape[-2:], gs, x.device)
 
 # %% ../../nbs/analysis/71_corruptions.ipynb #bee34a06
 @corruption

@@ -8,6 +8,7 @@ __all__ = ['Scatter', 'energy_shares', 'rank_of', 'pooled', 'by_image', 'spectra
 
 # %% ../../nbs/analysis/75_spectra.ipynb #87f16eca
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -75,17 +76,17 @@ def spectra(
 )->dict: # layers [L]; pooled over images: spectrum [L][D] of unit norm, effective_rank [L]; means over images: image_spectrum [L][min(N, D)], image_rank [L]; tokens [L]; n images
     "Normalised singular values of the centred tokens of each layer, descending"
     if not model.names: raise ValueError("the model is tapped at no layer; tap those whose spectra are wanted, or layers='all'")
-    pool, own, n = [Scatter() for _ in model.names], None, 0
+    pool, own, sizes, n = [Scatter() for _ in model.names], None, None, 0
     with undisturbed(model):
         for x in batches:
             xs = model(x).tokens
             if bad := [name for name,t in zip(model.names, xs) if not t.isfinite().all()]: raise ValueError(f"tokens of {', '.join(bad)} are not finite, so they have no spectrum; has the run diverged?")
-            sizes = [t.shape[1] for t in xs]
+            now = [t.shape[1] for t in xs]
+            if sizes not in (None, now): raise ValueError(f"a batch of images with {now} tokens after one with {sizes}; give images of one size")
             for s,t in zip(pool, xs): s.add(t.flatten(0, 1))
             p = [by_image(t) for t in xs]
             sums = [torch.cat([q.sqrt(), rank_of(q)[:, None]], 1).sum(0) for q in p]
-            if own and [len(v) for v in own] != [len(v) for v in sums]: raise ValueError(f"a batch of images with {sizes} tokens after others; give images of one size")
-            own, n = sums if own is None else [a + b for a,b in zip(own, sums)], n + len(xs[0])
+            own, sizes, n = sums if own is None else [a + b for a,b in zip(own, sums)], now, n + len(xs[0])
     if not n: raise ValueError("there are no images to take spectra of; give at least one batch")
     p = [pooled(s) for s in pool]
     return dict(layers=list(model.names), spectrum=[q.sqrt().tolist() for q in p], effective_rank=[rank_of(q).item() for q in p],
@@ -129,10 +130,10 @@ def plot_spectra(
     "Spectra of several runs side by side, and their effective ranks on one axis"
     import matplotlib.pyplot as plt
     if not results: raise ValueError("there is no result to draw; give name → what `spectra` returned")
-    columns = min(len(results) + 1, 4)
+    columns = 2 if len(results) == 3 else min(len(results) + 1, 3)
     lines = -(-(len(results) + 1)//columns)
     with plt.style.context('basd.page'):
-        fig, axs = plt.subplots(lines, columns, figsize=(max(7, 2.4*columns), 2.7*lines), squeeze=False)
+        fig, axs = plt.subplots(lines, columns, figsize=(7, 2.7*lines), squeeze=False)
         for ax,(name,r) in zip(axs.flat, results.items()):
             plot_spectrum(r, ax)
             ax.set_title(name)
@@ -150,10 +151,11 @@ def mixing(
     "Mixing weights of a run over its training, as logged"
     log = Path(run_dir)/'metrics.jsonl'
     if not log.is_file(): raise FileNotFoundError(f"{run_dir} holds no metrics.jsonl; give the directory of a run that has begun to train")
-    rows = [json.loads(line) for line in log.read_text().rpartition('\n')[0].splitlines() if '"mixing"' in line]
+    rows = [r for r in map(json.loads, log.read_text().rpartition('\n')[0].splitlines()) if 'mixing' in r]
     if not rows: raise ValueError(f"{run_dir} has logged no mixing weights; its method selects no teacher layers, or it has not come to its first logged step")
     w = torch.tensor([r['mixing'] for r in rows], dtype=torch.float64)                          # (T, P, L)
-    return dict(step=[r['step'] for r in rows], weights=w.tolist(), entropy=[r['entropy'] for r in rows], layer=(w @ torch.arange(w.shape[-1]).double()).tolist())
+    own = (torch.special.entr(w).sum(-1)/math.log(max(w.shape[-1], 2))).tolist()                # where a method does not report it
+    return dict(step=[r['step'] for r in rows], weights=w.tolist(), entropy=[r.get('entropy', e) for r,e in zip(rows, own)], layer=(w @ torch.arange(w.shape[-1]).double()).tolist())
 
 # %% ../../nbs/analysis/75_spectra.ipynb #b5c611c9
 def plot_weights(
@@ -165,7 +167,7 @@ def plot_weights(
     im = ax.imshow(w.numpy(), aspect='auto', vmin=0, vmax=top)
     for (p, l), v in zip(torch.ones_like(w).nonzero().tolist() if w.shape[1] <= 8 else [], w.flatten().tolist()):
         ax.text(l, p, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=6, color='k' if v > .6*top else 'w')
-    ax.set(xlabel='teacher layer', ylabel='extraction point', xticks=range(0, w.shape[1], max(1, w.shape[1]//12)), yticks=range(len(w)))
+    ax.set(xlabel='teacher layer', ylabel='extraction point', xticks=range(0, w.shape[1], max(1, w.shape[1]//6)), yticks=range(len(w)))
     ax.grid(False)
     ax.figure.colorbar(im, ax=ax).ax.axhline(1/w.shape[1], color='C1', lw=2)
 

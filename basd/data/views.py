@@ -202,6 +202,8 @@ class ViewDataset(Dataset):
     ):
         store_attr('images,views,train,seed')
         self.indices = torch.arange(len(images)) if indices is None else torch.as_tensor(indices, dtype=torch.long)
+        same, order = self.indices.sort(stable=True)
+        self.copies = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) - torch.searchsorted(same, same)) # how often the image came before
 
     def __len__(self): return len(self.indices)
 
@@ -209,7 +211,7 @@ class ViewDataset(Dataset):
         epoch, k = at if isinstance(at, tuple) else (0, at)
         i = int(self.indices[k])
         x, shown = self.images.read(i)
-        s, t = self.views(x, self.seed, epoch, i) if self.train else self.views.clean(x)
+        s, t = self.views(x, self.seed, epoch + 1_000_000*int(self.copies[k]), i) if self.train else self.views.clean(x)
         item = dict(student=s, label=int(self.images.labels[shown]), index=shown)
         return item if t is None else item | dict(teacher=t)
 

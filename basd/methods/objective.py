@@ -99,6 +99,20 @@ class Objective(nn.Module):
         "Draw all that is random and depends on the progress alone; called outside of a compiled forward pass"
         return progress
 
+    def meet(self,
+        student,                   # `Tapped`
+        teacher,                   # `Tapped`, or None
+    ):
+        "Called once with the two models, before training; for methods that read out or copy what a model holds"
+
+    def plan(self,
+        epoch:int,                 # that is about to begin
+        epochs:int,                # of the whole run
+        judge,                     # () → dict of labels (n,), student (n, C) and teacher (n, C) or None: logits on the clean training images
+    )->Tensor|None: # positions among the n training images, (m,), m ≥ 1
+        "Which training images this epoch draws from; None: all of them"
+        return None
+
     def after_step(self):
         "Called after each optimizer step; constrained parameters go back to their manifold here"
 

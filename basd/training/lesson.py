@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['processes', 'hold_memory', 'open_data', 'build_student', 'build_teacher', 'teacher_from_run', 'input_size', 'dry_run',
-           'Lesson', 'make_optimizer', 'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'autocast']
+           'Lesson', 'make_optimizer', 'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
@@ -217,6 +217,27 @@ def evaluate(
     model.train(was)
     top1, top5, loss, n = sums.tolist()
     return dict(top1=100*top1/n, top5=100*top5/n, loss=loss/n, n=int(n))
+
+# %% ../../nbs/training/63_lesson.ipynb #ed285cd3
+@torch.no_grad()
+def logits_of(
+    model,         # `Tapped`
+    images,        # `Images`
+    indices,       # which of them
+    size:int,      # pixels
+    device,
+    batch:int=256,
+    precision:str='float32',
+)->Tensor|None:    # (n, C) on the CPU, float32; None for a model without a head
+    "What a model says of clean images, in the order of `indices`"
+    was, out = model.training, []
+    model.eval()
+    for b in torch.utils.data.DataLoader(ViewDataset(images, indices, Views(size, None, geometry='fixed'), train=False), batch):
+        with autocast(device, precision): z = model(b['student'].to(device)).logits
+        if z is None: break
+        out.append(z.float().cpu())
+    model.train(was)
+    return torch.cat(out) if out else None
 
 # %% ../../nbs/training/63_lesson.ipynb #5ea8806d
 def autocast(

@@ -30,7 +30,7 @@ from ..methods.objective import Progress, Target, find_objective
 from ..models.students import save_student
 from .cached import CachedTeacher, refuse_moving
 from .checkpoints import load, rng_state, save, set_rng_state, start_run
-from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate, hold_memory, input_size, make_optimizer, open_data,
+from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate, hold_memory, input_size, logits_of, make_optimizer, open_data,
                                   part_gradients, pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
 from .recipes import Recipe
@@ -83,6 +83,7 @@ def build_models(self:Trainer):
     self.size_s, self.size_t = input_size(student), None if self.teacher is None else input_size(self.teacher)
     torch.manual_seed(self.t.seed + 1)
     objective = method(r.method.options, dry_run(student, self.device), None if self.teacher is None else dry_run(self.teacher, self.device), self.classes).to(self.device)
+    objective.meet(student, self.teacher)
     make_views = lambda size_t: Views(self.size_s, size_t, geometry=v.geometry, crop_scale=tuple(v.crop_scale), flip=v.flip, photometry=v.photometry, erase=v.erase)
     self.views = make_views(self.size_t)
     self.lesson, self.kept = Lesson(student, objective), None
@@ -201,7 +202,7 @@ def save(self:Trainer,
         dist.all_gather_object(states, rng_state())
     if rank() == 0:
         save(dict(step=self.step, done=self.done, lesson=self.lesson.state_dict(), ema=self.ema and self.ema.module.state_dict(), optimizer=self.optimizer.state_dict(), rng=states,
-                  best=self.best, meter=self.meter.state_dict(), sentinel=dict(first=self.sentinel.first, bad=self.sentinel.bad), offset=self.log.offset, elapsed=self.elapsed()),
+                  best=self.best, meter=self.meter.state_dict(), sentinel=dict(first=self.sentinel.first, bad=self.sentinel.bad), offset=self.log.offset, elapsed=self.elapsed(), planned=self.planned),
              self.run/name)
 
 # %% ../../nbs/training/65_trainer.ipynb #1f4dce00
@@ -212,7 +213,7 @@ def restore(self:Trainer,
     "Take up the run where the checkpoint left it"
     state = load(self.run/name)
     if len(state['rng']) != world(): raise ValueError(f"{self.run} was trained on {len(state['rng'])} ranks and can be resumed exactly on as many only, not on {world()}")
-    self.step, self.done, self.best, self.before = (state[k] for k in ('step', 'done', 'best', 'elapsed'))
+    self.step, self.done, self.best, self.before, self.planned = (state[k] for k in ('step', 'done', 'best', 'elapsed', 'planned'))
     self.lesson.load_state_dict(state['lesson'])
     if self.ema is not None: self.ema.module.load_state_dict(state['ema'])
     self.optimizer.load_state_dict(state['optimizer'])
@@ -232,7 +233,7 @@ def start(self:Trainer,
     if rank() == 0: start_run(self.run, self.recipe, resume)
     if world() > 1: dist.barrier()
     self.step, self.done, self.best, self.before, self.comment = 0, 0, dict(top1=-1., epoch=-1), 0., ''  # `done`: epochs evaluated
-    self.meter, self.sentinel, self.stopping = Meter(), Sentinel(self.device), False
+    self.meter, self.sentinel, self.stopping, self.planned = Meter(), Sentinel(self.device), False, None
     if self.kept is not None and not self.kept.cache.complete:
         if rank() == 0: print(f"{self.recipe.name or 'run'}: {self.kept}", flush=True)
         self.kept.build(progress=progress_bar if self.bars else None)
@@ -289,7 +290,29 @@ def train(self:Trainer)->dict|None: # the result, also in `result.json`; None if
             self.end_epoch(epoch)
     return self.finish()
 
-# %% ../../nbs/training/65_trainer.ipynb #e2fa29ab
+# %% ../../nbs/training/65_trainer.ipynb #8d4dbf5d
+@patch
+def lessons(self:Trainer,
+    epoch:int,
+)->list: # indices of training images, at least as many as an epoch takes
+    "The images of an epoch, as the method plans it"
+    if self.planned is None or self.planned['epoch'] != epoch:
+        choice = self.lesson.objective.plan(epoch, self.t.epochs, self.judge)
+        if world() > 1: dist.broadcast_object_list(shared := [choice]); choice = shared[0]
+        self.planned = dict(epoch=epoch, choice=choice)
+    choice = self.planned['choice']
+    if choice is None: return self.fit
+    few = [self.fit[i] for i in choice.tolist()]
+    return (few*-(-len(self.fit)//len(few)))[:len(self.fit)]
+
+# %% ../../nbs/training/65_trainer.ipynb #350aba7b
+@patch
+def judge(self:Trainer)->dict: # labels (n,), student (n, C), teacher (n, C) or None
+    "What student and teacher say of the clean training images"
+    of = lambda model, size: logits_of(model, self.images, self.fit, size, self.device, precision=self.t.precision)
+    return dict(labels=torch.as_tensor(self.images.labels)[self.fit], student=of(self.lesson.student, self.size_s), teacher=of(self.teacher, self.size_t) if self.teacher is not None else None)
+
+# %% ../../nbs/training/65_trainer.ipynb #a6fe000f
 @patch
 def train_epoch(self:Trainer,
     epoch:int,
@@ -297,7 +320,7 @@ def train_epoch(self:Trainer,
 )->bool: # False if the run was asked to stop
     "The steps of one epoch that are still to be made"
     d, a = self.recipe.data, self.t.accumulate
-    loader = build_loader(self.images, self.fit, self.views, d.batch_size//a, seed=self.t.seed, epoch=epoch, rank=rank(), world=world(), workers=d.workers,
+    loader = build_loader(self.images, self.lessons(epoch), self.views, d.batch_size//a, seed=self.t.seed, epoch=epoch, rank=rank(), world=world(), workers=d.workers,
                           start=(self.step - epoch*self.per_epoch)*a, stop=self.per_epoch*a, pin=self.device.type == 'cuda')
     steps, batches = (epoch + 1)*self.per_epoch - self.step, iter(loader)
     for _ in progress_bar(range(steps), parent=bar) if bar else range(steps):
