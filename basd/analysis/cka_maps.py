@@ -88,7 +88,7 @@ def cka_map(
     batches,           # images as the models take them, (n, 3, s, s) bytes; or pairs of them, where sizes differ
     pooled:bool=True,  # average the tokens of an image; False: put them end to end
     names=('first', 'second'), # what to call the models in a figure
-)->dict: # cka and error [La][Lb]; layers_a, layers_b, names; n images used in batches of batch; note; error is None for one batch
+)->dict: # cka [La][Lb] and its error, None for one batch; layers_a, layers_b, names; n images in batches of batch; note
     "CKA of every layer of one model with every layer of another, unbiased, over many batches"
     parts, sizes, short = [], [], 0
     with evaluating(model_a, model_b):
@@ -105,8 +105,10 @@ def cka_map(
     ab, aa, bb = (torch.stack(h).cpu() for h in zip(*parts))
     check_layers(model_a.names, aa); check_layers(model_b.names, bb)
     error = standard_error(ab, aa, bb)
-    return dict(layers_a=list(model_a.names), layers_b=list(model_b.names), names=list(names), cka=alignment(ab.sum(0), aa.sum(0), bb.sum(0)).tolist(),
-                error=None if error is None else error.tolist(), n=sum(sizes), batch=sizes[0], note=uneven(sizes, short))
+    return dict(layers_a=list(model_a.names), layers_b=list(model_b.names), names=list(names),
+                cka=alignment(ab.sum(0), aa.sum(0), bb.sum(0)).tolist(),
+                error=None if error is None else error.tolist(),
+                n=sum(sizes), batch=sizes[0], note=uneven(sizes, short))
 
 # %% ../../nbs/analysis/73_cka_maps.ipynb #1eccdeda
 def check_batch(
@@ -115,8 +117,9 @@ def check_batch(
     first:bool=True, # the first batch, whose size is what was asked for
 ):
     "Refuse batches that no CKA can be estimated from"
-    if len(images_a) != len(images_b): raise ValueError(f"a batch with {len(images_a)} images for one model and {len(images_b)} for the other; CKA needs the same images in both")
-    if first and len(images_a) < 4: raise ValueError(f"a batch of {len(images_a)} images, but an unbiased CKA compares four different ones; raise the batch to 4 or more")
+    a, b = len(images_a), len(images_b)
+    if a != b: raise ValueError(f"{a} images for one model and {b} for the other; CKA needs the same images in both")
+    if first and a < 4: raise ValueError(f"a batch of {a} images, but an unbiased CKA compares 4; raise the batch")
 
 # %% ../../nbs/analysis/73_cka_maps.ipynb #7b906501
 def layers_of(
@@ -125,7 +128,9 @@ def layers_of(
     pooled:bool=True,
 )->Tensor:      # U-centred similarities of each layer, (L, n, n)
     "What all layers of a model find alike among the images of one batch"
-    if not model.names: raise ValueError("a model without tapped layers has nothing to compare; build it with layers='all' (for a student, points='all')")
+    if not model.names:
+        raise ValueError("a model without tapped layers has nothing to compare; build it with layers='all', "
+                         "a student with points='all'")
     device = next((p.device for p in model.parameters()), images.device)
     return u_centre(torch.stack([similarities(x, pooled) for x in model(images.to(device)).tokens]))
 
@@ -136,7 +141,9 @@ def check_layers(
 ):
     "Refuse features that are not finite, by name"
     bad = [n for n,ok in zip(names, h.isfinite().all(0).tolist()) if not ok]
-    if bad: raise ValueError(f"features of {', '.join(bad)} are not finite; the model has diverged or its images are not what it takes")
+    if bad:
+        raise ValueError(f"features of {', '.join(bad)} are not finite; the model has diverged, "
+                         "or the images are not what it takes")
 
 # %% ../../nbs/analysis/73_cka_maps.ipynb #2264e386
 def uneven(
@@ -171,11 +178,14 @@ def plot_cka(
     columns = min(len(results), 3 if deep else 4)
     rows = -(-len(results)//columns)
     with plt.style.context('basd.page'):
-        fig, axs = plt.subplots(rows, columns, figsize=(min(7, 2.4*columns + .8), (2.4 - .15*columns + .3*deep)*rows), squeeze=False)
+        size = min(7, 2.4*columns + .8), (2.4 - .15*columns + .3*deep)*rows
+        fig, axs = plt.subplots(rows, columns, figsize=size, squeeze=False)
         for ax in axs.flat[len(results):]: ax.set_axis_off()
         for ax, (title, r) in zip(axs.flat, results.items()):
-            im = ax.imshow(torch.tensor(r['cka']).numpy(), vmin=0, vmax=1, origin='lower', aspect=len(r['layers_b'])/len(r['layers_a']))
-            for axis, names in ((ax.yaxis, r['layers_a']), (ax.xaxis, r['layers_b'])): name_ticks(axis, short_names(names))
+            shape = len(r['layers_b'])/len(r['layers_a'])
+            im = ax.imshow(torch.tensor(r['cka']).numpy(), vmin=0, vmax=1, origin='lower', aspect=shape)
+            name_ticks(ax.yaxis, short_names(r['layers_a']))
+            name_ticks(ax.xaxis, short_names(r['layers_b']))
             ax.set(title=title, xlabel=f"layer of {r['names'][1]}", ylabel=f"layer of {r['names'][0]}")
             ax.grid(False)
         fig.colorbar(im, ax=axs, label='CKA', shrink=.8)
@@ -189,5 +199,7 @@ def diversity(
 )->float:
     "One minus the mean CKA of two different layers of one model"
     c = torch.tensor(result['cka'], dtype=torch.double)
-    if result['layers_a'] != result['layers_b'] or len(c) < 2: raise ValueError(f"a map of {c.shape[0]} by {c.shape[1]} layers; diversity is asked of one model of two layers or more, compared with itself")
+    if result['layers_a'] != result['layers_b'] or len(c) < 2:
+        raise ValueError(f"a map of {len(c)} by {c.shape[1]} layers; diversity is that of one model with itself, "
+                         "of two layers or more")
     return 1 - ((c.sum() - c.trace())/(c.numel() - len(c))).item()

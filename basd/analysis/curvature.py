@@ -78,14 +78,17 @@ def lanczos(
 )->Ritz:
     "Eigenvalues of largest magnitude, by Lanczos with full reorthogonalisation"
     P, steps = len(v0), min(steps, len(v0))
-    if not 1 <= k <= steps: raise ValueError(f"k={k} eigenvalues, but {steps} steps with {P} parameters find {steps}; give k from 1 to {steps}{', or more steps' if steps < P else ''}")
+    if not 1 <= k <= steps:
+        raise ValueError(f"k={k} eigenvalues, but {steps} steps with {P} parameters find {steps}; "
+                         f"give k from 1 to {steps}{', or more steps' if steps < P else ''}")
     generator = generator or torch.Generator().manual_seed(0)
     Q, T, q, size = v0.new_zeros(steps, P), torch.zeros(steps, steps, dtype=torch.double), v0/v0.norm(), 0.
     for j in range(steps):
         Q[j], w = q, matvec(q)
         T[j, j] = q @ w
         w, beta = outside(Q[:j + 1], w)
-        if not math.isfinite(beta): raise ValueError("the product of the Hessian with a vector is not finite; the model has diverged, or v0 is zero")
+        if not math.isfinite(beta):
+            raise ValueError("the Hessian times a vector is not finite; the model has diverged, or v0 is zero")
         if j + 1 == steps: break
         size = max(size, abs(T[j, j].item()), beta)
         if beta > 10*torch.finfo(w.dtype).eps*size: T[j, j + 1] = T[j + 1, j] = beta
@@ -94,7 +97,8 @@ def lanczos(
     rho, s = torch.linalg.eigh(T)
     top = rho.abs().argsort(descending=True)[:k]
     y = s[:, top].mT.to(Q) @ Q
-    return Ritz(rho[top], torch.stack([(matvec(a) - r*a).double().norm() for a,r in zip(y, rho[top].tolist())]).cpu(), y)
+    residuals = [(matvec(a) - r*a).double().norm() for a,r in zip(y, rho[top].tolist())]
+    return Ritz(rho[top], torch.stack(residuals).cpu(), y)
 
 # %% ../../nbs/analysis/74_curvature.ipynb #db673ff4
 def outside(
@@ -146,9 +150,10 @@ class Surface:
         self.model, self.batches = model, list(batches)
         self.params = {name: p for name,p in model.named_parameters() if p.requires_grad}
         self.n = sum(len(y) for _,y in self.batches)
-        if not self.n: raise ValueError("there are no images to take a loss of; give at least one batch of (images, labels)")
+        if not self.n: raise ValueError("no images to take a loss of; give at least one batch of (images, labels)")
         if not self.params:
-            raise ValueError(f"none of the {sum(p.numel() for p in model.parameters())} parameters is trainable, so there is nothing to differentiate by; switch on those in question with requires_grad_(True)")
+            raise ValueError(f"none of the {sum(p.numel() for p in model.parameters())} parameters is trainable; "
+                             "switch on those to differentiate by with requires_grad_(True)")
         self.weights = join(p.detach() for p in self.params.values())
         self.loss = self.at()
 
@@ -171,8 +176,10 @@ def at(self:Surface,
     shift:Tensor|None=None, # added to the parameters, (P,); None: as they are
 )->float:
     "The mean loss, here or elsewhere"
-    params = None if shift is None else {name: p + d for (name, p),d in zip(self.params.items(), split(shift, self.params.values()))}
-    with torch.no_grad(), undisturbed(self.model, self.weights): return sum(self.share(x, y, params).item() for x,y in self.batches)
+    names, here = self.params.keys(), self.params.values()
+    there = None if shift is None else {n: p + d for n,p,d in zip(names, here, split(shift, here))}
+    with torch.no_grad(), undisturbed(self.model, self.weights):
+        return sum(self.share(x, y, there).item() for x,y in self.batches)
 
 # %% ../../nbs/analysis/74_curvature.ipynb #b527abf9
 @patch
@@ -181,10 +188,12 @@ def product(self:Surface,
 )->Tensor:    # Hv, (P,)
     "The Hessian of the mean loss times `v`"
     try:
-        with torch.enable_grad(), undisturbed(self.model, self.weights): return sum(hessian_vector(self.share(x, y), self.params.values(), v) for x,y in self.batches)
+        with torch.enable_grad(), undisturbed(self.model, self.weights):
+            return sum(hessian_vector(self.share(x, y), self.params.values(), v) for x,y in self.batches)
     except torch.OutOfMemoryError: raise
     except RuntimeError as e:
-        raise ValueError(f"{type(self.model.model).__name__} cannot be differentiated twice in evaluation mode ({str(e).splitlines()[0]}); replace or freeze the layers in question") from e
+        raise ValueError(f"{type(self.model.model).__name__} cannot be differentiated twice in evaluation mode "
+                         f"({str(e).splitlines()[0]}); replace or freeze the layers in question") from e
 
 # %% ../../nbs/analysis/74_curvature.ipynb #7806aa79
 def curvature(
@@ -200,8 +209,8 @@ def curvature(
     s, g = Surface(model, batches), torch.Generator().manual_seed(seed)
     r = lanczos(s.product, gaussian(s.weights, g), steps, k, g)
     trace, error = hutchinson(s.product, signs(s.weights, probes, g))
-    return dict(eigenvalues=r.values.tolist(), residuals=r.residuals.tolist(), trace=trace, trace_error=error, loss=s.loss,
-                parameters=len(s.weights), n=s.n, steps=min(steps, len(s.weights)), probes=probes)
+    return dict(eigenvalues=r.values.tolist(), residuals=r.residuals.tolist(), trace=trace, trace_error=error,
+                loss=s.loss, parameters=len(s.weights), n=s.n, steps=min(steps, len(s.weights)), probes=probes)
 
 # %% ../../nbs/analysis/74_curvature.ipynb #f3557cff
 def filter_direction(
@@ -213,7 +222,8 @@ def filter_direction(
     for p in params:
         p = p.detach()
         d = torch.randn(p.shape, generator=generator).to(p).reshape(len(p) if p.dim() else 1, -1)
-        parts.append(torch.zeros_like(p) if p.dim() < 2 else d*p.flatten(1).norm(dim=1, keepdim=True)/d.norm(dim=1, keepdim=True))
+        length = p.flatten(1).norm(dim=1, keepdim=True) if p.dim() > 1 else 0
+        parts.append(d*length/d.norm(dim=1, keepdim=True))
     return join(parts)
 
 # %% ../../nbs/analysis/74_curvature.ipynb #ee30babd
@@ -227,7 +237,8 @@ def landscape(
     seed:int=0,       # of both directions
 )->dict: # eigenvector and random: {t [points], loss [points], length of d}; eigenvalue, residual; loss; parameters P, n
     "The loss along the sharpest direction, and along a random one with normalised filters"
-    if points < 3 or points % 2 == 0: raise ValueError(f"points={points}; give an odd number from 3 on, so that the model itself is one of them")
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points={points}; give an odd number from 3 on, so that the model itself is one of them")
     s, g = Surface(model, batches), torch.Generator().manual_seed(seed)
     r = lanczos(s.product, gaussian(s.weights, g), steps, 1, g)
     v = r.vectors[0]*r.vectors[0][r.vectors[0].abs().argmax()].sign()       # an eigenvector has no sign; this makes one
@@ -260,12 +271,14 @@ def plot_curvature(
         fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.7), width_ratios=(1.4, 1))
         for i,(name, r) in enumerate(results.items()):
             size, shift = r['parameters'] if each else 1, .5*(i + .5)/len(results) - .25
-            left.errorbar([j + 1 + shift for j in range(len(r['eigenvalues']))], r['eigenvalues'], r['residuals'], fmt='o', ms=4, capsize=2, label=name)
+            ranks = [j + 1 + shift for j in range(len(r['eigenvalues']))]
+            left.errorbar(ranks, r['eigenvalues'], r['residuals'], fmt='o', ms=4, capsize=2, label=name)
             right.errorbar(i, r['trace']/size, r['trace_error']/size, fmt='o', ms=4, capsize=2)
         for ax in (left, right): ax.axhline(0, color='.5', lw=1)
-        left.set(xlabel='rank by magnitude', ylabel='eigenvalue (nats)', xticks=range(1, 1 + max(len(r['eigenvalues']) for r in results.values())))
+        ranks = range(1, 1 + max(len(r['eigenvalues']) for r in results.values()))
+        left.set(xlabel='rank by magnitude', ylabel='eigenvalue (nats)', xticks=ranks)
         left.legend()
-        right.set(xlabel='run', ylabel='trace per parameter (nats)' if each else 'trace (nats)', xlim=(-.5, len(results) - .5))
+        right.set(xlabel='run', ylabel=f"trace {'per parameter ' if each else ''}(nats)", xlim=(-.5, len(results) - .5))
         name_ticks(right.xaxis, list(results))
         if path is not None: fig.savefig(path)
         plt.close(fig)
@@ -281,8 +294,11 @@ def plot_landscape(
     if not results: raise ValueError("there is nothing to draw; give {name: result of landscape}")
     with plt.style.context('basd.page'):
         fig, axs = plt.subplots(1, 2, figsize=(7, 2.7))
-        for ax, line, label in zip(axs, ('eigenvector', 'random'), ('top eigenvector', 'random direction, filters normalised')):
-            for name,r in results.items(): ax.plot(r[line]['t'], [math.nan if v is None else v for v in r[line]['loss']], 'o-', ms=2, label=name)
+        labels = dict(eigenvector='top eigenvector', random='random direction, filters normalised')
+        for ax, (line, label) in zip(axs, labels.items()):
+            for name,r in results.items():
+                losses = [math.nan if v is None else v for v in r[line]['loss']]
+                ax.plot(r[line]['t'], losses, 'o-', ms=2, label=name)
             ax.axvline(0, color='.5', ls='--', lw=1)
             ax.set(xlabel=f'step / length of the weights\n{label}', ylabel='loss (nats)')
         axs[0].legend()

@@ -56,7 +56,7 @@ def check_logits(
     labels=None, # (n,), classes below C
 ):
     "Refuse what no accuracy can be computed of"
-    if logits is None: raise ValueError("the model has no classifier head, so it gives no logits; judge its features by `knn` or `linear_probe`")
+    if logits is None: raise ValueError("the model has no classifier head for these classes; judge its features by `knn` or `linear_probe`")
     if logits.dim() != 2 or not len(logits) or not logits.isfinite().all():
         raise ValueError(f"logits of shape {tuple(logits.shape)}, {int((~logits.isfinite()).sum())} of their numbers not finite; give finite logits of shape (n, C), n ≥ 1")
     if labels is not None and labels.shape != logits.shape[:1]:

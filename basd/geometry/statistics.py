@@ -127,7 +127,8 @@ def effective_rank(
     "Exponential of the entropy of the covariance spectrum; a diagnostic without gradient"
     with no_autocast(x):
         cov = torch.nan_to_num(covariance(centre(island(x))))
-        lam = torch.linalg.eigvalsh(cov).clamp(min=0)
+        total = cov.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=torch.finfo(cov.dtype).tiny)
+        lam = torch.linalg.eigvalsh(cov/total).clamp(min=0)                   # of unit trace: LAPACK may fail on numbers near underflow
         total = lam.sum(-1, keepdim=True)
         p = lam / total.clamp(min=torch.finfo(lam.dtype).tiny)
         return torch.where(total[..., 0] > 0, torch.special.entr(p).sum(-1).exp(), 0.)

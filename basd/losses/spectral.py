@@ -25,7 +25,8 @@ def eigenvalues(
     G:Tensor, # symmetric, (..., K, K)
 )->Tensor:    # descending, (..., K); nan where `G` is not finite
     "Eigenvalues that pass on what is not finite in place of failing on it"
-    return torch.linalg.eigvalsh(torch.nan_to_num(G)).flip(-1) + (0*G).sum((-1, -2))[..., None]
+    size = G.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None].clamp(min=torch.finfo(G.dtype).tiny) # LAPACK may fail on numbers near underflow
+    return size*torch.linalg.eigvalsh(torch.nan_to_num(G/size[..., None])).flip(-1) + (0*G).sum((-1, -2))[..., None]
 
 # %% ../../nbs/losses/13_spectral.ipynb #a8407577
 def spectrum(
