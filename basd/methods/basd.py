@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.features import Attention, Features
+from ..geometry.fixed_maps import FixedSelector
 from ..geometry.selector import GrassmannSelector
 from ..geometry.statistics import draw_images, images_at_once, in_pieces, step_generator
 from ..losses.attention import AttentionKL, cut_attention
@@ -56,6 +57,7 @@ class BASDOptions:
     points:Any = 'default'                  # extraction points: student layers by index or name, or "default"
     layers:Any = 'all'                      # teacher layers
     selector:SelectorOptions = field(default_factory=SelectorOptions)
+    rule:Any = None                         # a fixed map in place of the selector, by name or in pairs: the control of `layer_map`
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
     losses:LossOptions = field(default_factory=LossOptions)
     balance:BalanceOptions = field(default_factory=BalanceOptions)
@@ -98,13 +100,14 @@ class BASD(Objective):
     ):
         super().__init__(options, student, teacher, classes)
         self.student, self.teacher = student, teacher
-        self.selector = GrassmannSelector(student.widths, teacher.widths, **vars(options.selector))
+        learned = options.rule is None
+        self.selector = GrassmannSelector(student.widths, teacher.widths, **vars(options.selector)) if learned else FixedSelector(student.widths, teacher.widths, options.rule)
         self.aligners = nn.ModuleList(self.make_aligner(p) for p in range(len(student.widths)))
         self.losses = nn.ModuleDict({n: make for n,make in self.make_losses().items() if make is not None})
         if not self.losses: raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral")
         if options.targets == 'live':                                         # nothing trains what the law would have trained
             for a in self.aligners: getattr(a, 'back', nn.Identity()).requires_grad_(False)
-        if not options.selector.recon: self.selector.common.requires_grad_(False)
+        if learned and not options.selector.recon: self.selector.common.requires_grad_(False)
         self.balance = Balance(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses}, **vars(options.balance))
 
     @classmethod
