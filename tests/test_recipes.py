@@ -1,0 +1,113 @@
+"""Every packaged recipe trains, and what it made can be judged and compared. On digits and small MNIST files made here; on real CIFAR-10 where
+BASD_CIFAR10 names a folder in the Hugging Face parquet layout."""
+import gzip
+import json
+import os
+import struct
+
+import pytest
+import torch
+
+from basd.training.cli import main, train
+from basd.training.recipes import read_recipe, recipe_names
+
+CIFAR10 = os.environ.get("BASD_CIFAR10")
+SHORT = ["data.batch_size=32", "data.workers=0", "data.train_size=96", "data.val_size=64", "train.epochs=1", "train.warmup_epochs=0", "train.log_every=1"]
+SOURCE = [f"data.source=hfds/{CIFAR10}" if CIFAR10 else "data.source=digits", "data.download=false"]
+DEIT = ["student.depth=2", "student.width=48", "student.heads=3", "student.patch_size=8", "student.drop_path=0"]
+RESNET = ["student.kwargs={channels: [8, 8, 16, 16]}"]
+VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.img_size=32", "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}"]
+SELECTOR = ["method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4"]
+TEACHERS = {"resnet18_cifar": RESNET, "cifar_improved": ["student.kwargs={channels: [8, 8, 16, 16], hidden: 16}"], "convnext_v2_cifar": ["student.model=convnextv2_atto_cifar", "student.pretrained=false"]}
+STUDENTS = {"deit_cifar": [], "deit_cifar_distill": ["teacher.run=CNN"], "deit_cifar_distill_token": ["teacher.run=CNN"],
+            "deit_ss_distill_cka_cifar": VIT, "deit_ss_distill_gram_ablation": VIT, "deit_ss_distill_cifar_ablation_ce_only": [],
+            "basd_fourier": [*VIT, "method.points=[0, 1]"], "basd_study": [*VIT, *SELECTOR]}
+DIGITS = [n for n in recipe_names() if read_recipe(n).get("stages") and n != "quickstart"]
+
+
+def result(run): return json.loads((run/"result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory):
+    "A CNN to be taught by"
+    run = tmp_path_factory.mktemp("cnn")/"run"
+    train("resnet18_cifar", *SHORT, *SOURCE, *RESNET, run_dir=str(run), bars=False)
+    return run
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers(name, tmp_path):
+    train(name, *SHORT, *SOURCE, *TEACHERS[name], run_dir=str(tmp_path/"run"), bars=False)
+    assert 0 <= result(tmp_path/"run")["test"]["best"]["top1"] <= 100
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students(name, cnn, tmp_path):
+    words = [w.replace("CNN", str(cnn)) for w in STUDENTS[name]]
+    train(name, *SHORT, *SOURCE, *DEIT, *words, run_dir=str(tmp_path/"run"), bars=False)
+    assert result(tmp_path/"run")["test"]["best"]["n"] > 100
+
+
+def test_judged_and_compared(cnn, tmp_path, capsys):
+    "Evaluate and analyze, on a run's own images and on others"
+    run = tmp_path/"taught"
+    train("deit_cifar_distill", *SHORT, *SOURCE, *DEIT, f"teacher.run={cnn}", run_dir=str(run), bars=False)
+    assert main(["evaluate", str(run), "--corrupted", "16"]) == 0
+    report = json.loads((run/"report.json").read_text())
+    assert abs(report["accuracy"]["top1"] - result(run)["test"]["best"]["top1"]) < 1e-4 and "top1" in report["agreement"]
+    assert (run/"report.png").stat().st_size > 20_000
+    assert main(["evaluate", str(run), "--on", "digits", "--corrupted", "0", "--weights", "last"]) == 0
+    assert (run/"report-digits.json").is_file()
+    out = tmp_path/"analysis"
+    assert main(["analyze", str(run), str(cnn), "--metrics", "attention,cka,spectrum", "--output-dir", str(out), "--images", "32"]) == 0
+    assert {p.name for p in out.iterdir()} == {"analysis.json", "attention.png", "cka.png", "spectrum.png"}
+    capsys.readouterr()
+    assert main(["analyze", str(cnn), "--metrics", "attention", "--output-dir", str(out)]) == 2
+    assert "none of the 4 tapped layers" in capsys.readouterr().err
+    assert main(["analyze", str(run), "--metrics", "sharpness", "--output-dir", str(out)]) == 2
+    assert "metric 'sharpness' does not exist" in capsys.readouterr().err
+    (run/"last.pt").unlink()
+    assert main(["analyze", str(run), "--metrics", "attention", "--output-dir", str(out)]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    "The quickstart's teacher, small"
+    run = tmp_path_factory.mktemp("teacher")/"run"
+    train("quickstart", *SHORT, "stages.ce=null", "stages.basd=null", "student.depth=6", run_dir=str(run), bars=False)
+    return run/"teacher"
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_techniques(name, taught, tmp_path):
+    "Each technique of the digits frame, by one teacher"
+    own = name if name in read_recipe(name)["stages"] else name.removesuffix("_cifar")
+    by = [] if name == "byot" else ["stages.teacher=null", f"teacher.run={taught}"]
+    train(name, *SHORT, *by, run_dir=str(tmp_path/"run"), bars=False)
+    rows = [json.loads(line) for line in (tmp_path/"run"/own/"metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if r["kind"] == "step"]
+    assert len(steps) == 3 and all(torch.isfinite(torch.tensor(r["loss"])) and r["skipped"] == 0 for r in steps)
+
+
+def idx(path, array):
+    "Write an array in MNIST's own format"
+    header = struct.pack(">BBBB", 0, 0, 8, array.dim()) + b"".join(struct.pack(">I", n) for n in array.shape)
+    with gzip.open(path, "wb") as f: f.write(header + array.to(torch.uint8).numpy().tobytes())
+
+
+def test_mnist(tmp_path):
+    "The MNIST recipe on files in MNIST's format"
+    raw = tmp_path/"MNIST"/"raw"
+    raw.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    for split, n in (("train", 200), ("t10k", 50)):
+        labels = torch.arange(n) % 10
+        images = (torch.rand(n, 28, 28, generator=g)*60).int()
+        for i, c in enumerate(labels.tolist()): images[i, 2*c:2*c + 6, 4:24] = 200
+        for kind, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
+            idx(raw/f"{split}-{kind}.gz", array)
+            with gzip.open(raw/f"{split}-{kind}.gz") as f: (raw/f"{split}-{kind}").write_bytes(f.read())
+    train("mnist_improved", *SHORT, f"data.root={tmp_path}", "data.download=false", "data.val_size=40", "train.epochs=3", run_dir=str(tmp_path/"run"), bars=False)
+    assert result(tmp_path/"run")["test"]["best"]["n"] == 50
