@@ -4,14 +4,19 @@
 
 CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Every student has the same architecture, images, views, schedule and
 selection rule; rows differ in what is listed in ROWS and in nothing else. Resumes where it was interrupted; writes
-experiments/results/locality.json after every run.
+experiments/results/locality.json after every run. Then measures how far the students look, trained and untrained, and how well the
+ImageNet teacher's features know the classes (neighbours and a linear probe on the same 5,000 training images).
 """
 import json
 import sys
 from pathlib import Path
 
+from basd.analysis.attention_distance import attention_distance
+from basd.analysis.evaluation import knn, linear_probe, predict
+from basd.training.analyze import open_run
 from basd.training.checkpoints import environment
 from basd.training.cli import train
+from basd.training.lesson import input_size
 
 REDUCED = ["data.download=false", "data.val_size=2000", "data.train_size=5000", "data.batch_size=128", "data.workers=0", "views.geometry=fixed",
            "train.epochs=12", "train.warmup_epochs=1", "train.log_every=20"]
@@ -36,6 +41,21 @@ def result(run, recipe, overrides):
     return dict(val=r["val_top1"], test=r["test"][r["headline"]]["top1"], seconds=r["seconds"])
 
 
+def looks(run):
+    "Distance and entropy of attention of each layer and head of a run's student on 1,000 test images, and of the same student untrained"
+    o = open_run(run, images=1000)
+    keep = lambda r: {k: r[k] for k in ("distance", "entropy", "grid", "uniform", "n")}
+    return dict(trained=keep(attention_distance(o.student, o.batches())), untrained=keep(attention_distance(o.untrained(), o.batches())))
+
+
+def known_to_teacher(run):
+    "What neighbours and a linear probe read from the teacher's last layer"
+    o = open_run(run)
+    seen, said = (predict(o.teacher, images, which, input_size(o.teacher)) for images, which in ((o.train, o.fit), (o.test, None)))
+    data = seen["features"], seen["labels"], said["features"], said["labels"]
+    return dict(knn=knn(*data)["top1"], linear_probe=linear_probe(*data)["top1"])
+
+
 if __name__ == "__main__":
     data, weights, *rest = sys.argv[1:]
     folder, out = Path(rest[0] if rest else "runs/locality"), Path(__file__).parent/"results"/"locality.json"
@@ -50,3 +70,7 @@ if __name__ == "__main__":
             print(rows[-1], flush=True)
             commands = {n: " ".join(["basd train", r, *REDUCED, *o]) for n, (r, o) in ROWS.items()}
             out.write_text(json.dumps(dict(rows=rows, commands=commands, environment=environment()), indent=1))
+    found = json.loads(out.read_text())
+    found["attention"] = {name: [looks(folder/f"{name}-{seed}") for seed in range(3)] for name in ROWS if name != "cnn"}
+    found["teacher"] = known_to_teacher(folder/"cka-taught-0")
+    out.write_text(json.dumps(found, indent=1))

@@ -153,6 +153,13 @@ def forward(self:Match, student:Features, teacher:Features, target:Target, progr
     parts['logits'], report['raw/logits'] = drawn['ramp']*o.logits.weight*soft, soft
     return outcome(logits, parts, report) if tau is None else outcome(logits, parts | dict(anchor=anchor), report | dict(temperature=tau))
 
+# %% ../../nbs/methods/33_match.ipynb #cc11824c
+@patch
+def meet(self:Match, student, teacher):
+    "Introduce the models to the losses that want to know them"
+    for loss in self.losses.values():
+        if hasattr(loss, 'meet'): loss.meet(student, teacher)
+
 # %% ../../nbs/methods/33_match.ipynb #6e05320d
 @patch
 def no_weight_decay(self:Match)->set: # names, timm's convention
