@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cka_maps import evaluating
-from .evaluation import check_logits, name_ticks
+from .evaluation import check_logits, evaluating, name_ticks
 from ..geometry.statistics import no_autocast
 
 # %% ../../nbs/analysis/74_curvature.ipynb #94657d74

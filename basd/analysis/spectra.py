@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .attention_distance import undisturbed
+from .evaluation import evaluating
 from ..losses.spectral import eigenvalues, gram
 
 # %% ../../nbs/analysis/75_spectra.ipynb #1fece587
@@ -77,7 +77,7 @@ def spectra(
     "Normalised singular values of the centred tokens of each layer, descending"
     if not model.names: raise ValueError("the model is tapped at no layer; tap those whose spectra are wanted, or layers='all'")
     pool, own, sizes, n = [Scatter() for _ in model.names], None, None, 0
-    with undisturbed(model):
+    with torch.no_grad(), evaluating(model):
         for x in batches:
             xs = model(x).tokens
             if bad := [name for name,t in zip(model.names, xs) if not t.isfinite().all()]: raise ValueError(f"tokens of {', '.join(bad)} are not finite, so they have no spectrum; has the run diverged?")
