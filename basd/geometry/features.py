@@ -110,6 +110,7 @@ class Features:
     logits:Tensor|None=None    # (B, C), or None for a model without a head
     grids:list|None=None       # (height, width) of the tokens, or None for a layer without a grid
     distilled:Tensor|None=None # logits of a second head that listens to a teacher, (B, C), if the model has one and is training
+    members:list|None=None     # `Features` of each, where several models were asked; the fields above are then the first one's
 
     def __post_init__(self):
         if self.grids is None: self.grids = [None]*len(self.tokens)

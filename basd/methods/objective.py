@@ -54,12 +54,13 @@ class Shapes:
     tokens:list   # N
     grids:list    # (height, width) or None
     heads:list    # H, or None for a layer without attention
+    members:list|None=None # `Shapes` of each, where several models were asked
 
     @classmethod
     def of(cls,
         features:Features, # of a dry run
     ): return cls([x.shape[-1] for x in features.tokens], [x.shape[-2] for x in features.tokens], list(features.grids),
-                  [None if a is None else a.heads for a in features.attention])
+                  [None if a is None else a.heads for a in features.attention], None if features.members is None else [cls.of(f) for f in features.members])
 
 # %% ../../nbs/methods/30_objective.ipynb #3404b7c7
 class Objective(nn.Module):

@@ -40,6 +40,7 @@ class CachedTeacher:
         shard:int=512,   # images a file
     ):
         refuse_moving(views)
+        if hasattr(teacher, 'members'): raise ValueError("several teachers have no cache yet; leave out teacher.cache")
         self.teacher, self.device, self.rows = teacher, torch.device(device), None
         self.data = ViewDataset(images, indices, views, train=True)
         features = self.ask([0])

@@ -82,6 +82,7 @@ class TeacherRecipe:
     img_size:Count|None = None            # pixels of the teacher's view
     cache:str|None = None                 # folder in which to keep what it says of each image; needs a view that does not move
     kwargs:dict[str, Any] = field(default_factory=dict)
+    others:list[dict[str, Any]] = field(default_factory=list) # further teachers, each in the words of this section, for methods that ask several
 
 # %% ../../nbs/training/60_recipes.ipynb #e5e08677
 @settings
