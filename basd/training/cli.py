@@ -44,6 +44,8 @@ def train(
         for stage,r in stages.items():
             place = run/stage
             if (r.teacher.run or '').startswith('stage:'): r.teacher.run = str(run/earlier(r.teacher.run, stages, stage))
+            for o in r.teacher.others:
+                if str(o.get('run', '')).startswith('stage:'): o['run'] = str(run/earlier(o['run'], stages, stage))
             if (r.student.checkpoint or '').startswith('stage:'): r.student.checkpoint = str(run/earlier(r.student.checkpoint, stages, stage)/'student.safetensors')
             if resume and (place/'result.json').is_file():
                 if rank() == 0: start_run(place, r, resume=True) # of the same recipe?
@@ -110,6 +112,12 @@ def parser()->argparse.ArgumentParser:
     a.add_argument('--output-dir', default='analysis', help='gets analysis.json and the figures (default analysis)')
     a.add_argument('--weights', default='headline', help='last, best, ema or headline (default)')
     a.add_argument('--images', type=int, default=512, help='images shown (default 512)')
+    c = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure', description='Resumes what was interrupted. Labels alone are added as the baseline. One teacher a seed is trained for all.')
+    c.add_argument('recipes', nargs='+', metavar='recipe', help='names of packaged recipes or .yaml files')
+    c.add_argument('--seeds', type=int, default=3, help='how many (default 3)')
+    c.add_argument('--set', nargs='*', default=[], dest='overrides', metavar='key=value', help='change all recipes')
+    c.add_argument('--jobs', type=int, default=1, help='runs side by side (default 1)')
+    c.add_argument('--folder', default='runs/compare', help='runs, table.md, table.csv, results.json and race.png (default runs/compare)')
     b = sub.add_parser('bench', help="time a recipe's step beside its lower bound", description='Needs neither data nor weights. For a CPU, choose a batch it can hold: data.batch_size=16')
     b.add_argument('recipe', nargs='?', default='basd_imagenet', help='name of a packaged recipe or a .yaml file (default basd_imagenet)')
     b.add_argument('overrides', nargs='*', metavar='key=value', help='change the recipe, as in data.batch_size=16')
@@ -118,7 +126,7 @@ def parser()->argparse.ArgumentParser:
     b.add_argument('--cached', action='store_true', help="read the teacher's answers from a cache, as from the second epoch on")
     b.add_argument('--release', action='store_true', help='let freed memory go back to the system, which a CPU run otherwise keeps')
     b.add_argument('--growth', action='store_true', help='also with other batch sizes, token counts, widths, layers and points')
-    for s in (t, e, a, b): s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
+    for s in (t, e, a, c, b): s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
     r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
     r.add_argument('name', nargs='?', help='print this recipe')
     return p
@@ -150,6 +158,9 @@ def run(
         for line in done: print(line)
         for line in left: print(f'basd: {line}', file=sys.stderr)
         if not done: raise ValueError("nothing could be analysed; the lines above say why")
+    elif args.command == 'compare':
+        from basd.training import compare as race
+        print(race.told(race.compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder, jobs=args.jobs, device=args.device)))
     elif args.command == 'bench':
         from basd.training.bench import bench, sizes_around, table     # the profiler is not for everyday starts
         print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device, cached=args.cached, hold=not args.release, sizes=sizes_around if args.growth else None)))
