@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['processes', 'hold_memory', 'open_data', 'build_student', 'build_teacher', 'one_teacher', 'teacher_from_run',
-           'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'clip_and_flag', 'part_gradients', 'pulls', 'evaluate',
-           'logits_of', 'autocast']
+           'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD', 'clip_and_flag', 'part_gradients', 'pulls',
+           'evaluate', 'logits_of', 'autocast']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
@@ -159,15 +159,51 @@ def make_optimizer(
     lesson:Lesson,
     recipe:Recipe,
 )->torch.optim.Optimizer:
-    "A fused optimizer over timm's parameter groups"
+    "A fused optimizer over timm's parameter groups, or one with two momenta"
     t = recipe.train
     groups = param_groups_weight_decay(lesson, t.weight_decay, no_weight_decay_list=lesson.no_weight_decay())
+    if t.momenta_apart is not None:
+        if t.optimizer != 'sgd': raise ValueError(f"train.momenta_apart={t.momenta_apart:g} belongs to train.optimizer=sgd, not to {t.optimizer}")
+        if t.compile: raise ValueError("train.momenta_apart walks the graph twice, which a compiled one does not allow; leave out train.compile")
+        return ApartSGD(groups, t.lr, t.momenta_apart)
     opt = create_optimizer_v2(groups, opt={'sgd': 'nesterov'}.get(t.optimizer, t.optimizer), lr=t.lr, weight_decay=t.weight_decay, fused=True)
     if t.optimizer == 'sgd': # a skipped first step must find a buffer
         for g in opt.param_groups:
             for p in g['params']: opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
     opt.grad_scale = None
     return opt
+
+# %% ../../nbs/training/63_lesson.ipynb #ac41336d
+class ApartSGD(torch.optim.Optimizer):
+    "SGD with one momentum for labels and a longer one for everything else; `p.grad` is of both, `p.of_labels` of labels"
+    def __init__(self,
+        params,               # parameters or groups
+        lr:float,
+        apart:float,          # Δ
+        momentum:float=.9,    # μ
+        weight_decay:float=0.,
+    ):
+        super().__init__(params, dict(lr=lr, apart=apart, momentum=momentum, weight_decay=weight_decay))
+        self.found_inf, self.lonely = None, set()  # a flag that skips the step; ids of parameters that labels alone reach
+        for p in (p for g in self.param_groups for p in g['params']): self.state[p] = dict(taught=torch.zeros_like(p), labels=torch.zeros_like(p))
+
+    @torch.no_grad()
+    def step(self):
+        "One update, on the device"
+        for g in self.param_groups:
+            for p in g['params']:
+                if p.grad is not None: self.one(p, g)
+
+    def one(self, p, g):
+        "Update one parameter"
+        y, s, d = getattr(p, 'of_labels', None), self.state[p], g['apart']
+        taught = p.grad if y is None else p.grad - y
+        memory = dict(taught=g['momentum'] + (0. if y is None else d), labels=g['momentum'] - (0. if id(p) in self.lonely else d))
+        new = {k: m*s[k] + v for (k, m), v in zip(memory.items(), (taught, (0. if y is None else y) + g['weight_decay']*p))}
+        if self.found_inf is not None: new = {k: torch.where(self.found_inf > 0, s[k], v) for k,v in new.items()}
+        move = g['lr']*(new['taught'] + new['labels'])
+        p.sub_(move if self.found_inf is None else torch.where(self.found_inf > 0, 0., move))
+        for k,v in new.items(): s[k].copy_(v)
 
 # %% ../../nbs/training/63_lesson.ipynb #3ea9c9f4
 def clip_and_flag(

@@ -91,6 +91,7 @@ class TrainRecipe:
     epochs:Count = 100
     seed:int = 0
     optimizer:Literal['adamw', 'adam', 'sgd'] = 'adamw'
+    momenta_apart:Annotated[float, Field(gt=0, lt=.1)]|None = None # of "sgd": labels keep a momentum of 0.9 less this, all else of 0.9 and this
     lr:Positive = 1e-3
     min_lr:Annotated[float, Field(ge=0)] = 1e-6
     weight_decay:Annotated[float, Field(ge=0)] = .05

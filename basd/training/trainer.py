@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.mixing import blend_images, blend_labels, draw_blend
 from ..data.views import Views, build_loader
-from ..geometry.statistics import step_generator, world
+from ..geometry.statistics import global_mean, step_generator, world
 from ..methods.objective import Progress, Target, find_objective
 from ..models.students import save_student
 from .cached import CachedTeacher, refuse_moving
@@ -131,17 +131,45 @@ def optimize(self:Trainer,
         with nullcontext() if last or world() == 1 else self.model.no_sync():
             out = self.forward(batch, micro, logging and last)
             if logging and last and self.t.gradient_shares and not self.t.compile: self.observe_gradients(out['parts']) # compiled graphs cannot be walked twice
+            if self.t.momenta_apart is not None: self.keep_apart(out, len(batches))
             (out['loss']/len(batches)).backward()
         self.observe(out)
     norms, self.optimizer.found_inf = clip_and_flag(self.groups, self.t.clip)
+    if self.t.momenta_apart is not None: self.clip_labels(norms)
     self.optimizer.step()
     self.optimizer.zero_grad(set_to_none=True)
+    for p in (p for g in self.groups for p in g): p.__dict__.pop('of_labels', None)
     self.lesson.objective.after_step()
     self.step += 1
     self.scheduler.step_update(self.step)
     if self.ema is not None: self.ema.update(self.lesson.student, step=self.step)
     self.meter.add({'grad_norm/student': norms[0]} | ({'grad_norm/objective': norms[1]} if len(norms) > 1 else {}))
     if logging: self.log_step()
+
+# %% ../../nbs/training/65_trainer.ipynb #30109c11
+@patch
+def keep_apart(self:Trainer,
+    out:dict,   # of the objective
+    share:int,  # micro-batches of the step
+):
+    "Note each parameter's gradient of labels alone, over all ranks"
+    params, ce = [p for g in self.groups for p in g], out['parts']['ce']
+    if not self.optimizer.lonely:
+        others = [v for k,v in out['parts'].items() if k != 'ce' and v.requires_grad]
+        rest = torch.autograd.grad(sum(others), params, retain_graph=True, allow_unused=True) if others else [None]*len(params)
+        self.optimizer.lonely = {id(p) for p,g in zip(params, rest) if g is None} | {None}
+    for p,g in zip(params, torch.autograd.grad(ce/share, params, retain_graph=True, allow_unused=True)):
+        if g is not None: p.of_labels = getattr(p, 'of_labels', 0.) + global_mean(g)
+
+# %% ../../nbs/training/65_trainer.ipynb #567b7e48
+@patch
+def clip_labels(self:Trainer,
+    norms:Tensor, # of each group's gradient before it was clipped
+):
+    "Shrink what labels want as the whole was shrunk; forget it after the step"
+    for g,norm in zip([g for g in self.groups if g], norms):
+        for p in g:
+            if hasattr(p, 'of_labels') and self.t.clip is not None: p.of_labels = p.of_labels*(self.t.clip/(norm + 1e-6)).clamp(max=1)
 
 # %% ../../nbs/training/65_trainer.ipynb #17c5219c
 @patch
