@@ -1,4 +1,5 @@
 "Two ranks with half of the batch each are one rank with the whole of it: same loss, same gradients"
+import json
 import subprocess
 import sys
 
@@ -46,3 +47,61 @@ def test_two_ranks_equal_one(seed, tmp_path, environment):
     assert set(parts1) >= {"ce", "rsd", "rel", "attn", "spectral"} and set(grads1) == set(grads2)
     for k in parts1: assert_close(parts2[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
     for k in grads1: assert_close(grads2[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
+
+
+FRAME = [w for w in TINY if not w.startswith(("method.", "teacher.kwargs"))] + [
+    "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}", "student.drop_path=0"]
+LOSSES = ["hidden", "at", "cka", "gram", "token", "correlation", "fourier", "rkd", "crd", "rsd", "scores", "heads", "dynamics"]
+OWN = {"cka": "debias: true", "heads": "heads: 4", "rkd": "images: 8"}
+METHODS = {
+    "match": ["method.name=match", "method.points=[0, 1]", "method.logits={weight: 1.0, temperature: {kind: sample}}",
+              "method.losses={" + ", ".join(f"{n}: {{{OWN.get(n, '')}}}" for n in LOSSES) + "}"],
+    "distill": ["method.name=distill", "method.loss=dkd"], "vrm": ["method.name=distill", "method.loss=vrm"],
+    "ofa": ["method.name=ofa", "method.points=[0, 1]"], "byot": ["method.name=byot", "method.points=[0, 1]"],
+    "dual_head": ["method.name=dual_head", "method.points=[0, 1]"], "basd_fourier": ["method.name=basd_fourier", "method.points=[0, 1]"],
+    "amtml": ["method.name=amtml", "method.points=[0, 1]"], "diverse": ["method.name=diverse", "method.points=[0, 1]"],
+}
+EVERY = """
+import json, sys, torch
+from basd.data.views import build_loader
+from basd.geometry.statistics import global_mean, world
+from basd.training.lesson import processes, rank
+from basd.training.recipes import load_recipe
+from basd.training.trainer import Trainer
+out, *words = sys.argv[1:]
+build = Trainer.build_models
+def build_double(self):
+    build(self); self.lesson.double()
+    if self.teacher is not None: self.teacher.double()
+Trainer.build_models = build_double
+found = {}
+with processes('cpu') as device:
+    for name, own in json.loads(words.pop()).items():
+        trainer = Trainer(load_recipe('deit_cifar', [*words, *own])[''], f'{out}.{name}', device, bars=False)
+        trainer.lesson.train()
+        trainer.step = 20
+        loader = build_loader(trainer.images, trainer.fit, trainer.views, 32, seed=0, epoch=0, rank=rank(), world=world(), workers=0)
+        result = trainer.forward(next(iter(loader)))
+        result['loss'].backward()
+        found[name] = {k: global_mean(v.detach()) for k, v in result['parts'].items()}, {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None}
+    if rank() == 0: torch.save(found, out)
+"""
+
+
+@pytest.mark.parametrize("blend, several", [("views.mixup=0", (2, 4)), ("views.cutmix=0", (2,))]) # CutMix alone, MixUp alone
+def test_every_method_on_several_ranks(blend, several, tmp_path, environment):
+    (tmp_path/"script.py").write_text(EVERY)
+    found = {}
+    for ranks in (1, *several):
+        out = tmp_path/f"{ranks}.pt"
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", tmp_path/"script.py", out, *FRAME, blend,
+                               json.dumps(METHODS)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[ranks] = torch.load(out)
+    for name in METHODS:
+        parts1, grads1 = found[1][name]
+        for ranks in several:
+            parts, grads = found[ranks][name]
+            assert parts.keys() == parts1.keys() and grads.keys() == grads1.keys()
+            for k in parts1: assert_close(parts[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
+            for k in grads1: assert_close(grads[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
