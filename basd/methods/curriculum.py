@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['difficulties', 'ranks', 'fuse', 'difficulty', 'find_difficulty', 'log_probabilities', 'loss_difficulty',
-           'margin_difficulty', 'disagreement_difficulty', 'teacher_difficulty', 'rouge_l_difficulty']
+           'margin_difficulty', 'disagreement_difficulty', 'teacher_difficulty', 'rouge_l_difficulty', 'subsets',
+           'POCLOptions', 'POCL']
 
 # %% ../../nbs/methods/36_curriculum.ipynb #8f6e97ab
 import importlib
+from dataclasses import field
 from typing import Annotated, Literal
 
 import torch
@@ -120,3 +122,147 @@ def rouge_l_difficulty(
     if len(generated) != len(references): raise ValueError(f"{len(generated)} generated texts and {len(references)} references; give one reference a text")
     scorer = RougeScorer(['rougeL'], use_stemmer=stem)
     return torch.tensor([1 - scorer.score(r, g)['rougeL'].fmeasure for g,r in zip(generated, references)], dtype=torch.float64)
+
+# %% ../../nbs/methods/36_curriculum.ipynb #53710dad
+def subsets(
+    easy:Tensor,         # high = easy, as of `fuse`, (n,)
+    stages:int,          # S
+    labels:Tensor|None=None, # (n,); None: cut the ranking as a whole
+)->list:                 # S tensors of positions, ascending, each within the next
+    "The easiest examples of every stage"
+    if not 1 <= stages <= len(easy): raise ValueError(f"stages={stages} of {len(easy)} examples; give from 1 to as many stages as examples")
+    groups = [torch.arange(len(easy))] if labels is None else [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    ordered = [g[easy[g].argsort(descending=True, stable=True)] for g in groups]
+    return [torch.cat([g[:-(-len(g)*(j + 1)//stages)] for g in ordered]).sort().values for j in range(stages)]
+
+# %% ../../nbs/methods/36_curriculum.ipynb #512dbec8
+@settings
+class POCLOptions(LogitOptions):
+    "Everything that a recipe may say about a curriculum"
+    scores:list[str] = field(default_factory=lambda: ['loss', 'disagreement']) # judges of difficulty, fused
+    stages:Annotated[int, Field(ge=1)] = 4
+    until:Literal['time', 'plateau', 'validation'] = 'time' # how long a stage lasts
+    patience:Annotated[int, Field(ge=1)] = 2   # epochs without progress, of "plateau" and "validation"
+    temperatures:tuple[float, float] = (1., 2.)# of the first and of the last stage
+    alphas:tuple[float, float] = (.7, 1.)      # share of the teacher, likewise
+    balanced:bool = True                       # cut each class by itself
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss != 'kl' or self.temperature is not None: raise ValueError("a curriculum sets the temperature of loss='kl' by itself; leave out loss and temperature")
+        if not self.scores: raise ValueError("scores is empty; name at least one judge of difficulty")
+        for name in self.scores: find_difficulty(name)
+
+# %% ../../nbs/methods/36_curriculum.ipynb #b9566af8
+@register('pocl')
+class POCL(Objective):
+    "Labels and a teacher's logits, easy images first"
+    Options = POCLOptions
+
+    def __init__(self,
+        options:POCLOptions,
+        student:Shapes|None, # not used
+        teacher:Shapes|None, # not used
+        classes:int,
+    ):
+        super().__init__(options, student, teacher, classes)
+        self.logits, number = LogitLoss(options, classes), lambda v: torch.tensor(v)
+        self.register_buffer('stage', number(-1))                            # −1: not begun
+        self.register_buffer('began', number(0))                             # epoch of this stage's beginning
+        self.register_buffer('best', number(float('inf')))                   # least loss in this stage
+        self.register_buffer('since', number(0))                             # epochs since then
+        ramp = lambda ends: torch.linspace(*ends, options.stages)
+        self.register_buffer('Ts', ramp(options.temperatures)); self.register_buffer('alphas', ramp(options.alphas))
+
+    @classmethod
+    def needs(cls, options): return Needs(layers=[], teacher=True)
+
+# %% ../../nbs/methods/36_curriculum.ipynb #b3967f7d
+@patch
+def plan(self:POCL,
+    epoch:int,   # that is about to begin
+    epochs:int,  # of the run
+    judge,       # () → labels, student and teacher logits on the clean training images
+)->Tensor|None:  # positions; None: all
+    "Which images this epoch draws from"
+    o, stage = self.options, int(self.stage)
+    said, timed = None, o.until == 'time'
+    if stage >= 0 and not timed and stage < o.stages - 1:
+        said = judge()
+        self.watch(loss_difficulty(said), epoch)
+    due = self.due(stage, epoch, epochs)
+    if due != stage:
+        said = said or judge()
+        self.begin(due, epoch, said)
+    return None if int(self.stage) == o.stages - 1 else self.images
+
+# %% ../../nbs/methods/36_curriculum.ipynb #56430102
+@patch
+def due(self:POCL,
+    stage:int,  # of the epoch before
+    epoch:int,
+    epochs:int,
+)->int:         # stage of this epoch
+    "Is it time for the next stage?"
+    o = self.options
+    if stage < 0: return 0
+    if o.until == 'time': return min(o.stages - 1, epoch*o.stages//epochs)
+    late = epochs - epoch <= o.stages - 1 - stage                             # the rest needs an epoch each
+    return min(o.stages - 1, stage + (late or int(self.since) >= o.patience))
+
+# %% ../../nbs/methods/36_curriculum.ipynb #2ae6f945
+@patch
+def begin(self:POCL,
+    stage:int,
+    epoch:int,
+    said:dict,  # of the judge
+):
+    "Rank the images anew and begin a stage"
+    o, labels = self.options, said['labels']
+    easy = fuse(*(find_difficulty(n)(said) for n in o.scores))
+    if o.until == 'validation': easy = easy.masked_fill(self.held(len(labels)), -1.)   # come last
+    self.images = subsets(easy, o.stages, labels if o.balanced and o.until != 'validation' else None)[stage]
+    if o.until == 'validation': self.images = self.images[~self.held(len(labels))[self.images]]
+    self.stage.fill_(stage); self.began.fill_(epoch); self.best.fill_(float('inf')); self.since.zero_()
+
+# %% ../../nbs/methods/36_curriculum.ipynb #13cceef5
+@patch
+def held(self:POCL,
+    n:int, # training images
+)->Tensor: # (n,)
+    "The tenth of the images that a stage is judged by"
+    return torch.rand(n, generator=torch.Generator().manual_seed(0)) < .1
+
+# %% ../../nbs/methods/36_curriculum.ipynb #06823502
+@patch
+def watch(self:POCL,
+    loss:Tensor, # of each training image, (n,)
+    epoch:int,
+):
+    "Has the student made progress in the epoch behind us?"
+    judged = self.held(len(loss)) if self.options.until == 'validation' else self.images
+    now = loss[judged].mean()
+    better = bool(now < .99*self.best)
+    self.best.fill_(min(float(now), float(self.best)))
+    self.since.fill_(0 if better else int(self.since) + 1)
+
+# %% ../../nbs/methods/36_curriculum.ipynb #fc869916
+@patch
+def get_extra_state(self:POCL): return getattr(self, 'images', None)
+
+# %% ../../nbs/methods/36_curriculum.ipynb #c03258c4
+@patch
+def set_extra_state(self:POCL, state):
+    if state is not None: self.images = state
+
+# %% ../../nbs/methods/36_curriculum.ipynb #752194af
+@patch
+def forward(self:POCL, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
+    "One evaluation of the objective"
+    z, z_t, b = student.logits, teacher.logits, target.blend
+    if z_t is None or z_t.shape[1] != z.shape[1]: log_probabilities(dict(student=z, teacher=z_t), 'teacher')
+    at = self.stage.clamp(min=0)
+    T, alpha = self.Ts[at], self.alphas[at]                                    # read on the device
+    kl = lambda z_t: logit_kl(z, z_t, T, self.options.direction)
+    raw = kl(z_t) if b is None else torch.lerp(kl(z_t[b.partner]), kl(z_t), b.lam.to(z.dtype))
+    return outcome(z, dict(ce=(1 - alpha)*cross_entropy(z, target.labels), logits=alpha*raw), {'raw/logits': raw, 'stage': self.stage, 'temperature': T, 'share': alpha})
