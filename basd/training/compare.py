@@ -57,15 +57,15 @@ class Leg:
     "One training that a race needs, whatever the seed"
     place:str             # its directory below the race's folder, without the seed
     recipe:Recipe
-    refs:dict             # "teacher" or "student" → place of the leg that gives it
+    refs:dict             # "teacher", "student" or the number of a further teacher → place of the leg that gives it
     key:str               # digest of its content
 
 # %% ../../nbs/training/68_compare.ipynb #8b440185
 def references(
     recipe:Recipe,
-)->dict: # "teacher" or "student" → stage
+)->dict: # "teacher", "student" or the number of a further teacher → stage
     "The stages on which a recipe builds"
-    said = dict(teacher=recipe.teacher.run, student=recipe.student.checkpoint)
+    said = dict(teacher=recipe.teacher.run, student=recipe.student.checkpoint) | {i: o.get('run') for i,o in enumerate(recipe.teacher.others)}
     return {k: v.removeprefix('stage:') for k,v in said.items() if (v or '').startswith('stage:')}
 
 # %% ../../nbs/training/68_compare.ipynb #73b9eb51
@@ -79,6 +79,7 @@ def frame(
     tree['train'] = {k: v for k,v in tree['train'].items() if k != 'seed'}
     for side, entry in (('teacher', 'run'), ('student', 'checkpoint')):
         if side in refs: tree[side] = tree[side] | {entry: None}
+    tree['teacher'] = tree['teacher'] | dict(others=[o | dict(run=None) if i in refs else o for i,o in enumerate(tree['teacher']['others'])])
     return tree
 
 # %% ../../nbs/training/68_compare.ipynb #1e8e9978
@@ -103,7 +104,7 @@ def legs_of(
         for s in references(r).values():
             if s not in legs: raise ValueError(f"'stage:{s}' in stage {stage!r} of {recipe} must name an earlier stage; allowed: {', '.join(legs) or 'none'}")
         refs = {side: legs[s].place for side,s in references(r).items()}
-        key = fingerprint([frame(r, refs), sorted(refs.items())])
+        key = fingerprint([frame(r, refs), sorted((str(k), v) for k,v in refs.items())])
         legs[stage] = Leg(f"{'teachers' if stage == 'teacher' else 'stages'}/{stage or Path(recipe).stem}-{key[:8]}", r, refs, key)
     return legs, [s for s in legs if s != 'teacher' and s not in used]
 
@@ -223,6 +224,8 @@ def run_of(
     r.name, r.about, r.paper, r.train.seed = f'{leg.place}-{seed}', '', '', seed
     if 'teacher' in leg.refs: r.teacher.run = str(at('teacher'))
     if 'student' in leg.refs: r.student.checkpoint = str(at('student')/'student.safetensors')
+    for i,o in enumerate(r.teacher.others):
+        if i in leg.refs: o['run'] = str(at(i))
     return Run(r.name, r, [f'{p}-{seed}' for p in before(leg, others)])
 
 # %% ../../nbs/training/68_compare.ipynb #5ea4a806
