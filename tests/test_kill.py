@@ -50,7 +50,7 @@ def test_sigkill(tmp_path, environment, undisturbed):
     for attempt in range(MOMENTS):
         process = spawn(environment, *TRAIN, "--run-dir", run, *(["--resume"] if run.exists() else []))
         wait_for_training(process, run)
-        time.sleep(chance.uniform(0, 2.5))
+        time.sleep(chance.uniform(0, .8))
         if process.poll() is None: killed += 1
         process.kill(); process.wait()
     done = spawn(environment, *TRAIN, "--run-dir", run, "--resume")

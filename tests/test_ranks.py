@@ -62,7 +62,7 @@ METHODS = {
     "amtml": ["method.name=amtml", "method.points=[0, 1]"], "diverse": ["method.name=diverse", "method.points=[0, 1]"],
 }
 EVERY = """
-import json, sys, torch
+import json, os, sys, torch
 from basd.data.views import build_loader
 from basd.geometry.statistics import global_mean, world
 from basd.training.lesson import processes, rank
@@ -85,6 +85,8 @@ with processes('cpu') as device:
         result['loss'].backward()
         found[name] = {k: global_mean(v.detach()) for k, v in result['parts'].items()}, {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None}
     if rank() == 0: torch.save(found, out)
+    if world() > 1: torch.distributed.barrier()
+    os._exit(0)                 # several reducers outlive the group that they were made for, and their destructors may abort
 """
 
 
