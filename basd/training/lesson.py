@@ -9,6 +9,7 @@ __all__ = ['processes', 'hold_memory', 'open_data', 'build_student', 'build_teac
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
+import gc
 import math
 import os
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def processes(
     if joined: dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
     try: yield here
     finally:
+        gc.collect()                        # what holds on to the group goes first
         if joined: dist.destroy_process_group()
 
 # %% ../../nbs/training/63_lesson.ipynb #330506ae
