@@ -249,8 +249,9 @@ def load_recipe(
     out = {}
     for stage, over in stages.items():
         t = merge(tree, over)
-        for text in overrides:
-            if not text.startswith('stages.'): t = merge(t, parse_override(text))
+        for text in sorted(overrides, key=lambda o: o.startswith('stages.')):                  # what names this stage comes last
+            given = parse_override(text)
+            t = merge(t, given.get('stages', {}).get(stage) or {} if 'stages' in given else given)
         out[stage] = resolve(t | {'name': f"{tree['name']}/{stage}"})
     return out
 
