@@ -36,7 +36,7 @@ def create_student(
     heads:int|None=None,          # H
     drop_path:float=0.,           # rate of stochastic depth at the last block
     pretrained:bool=False,        # begin with the model's published weights
-    checkpoint=None,              # or with those in this file
+    checkpoint=None,              # or with those in this file; a head for other classes begins anew
     points=None,                  # extraction points, as `layers` of `Tapped`; None: `default_points`, []: none
     attention:bool=True,          # keep queries and keys of the extraction points
     **kwargs,                     # of `timm.create_model`
@@ -47,7 +47,7 @@ def create_student(
     if width and heads and width % heads: raise ValueError(f"width={width} cannot be shared by heads={heads}; make it a multiple")
     args = {k: v for k,v in size.items() if v is not None} | ({'drop_path_rate': drop_path} if drop_path else {}) | kwargs
     m, args = build(model, pretrained, num_classes=num_classes, **args)
-    if checkpoint is not None: load_weights(m, checkpoint)
+    if checkpoint is not None: load_weights(m, checkpoint, new_head=True)
     return student_of(m, model, args, points, attention, img_size)
 
 # %% ../../nbs/models/42_students.ipynb #d0a2cb14

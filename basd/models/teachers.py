@@ -60,12 +60,14 @@ def read_weights(
 def load_weights(
     model:nn.Module,
     path,        # as for `read_weights`; timm's key layout or DINOv2's official one
+    new_head:bool=False, # a classifier for other classes begins anew, as timm's does with published weights
 )->nn.Module:    # `model`
     "Load a checkpoint completely, or say what does not fit"
     state = read_weights(path)
     if isinstance(model, vision_transformer.VisionTransformer):
         state = _convert(state, model, path)
     own = model.state_dict()
+    if new_head: state |= {k: own[k] for k in _head(model) if k in own and k in state and state[k].shape != own[k].shape}
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k,v in own.items() if k in state and state[k].shape != v.shape]
     if missing or extra or shapes:
@@ -75,6 +77,11 @@ def load_weights(
     return model
 
 # %% ../../nbs/models/41_teachers.ipynb #be71940c
+def _head(model):
+    "Names of the classifier's weights, by the model's configuration"
+    names = getattr(model, 'default_cfg', {}).get('classifier') or ()
+    return [f'{n}.{kind}' for n in ([names] if isinstance(names, str) else names) for kind in ('weight', 'bias')]
+
 def _convert(state, model, path):
     "timm's conversion of foreign key layouts, with resized position embeddings"
     try: return vision_transformer.checkpoint_filter_fn(state, model)
