@@ -86,6 +86,6 @@ def made_for(
 # %% ../../nbs/losses/09_paired.ipynb #174c6f5d
 def compares(
     cls, # of a loss
-)->str:  # "tokens" or "attention"
+)->str:  # "tokens" or "attention" of pairs, or "layers": tokens of all points and all layers
     "What `cls` is given of each layer"
     return getattr(cls, 'of', 'tokens')

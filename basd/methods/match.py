@@ -22,6 +22,7 @@ from ..losses.balance import ramp
 from ..losses.paired import compares, find_feature_loss, made_for, told
 from .basd import cut
 from .distill import LogitLoss, LogitOptions
+from ..models.students import copy_layers
 from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings
 
 # %% ../../nbs/methods/33_match.ipynb #5e64d40c
@@ -55,6 +56,7 @@ class MatchOptions:
     labels:float = 1.                       # weight of cross-entropy; 0: labels are never seen
     start:float = 0.                        # share of the run before the structure comes in
     rise:float = 0.                         # share of the run over which it does
+    start_from_teacher:bool = False         # the student begins as every other layer of a teacher of its width (DistilBERT)
 
     def __post_init__(self):
         self.losses = {n: o for n,o in self.losses.items() if o is not None}
@@ -75,14 +77,21 @@ class Match(Objective):
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)
-        self.pairs = {n: pairs_of(o.get('pairs', options.layer_map), len(student.widths), len(teacher.widths)) for n,o in options.losses.items()}
+        self.sides = {n: self.sides_of(n, o, len(student.widths), len(teacher.widths)) for n,o in options.losses.items()}
         self.losses = nn.ModuleDict({n: self.make(n, o, student, teacher) for n,o in options.losses.items()})
         self.logits = LogitLoss(options.logits, classes) if options.logits is not None else None
 
+    def sides_of(self, name, options, P:int, L:int)->tuple:
+        "Points and teacher layers that a loss is given: side by side, or all of both"
+        every = compares(find_feature_loss(name)) == 'layers'
+        if every and 'pairs' in options: raise ValueError(f"losses.{name} reads all points and layers and finds their pairs itself; leave out its pairs")
+        return (range(P), range(L)) if every else tuple(zip(*pairs_of(options.get('pairs', self.options.layer_map), P, L)))
+
     def make(self, name, options, student, teacher)->nn.Module:
-        "A loss, told the shapes of its pairs"
+        "A loss, told the shapes of its layers"
         shapes = dict(widths_s=student.widths, heads_s=student.heads, widths_t=teacher.widths, heads_t=teacher.heads)
-        shapes = {n: [v[p if n.endswith('s') else l] for p,l in self.pairs[name]] for n,v in shapes.items()}
+        points, layers = self.sides[name]
+        shapes = {n: [v[i] for i in (points if n.endswith('s') else layers)] for n,v in shapes.items()}
         cls = find_feature_loss(name)
         if compares(cls) == 'attention' and None in shapes['heads_s'] + shapes['heads_t']:
             raise ValueError(f"losses.{name} compares attention, and a layer of the {'student' if None in shapes['heads_s'] else 'teacher'} has none; pair other layers, or leave it out")
@@ -118,15 +127,17 @@ def compare(self:Match,
     generator:torch.Generator, # equal on all ranks
 )->Tensor:            # ()
     "One loss on all pairs"
-    loss, pairs = self.losses[name], self.pairs[name]
+    loss, (points, layers) = self.losses[name], self.sides[name]
     state, of = generator.get_state(), compares(loss)
-    xs, ys = [getattr(student, of)[p] for p,_ in pairs], [getattr(teacher, of)[l].detach() for _,l in pairs]
-    gs, gt = [student.grids[p] for p,_ in pairs], [teacher.grids[l] for _,l in pairs]
+    kind = 'attention' if of == 'attention' else 'tokens'
+    xs, ys = [getattr(student, kind)[p] for p in points], [getattr(teacher, kind)[l].detach() for l in layers]
+    gs, gt = [student.grids[p] for p in points], [teacher.grids[l] for l in layers]
     def one(ys, gt):
         generator.set_state(state)                                              # the same sample for both halves of a mixture
         return loss(xs, ys, generator, gs, gt)
     if of == 'attention' and blend is not None and blend.box is not None: return 0.*one(ys, gt)
-    return blended(one, xs, ys, gs, gt, blend)
+    at = [0]*len(ys) if of == 'layers' else range(len(xs))                      # at whose places the teacher is read
+    return blended(one, [xs[i] for i in at], ys, [gs[i] for i in at], gt, blend)
 
 # %% ../../nbs/methods/33_match.ipynb #62bafbac
 @patch
@@ -156,7 +167,8 @@ def forward(self:Match, student:Features, teacher:Features, target:Target, progr
 # %% ../../nbs/methods/33_match.ipynb #cc11824c
 @patch
 def meet(self:Match, student, teacher):
-    "Introduce the models to the losses that want to know them"
+    "Begin as the teacher if asked to, and introduce the models to the losses that want to know them"
+    if self.options.start_from_teacher: copy_layers(student.model, teacher.model)
     for loss in self.losses.values():
         if hasattr(loss, 'meet'): loss.meet(student, teacher)
 
