@@ -1,74 +1,162 @@
-"A run that is killed at any moment and resumed ends exactly where an undisturbed one ends"
+"A run that is killed at any moment and resumed ends exactly where an undisturbed one ends; `experiments/kill.py` is the long form"
 import os
 import random
 import signal
 import subprocess
-import sys
-import time
 
+import kills
 import pytest
 from conftest import TINY
 
-from basd.training.checkpoints import digest, load
-from basd.training.metrics import read_log
-
-TRAIN = ["train", "basd_cifar10", *TINY, "train.save_every=3", "train.precision=float32", "train.accumulate=2", "data.workers=1"]
-MOMENTS = 3
+TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=2", "train.save_every=3", "train.precision=float32"]
+ALONE, HELPED = TRAIN, [*TRAIN, "train.accumulate=2", "data.workers=1"]
+CACHED = [*TRAIN, "data.train_size=1100", "data.batch_size=256", "views.geometry=fixed", "views.flip=0", "train.epochs=1"]  # three shards
 
 
-def state(run):
-    "What must be equal at the end: everything in the checkpoint but the clock"
-    return digest({k: v for k, v in load(run/"last.pt").items() if k not in ("elapsed", "offset")})
+@pytest.fixture
+def run(tmp_path): (tmp_path/"run").mkdir(); return tmp_path/"run"
 
 
-def rows(run):
-    "The log without its times"
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(run)]
-
-
-def spawn(environment, *words):
-    return subprocess.Popen([sys.executable, "-m", "basd", *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_training(process, run, timeout=120):
-    "Wait until the run has written to its log, or has ended"
-    log, began = run/"metrics.jsonl", time.time()
-    size = log.stat().st_size if log.exists() else 0
-    while process.poll() is None and time.time() - began < timeout and not (log.exists() and log.stat().st_size != size): time.sleep(.02)
+def go(words, run, kill=None, **rest):
+    "Start, or go on with, `run`: exit statuses and what was said"
+    out = run.parent/"out.txt"
+    out.write_text("")
+    return kills.end(kills.launch([*words, "--run-dir", run, "--resume"], out, kill, **rest)), out.read_text()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole")/"run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "basd", *TRAIN, "--run-dir", str(run)], env=environment, check=True, capture_output=True)
-    return state(run), rows(run)
+    "What runs of some words leave when nobody kills them"
+    known = {}
+    def of(words, ranks=1):
+        key = (*words, ranks)
+        if key not in known:
+            run = tmp_path_factory.mktemp("whole")/"run"; run.mkdir()
+            status, said = go(words, run, ranks=ranks)
+            assert not any(status), said
+            known[key] = kills.left(run)
+        return known[key]
+    return of
 
 
-def test_sigkill(tmp_path, environment, undisturbed):
-    chance, run, killed = random.Random(0), tmp_path/"run", 0
-    for attempt in range(MOMENTS):
-        process = spawn(environment, *TRAIN, "--run-dir", run, *(["--resume"] if run.exists() else []))
-        wait_for_training(process, run)
-        time.sleep(chance.uniform(0, .8))
-        if process.poll() is None: killed += 1
-        process.kill(); process.wait()
-    done = spawn(environment, *TRAIN, "--run-dir", run, "--resume")
-    out, err = done.communicate(timeout=300)
-    assert done.returncode == 0, err
-    assert killed >= 2, "the moments were too late to test anything"
-    assert state(run) == undisturbed[0]
-    assert rows(run) == undisturbed[1]
+def ends_equal(words, run, whole, ranks=1):
+    status, said = go(words, run, ranks=ranks)
+    assert not any(status), said
+    assert kills.different(run, whole) == []
 
 
-def test_sigterm(tmp_path, environment, undisturbed):
-    run = tmp_path/"run"
-    process = spawn(environment, *TRAIN, "--run-dir", run)
-    wait_for_training(process, run)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped on request" in out, out + err
-    done = spawn(environment, *TRAIN, "--run-dir", run, "--resume")
-    out, err = done.communicate(timeout=300)
-    assert done.returncode == 0, err
-    assert state(run) == undisturbed[0] and rows(run) == undisturbed[1]
+DANGEROUS = [("start: environment written, no recipe", 1), ("checkpoint: half written", 1), ("step: weights new, average old", 4), ("step: half a row", 1),
+             ("evaluation: inside", 1), ("epoch: best new, last old", 1), ("checkpoint: previous linked", 1), ("checkpoint: previous renamed, last not", 2),
+             ("epoch: between two", 1), ("end: student written, no result", 1)]
+
+
+def test_sigkill_at_dangerous_moments(run, undisturbed):
+    for kill in DANGEROUS:
+        status, said = go(HELPED, run, kill)
+        assert status == [-signal.SIGKILL], f"{kill} never came: {said}"
+    ends_equal(HELPED, run, undisturbed(HELPED))
+
+
+def test_sigkill_at_any_time(run, undisturbed):
+    chance = random.Random(0)
+    for _ in range(2):
+        processes = kills.launch([*HELPED, "--run-dir", run, "--resume"], run.parent/"out.txt")
+        kills.wait_for_training(processes, run)
+        kills.end(processes, after=chance.uniform(0, .4))
+    ends_equal(HELPED, run, undisturbed(HELPED))
+
+
+def test_sigkill_inside_a_cache_build(run, tmp_path):
+    words = lambda name: [*CACHED, f"teacher.cache={tmp_path/name}"]
+    whole = tmp_path/"whole"/"run"; whole.mkdir(parents=True)
+    assert go(words("calm"), whole)[0] == [0]
+    for kill in (("cache: note not renamed", 1), ("cache: shard half written", 3), ("cache: shard not renamed", 1), ("cache: shard renamed", 1)):
+        assert go(words("killed"), run, kill)[0] == [-signal.SIGKILL], kill
+    ends_equal(words("killed"), run, kills.left(whole))
+    files = lambda name: {p.name: p.read_bytes() for p in (tmp_path/name).glob("shard-*")}
+    assert len(files("calm")) == 3 and files("calm") == files("killed") and not list((tmp_path/"killed").glob(".*"))
+
+
+def test_sigterm(run, undisturbed):
+    processes = kills.launch([*HELPED, "--run-dir", run], run.parent/"out.txt")
+    kills.wait_for_training(processes, run)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert kills.end(processes) == [0] and "stopped on request" in (run.parent/"out.txt").read_text()
+    ends_equal(HELPED, run, undisturbed(HELPED))
+
+
+def test_a_rank_that_dies(run, undisturbed):
+    "The other rank ends within the limit, and says what is left"
+    status, said = go(TRAIN, run, ("step: between gradients and optimizer", 6), ranks=2, dies=1)
+    assert status == [2, -signal.SIGKILL]
+    assert "has lost another rank" in said and "last.pt holds step 4" in said and "Traceback" not in said
+    ends_equal(TRAIN, run, undisturbed(TRAIN, ranks=2), ranks=2)
+
+
+def test_torchrun_starts_it_again(run, undisturbed):
+    "The same line serves for the first start and for the restart, which goes on from last.pt"
+    out = run.parent/"out.txt"
+    assert kills.torchrun([*TRAIN, "--run-dir", run, "--resume"], [("checkpoint: half written", 3, 0)], out) == 0, out.read_text()
+    assert kills.different(run, undisturbed(TRAIN, ranks=2)) == []
+
+
+def test_two_processes_in_one_run(run):
+    first = kills.launch([*TRAIN, "train.epochs=100", "--run-dir", run], run.parent/"first.txt")
+    kills.wait_for_training(first, run)
+    status, said = go([*TRAIN, "train.epochs=100"], run)
+    alive = first[0].exitcode is None
+    kills.end(first, after=0)
+    assert alive and status == [2] and "another process is training" in said
+
+
+def complained(run, status, said, words):
+    "One sentence, and nothing unfinished left behind"
+    last = said.strip().splitlines()[-1]
+    assert status == [2] and last.startswith("basd: ") and all(w in last for w in words) and "Traceback" not in said, said
+    assert not [p.name for p in run.iterdir() if p.name[0] == "." and p.name != ".lock"]
+
+
+def test_no_room(run, undisturbed):
+    "No file may grow beyond 500 kB, which stands for a full disk where none can be mounted"
+    go(ALONE, run, ("epoch: between two", 1))
+    status, said = go(ALONE, run, room=500_000)
+    complained(run, status, said, ["file too large", "last.pt holds step 4", "make room"])
+    ends_equal(ALONE, run, undisturbed(ALONE))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk; test_no_room stands for this one")
+def test_full_disk(run, undisturbed):
+    mount = lambda *options: subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(run)], capture_output=True, text=True)
+    made = mount("-o", "size=2m")
+    if made.returncode: pytest.skip(f"no small disk can be mounted here ({made.stderr.strip()}); test_no_room stands for this one")
+    try:
+        status, said = go(ALONE, run)
+        complained(run, status, said, ["no space left", "last.pt holds step 3", "make room"])
+        assert not mount("-o", "remount,size=16m").returncode
+        ends_equal(ALONE, run, undisturbed(ALONE))
+    finally: subprocess.run(["umount", str(run)], check=True)
+
+
+def test_damaged_checkpoint(run, undisturbed):
+    "One bit turned over, at several places, or half of the file gone: nothing is touched, and the checkpoint before is offered"
+    go(ALONE, run, ("end: before the test split", 1))
+    whole, good, chance = (run/"last.pt").read_bytes(), kills.saved(run/"last.pt"), random.Random(0)
+    at = whole.index(b"data/0")                                                      # from here on, tensors
+    flips = [chance.randrange(8*at, 8*len(whole)) for _ in range(40)]
+    refused = 0
+    for flip in [None, *flips]:
+        content = bytearray(whole)
+        if flip is None: del content[len(content)//2:]
+        else: content[flip//8] ^= 1 << flip % 8
+        (run/"last.pt").write_bytes(content)
+        try: assert kills.saved(run/"last.pt") == good                              # or it hit what nobody reads
+        except ValueError: refused += 1
+    assert refused > 30
+    (run/"last.pt").write_bytes(whole[:len(whole)//2])
+    files = lambda: {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name[0] != "."}
+    before = files()
+    status, said = go(ALONE, run)
+    complained(run, status, said, ["last.pt", "rename previous.pt to last.pt", "go on from step 6"])
+    assert files() == before
+    (run/"previous.pt").rename(run/"last.pt")
+    ends_equal(ALONE, run, undisturbed(ALONE))

@@ -1,0 +1,208 @@
+"""Runs that are killed at a chosen moment, and what must be equal at their end; for test_kill.py and experiments/kill.py.
+
+A child process changes the function in question so that it ends itself there with SIGKILL: nothing in the package knows of it.
+Children are forked from a process that has imported the package already, which saves the seconds that an import takes.
+
+    torchrun --nproc_per_node=2 --max-restarts=1 tests/kills.py '[["checkpoint: half written", 1, 0]]' train …    # rank 0, at the first start
+"""
+import io
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import timm.utils
+import torch
+
+import basd.data.cache
+import basd.models.students
+import basd.training.lesson
+import basd.training.trainer as trainer
+from basd.methods.objective import find_objective
+from basd.training.checkpoints import digest, load
+from basd.training.cli import main
+from basd.training.metrics import Log, read_log
+from basd.training.trainer import Trainer
+
+find_objective("basd")      # imports all methods, so that all children are of one state of the code
+LIMIT = 120                 # seconds; a process that takes longer is a failure
+
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name, last=None):
+    "Die before a call of `owner.name`; `last`: only where this is the beginning of the file name in its last argument"
+    return lambda now: _change(owner, name, last, lambda call, *args, **kw: (now(), call(*args, **kw))[1])
+
+
+def after(owner, name, last=None):
+    "Die after such a call"
+    return lambda now: _change(owner, name, last, lambda call, *args, **kw: (call(*args, **kw), now())[0])
+
+
+def _change(owner, name, last, act):
+    call = getattr(owner, name)
+    def changed(*args, **kw): return act(call, *args, **kw) if last is None or Path(args[-1]).name.startswith(last) else call(*args, **kw)
+    setattr(owner, name, changed)
+
+
+def half_saved(now):
+    "Die when half of a checkpoint is in its temporary file"
+    def act(call, x, file, **kw):
+        if not isinstance(x, dict): return call(x, file, **kw)      # what ranks tell each other is saved, too
+        call(x, whole := io.BytesIO())
+        file.write(whole.getvalue()[:len(whole.getvalue())//2]); file.flush()
+        now()
+        file.seek(0); file.truncate(); call(x, file)
+    _change(torch, "save", None, act)
+
+
+def half_a_row(now):
+    "Die when half of a row is in the log"
+    def act(call, log, row):
+        size, line = log.offset, json.dumps(row)
+        with open(log.path, "a") as f: f.write(line[:len(line)//2])
+        now()
+        os.truncate(log.path, size); call(log, row)
+    _change(Log, "write", None, act)
+
+
+MOMENTS = {
+    "start: environment written, no recipe": after(os, "replace", "environment.json"),
+    "start: recipe not renamed": before(os, "replace", "recipe.yaml"),
+    "cache: note not renamed": before(os, "replace", "cache.json"),
+    "cache: shard half written": before(basd.data.cache.Layout, "pack"),
+    "cache: shard not renamed": before(os, "replace", "shard-"),
+    "cache: shard renamed": after(os, "replace", "shard-"),
+    "step: before the forward pass": before(Trainer, "forward"),
+    "step: between gradients and optimizer": before(trainer, "clip_and_flag"),
+    "step: weights new, average old": before(timm.utils.ModelEmaV3, "update"),
+    "step: half a row": half_a_row,
+    "step: row written": after(Log, "write"),
+    "checkpoint: half written": half_saved,
+    "checkpoint: previous not linked": before(os, "link"),
+    "checkpoint: previous linked": after(os, "link"),
+    "checkpoint: previous renamed, last not": after(os, "replace", "previous.pt"),
+    "checkpoint: last not renamed": before(os, "replace", "last.pt"),
+    "checkpoint: last renamed": after(os, "replace", "last.pt"),
+    "epoch: row written, nothing saved": after(trainer, "print_row"),
+    "epoch: best not renamed": before(os, "replace", "best.pt"),
+    "epoch: best new, last old": after(os, "replace", "best.pt"),
+    "epoch: between two": after(Trainer, "end_epoch"),
+    "evaluation: inside": before(basd.training.lesson, "autocast"),
+    "evaluation: at its end": after(trainer, "evaluate"),
+    "end: before the test split": before(Trainer, "finish"),
+    "end: student written, no result": after(trainer, "save_student"),
+    "end: test row written": before(trainer, "plot_run"),
+    "end: result not renamed": before(os, "replace", "result.json"),
+}
+
+
+def arm(moment, n):
+    "Die at the `n`-th such moment"
+    left = iter(range(n - 1))
+    MOMENTS[moment](lambda: next(left, None) is None and die())
+
+
+def child(words, kill, env, out, room):
+    "What a child process does: the `basd` command, unless it dies before"
+    multiprocessing.set_start_method("fork", force=True)    # as in a process of its own; readers would come from the fork server otherwise
+    if room is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1); os.dup2(file, 2)
+    os.environ.update(env)
+    if kill: arm(*kill)
+    sys.exit(main([str(w) for w in words]))
+
+
+def environment():
+    "Of every child: this checkout first on the path, one thread"
+    tests = Path(__file__).parent
+    return dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]))
+
+
+def server():
+    "The process from which children are forked"
+    context = multiprocessing.get_context("forkserver")
+    os.environ.update(environment())
+    context.set_forkserver_preload(["kills"])
+    return context
+
+
+def launch(words, out, kill=None, ranks=1, dies=0, room=None):
+    "Start a run; rank `dies` is killed at `kill`, a moment and a count; no file may grow beyond `room` bytes"
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    group = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if ranks > 1 else {} for r in range(ranks)]
+    processes = [server().Process(target=child, args=(words, kill if r == dies else None, env, str(out), room)) for r,env in enumerate(group)]
+    for p in processes: p.start()
+    return processes
+
+
+def end(processes, after=None, limit=LIMIT):
+    "Exit statuses of the ranks; killed from here `after` so many seconds"
+    if after is not None:
+        processes[0].join(after)
+        for p in processes: p.kill()
+    began = time.time()
+    for p in processes: p.join(max(1, limit - time.time() + began))
+    late = [p for p in processes if p.exitcode is None]
+    for p in late: p.kill(); p.join()
+    if late: raise TimeoutError(f"a process did not end within {limit} s")
+    return [p.exitcode for p in processes]
+
+
+CLOCK = ("elapsed", "offset")       # an offset counts the digits of the times in the log
+
+
+def saved(file): return digest({k: v for k, v in load(file).items() if k not in CLOCK})
+
+
+def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(run)]
+
+
+def left(run):
+    "All that must be equal at the end: checkpoints but for the clock, the log without its times, what is taken away"
+    run = Path(run)
+    result = json.loads((run/"result.json").read_text())
+    return dict({n: saved(run/n) for n in ("last.pt", "previous.pt", "best.pt")}, rows=rows(run), student=(run/"student.safetensors").read_bytes(),
+                result={k: v for k, v in result.items() if k != "seconds"}, files=sorted(p.name for p in run.iterdir()))
+
+
+def torchrun(words, plan, out, ranks=2):
+    "The exit status of a job that is started again after each kill of `plan`: rows of moment, count and rank"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={len(plan)}"]
+    with open(out, "a") as file:
+        return subprocess.run([*launcher, __file__, json.dumps(plan), *map(str, words)], stdout=file, stderr=file, timeout=2*LIMIT,
+                              env={**os.environ, **environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}).returncode
+
+
+def wait_for_training(processes, run):
+    "Wait until the run has written to its log, or has ended"
+    log = Path(run)/"metrics.jsonl"
+    size = log.stat().st_size if log.exists() else 0
+    while processes[0].exitcode is None and not (log.exists() and log.stat().st_size != size): time.sleep(.02)
+
+
+def different(run, whole):
+    "Names of what is not equal to `whole`, of `left`"
+    found = left(run)
+    return [k for k in whole if found[k] != whole[k]]
+
+
+def step(run):
+    "Where `run` would go on, or None"
+    try: return load(Path(run)/"last.pt")["step"]
+    except FileNotFoundError: return None
+
+
+if __name__ == "__main__":
+    plan, start = json.loads(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if start < len(plan) and int(os.environ["RANK"]) == plan[start][2]: arm(*plan[start][:2])
+    sys.exit(main(sys.argv[2:]))
