@@ -10,14 +10,16 @@ __all__ = ['decode', 'Source', 'holdout', 'open_digits', 'open_torch', 'Folder',
 import hashlib
 import io
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastcore.basics import patch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from timm.data import create_dataset
-from timm.data.readers.img_extensions import is_img_extension
+from timm.data.readers.img_extensions import add_img_extensions, is_img_extension
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import decode_image
@@ -33,10 +35,22 @@ def decode(
     if isinstance(raw, bytes):
         try:
             x = decode_image(torch.frombuffer(bytearray(raw), dtype=torch.uint8), mode='RGB')
-            return F.to_dtype(x, torch.uint8, scale=True)
-        except (RuntimeError, ValueError): raw = Image.open(io.BytesIO(raw))
-    if isinstance(raw, Image.Image): return F.pil_to_tensor(raw.convert('RGB'))
+            return F.to_dtype(x if x.ndim == 3 else x[0], torch.uint8, scale=True)                  # of moving pictures the first
+        except (RuntimeError, ValueError): raw = _opened(raw)
+    if isinstance(raw, Image.Image): return F.pil_to_tensor(_eight_bits(raw).convert('RGB'))
     return raw.expand(3, -1, -1)
+
+# %% ../../nbs/data/50_sources.ipynb #57957221
+def _opened(raw):
+    "Pillow's view of encoded bytes"
+    try: return Image.open(io.BytesIO(raw))
+    except UnidentifiedImageError: raise ValueError(f"{len(raw)} bytes in no known format" if raw else "an empty file") from None
+
+def _eight_bits(image):
+    "Deep grey levels scaled to 0 to 255, where Pillow would clip them"
+    if image.mode.startswith('I;16'): return Image.fromarray((np.asarray(image).astype('uint32')*255 + 32767 >> 16).astype('uint8'))
+    if image.mode in ('I', 'F'): raise ValueError(f"32 bits a pixel (mode {image.mode}), whose range is not known; save it with 8 or 16")
+    return image
 
 # %% ../../nbs/data/50_sources.ipynb #710b1c23
 class Source(Dataset):
@@ -55,6 +69,8 @@ class Source(Dataset):
             raise ValueError(f"{name}: labels such as {labels[0]!r} are not class numbers; "
                              f"name a column of class numbers with label_key") from e
         self.classes = [str(c) for c in (range(int(self.labels.max()) + 1) if classes is None else classes)]
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes): raise ValueError(f"{name}: labels from {low} to {high} do not number {len(self.classes)} classes; choose a split whose labels are known")
 
     def __len__(self): return len(self.labels)
 
@@ -143,6 +159,9 @@ def open_torch(
     labels, classes = getattr(dataset, 'targets', None), getattr(dataset, 'classes', None)
     return Source(dataset, labels, classes, f'torch/{name}/{split}')
 
+# %% ../../nbs/data/50_sources.ipynb #f81f1ed0
+add_img_extensions(['.bmp', '.gif', '.tif', '.tiff', '.webp'])
+
 # %% ../../nbs/data/50_sources.ipynb #24956d59
 class Folder(Source):
     "A split whose images are files"
@@ -153,8 +172,9 @@ class Folder(Source):
 # %% ../../nbs/data/50_sources.ipynb #214e9de5
 def _class_names(folders):
     "Names of the folders below `folders` that hold images themselves"
-    def images(files): return any(is_img_extension(Path(x).suffix) for x in files)
-    return {Path(d).name for f in folders for d,_,files in os.walk(f) if Path(d) != f and images(files)}
+    def images(files): return any(is_img_extension(Path(x).suffix.lower()) for x in files)
+    def refuse(e): raise ValueError(f"folder {e.filename} cannot be read ({e.strerror}); let it be read, or take it away") from None
+    return {Path(d).name for f in folders for d,_,files in os.walk(f, onerror=refuse) if Path(d) != f and images(files)}
 
 # %% ../../nbs/data/50_sources.ipynb #a4d965f1
 def open_folder(
@@ -175,8 +195,19 @@ def open_folder(
     names = sorted(_class_names(splits))
     if not _class_names(found[:1]):
         raise ValueError(f"{found[0]} holds no images in class folders; lay it out as {found[0].name}/class/image.jpg")
+    if len(names) < 2: raise ValueError(f"{folder} holds one class alone, {names[0]!r}, so there is nothing to tell apart; give each class a folder of its own")
     dataset = create_dataset('', root=str(found[0]), search_split=False, class_map={c: i for i,c in enumerate(names)})
     return Folder(dataset, [label for _,label in dataset.reader.samples], names, f"{folder.name}/{split}")
+
+# %% ../../nbs/data/50_sources.ipynb #eef34995
+@contextmanager
+def _offline(on):
+    "Tell the hub's packages that there is no network"
+    import datasets.config as readers, huggingface_hub.constants as hub
+    before = readers.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    if on: readers.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
+    try: yield
+    finally: readers.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
 
 # %% ../../nbs/data/50_sources.ipynb #6ae17d73
 class Columns(Source):
@@ -199,21 +230,23 @@ def open_hfds(
     root=None,          # folder for the cache
     image_key:str|None=None, # column of images; found by its type if None
     label_key:str|None=None, # column of labels; found by its type if None
+    download:bool=False,     # may the hub be asked
 )->Source:
     "A Hugging Face data set, by way of timm's reader"
     try: import datasets
     except ImportError as e: raise ValueError(f"'hfds/{name}' needs the package datasets; pip install datasets") from e
     cache = None if root is None else str(root)
     try:
-        features = datasets.load_dataset(name, split=split, cache_dir=cache).features
-        image = _column(features, 'Image', ('image', 'img'), image_key)
-        label = _column(features, 'ClassLabel', ('label', 'labels', 'fine_label'), label_key)
-        dataset = create_dataset(f'hfds/{name}', root=cache, split=split, input_key=image, target_key=label)
-        labels = dataset.reader.dataset.select_columns(label)[:][label]
-        classes = getattr(features[label], 'names', None)
+        with _offline(not download):
+            features = datasets.load_dataset(name, split=split, cache_dir=cache).features
+            image = _column(features, 'Image', ('image', 'img'), image_key)
+            label = _column(features, 'ClassLabel', ('label', 'labels', 'fine_label'), label_key)
+            dataset = create_dataset(f'hfds/{name}', root=cache, split=split, input_key=image, target_key=label)
+            labels = dataset.reader.dataset.select_columns(label)[:][label]
+            classes = getattr(features[label], 'names', None)
     except Exception as e:
-        raise ValueError(f"hfds/{name}, split {split!r}, cannot be opened ({e}); "
-                         f"give a folder of parquet files or the name of a data set within reach") from e
+        raise ValueError(f"hfds/{name}, split {split!r}, cannot be opened ({' '.join(str(e).split())}); "
+                         f"give a folder of parquet files, or the name of a data set and download=True") from e
     return Columns(dataset, labels, classes, f"hfds/{Path(name).name}/{split}")
 
 # %% ../../nbs/data/50_sources.ipynb #6fe7aef9
@@ -221,14 +254,14 @@ def open_source(
     source:str,          # "digits", "torch/<name>", "hfds/<hub name or folder>", or a folder of images
     split:str='train',
     root=None,           # where downloads ("torch/…") or the cache ("hfds/…") lie, or where a folder's path starts
-    download:bool=False, # may torchvision fetch missing data
+    download:bool=False, # may missing data be fetched
     **kwargs,            # for "hfds/…": `image_key`, `label_key`
 )->Source:
     "Open one split of a data set by name"
     kind, _, name = source.partition('/')
     if source == 'digits': return open_digits(split)
     if kind == 'torch': return open_torch(name, split, root, download)
-    if kind == 'hfds': return open_hfds(name, split, root, **kwargs)
+    if kind == 'hfds': return open_hfds(name, split, root, download=download, **kwargs)
     if (folder := Path(root or '')/source).is_dir(): return open_folder(folder, split)
     raise ValueError(f"unknown source {source!r}: "
                      f"neither a folder nor one of 'digits', 'torch/<name>', 'hfds/<hub name or folder>'")
