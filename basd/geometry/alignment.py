@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .resampling import resample_tokens
-from .statistics import centre, covariance, effective_rank, global_mean, island, no_autocast, world
+from .statistics import centre, covariance, effective_rank, eigh, global_mean, island, no_autocast, steady, world
 
 # %% ../../nbs/geometry/06_alignment.ipynb #9e13df05
 @lru_cache(maxsize=256)
@@ -190,7 +190,7 @@ def fit(
     "Take mean and principal directions of these tokens, over all ranks, and freeze them"
     rows = z.flatten(0, -2)
     mean = global_mean(rows.mean(0))
-    u = torch.linalg.eigh(covariance(rows - mean))[1].flip(-1)[:, :self.projection.shape[1]]   # descending variance
+    u = eigh(steady(covariance(rows - mean))[0])[1][:, :self.projection.shape[1]] # descending variance
     self.mean.copy_(mean); self.projection.zero_()[:, :u.shape[1]].copy_(u)
     self.fitted.fill_(True); self.ready = True
 

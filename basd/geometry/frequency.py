@@ -93,7 +93,7 @@ def profile_dist(
     floor:float=1e-6,# least share, for the divergence
 )->Tensor:           # at least 0, (...,)
     "How differently two layers spread their energy"
-    if dist == 'cosine': return 1 - F.cosine_similarity(p, q, dim=-1)
+    if dist == 'cosine': return (1 - F.cosine_similarity(p, q, dim=-1)).clamp(min=0)
     p, q = ((x + floor)/(x + floor).sum(-1, keepdim=True) for x in (p, q))
     return ((p - q)*(p.log() - q.log())).sum(-1)/2
 

@@ -9,7 +9,7 @@ __all__ = ['principal_angles', 'projection_dist', 'subspace', 'eigengap', 'score
 import torch
 from torch import Tensor
 
-from .statistics import global_mean, island, no_autocast, world
+from .statistics import eigh, global_mean, island, no_autocast, steady, world
 
 # %% ../../nbs/geometry/02_grassmann.ipynb #aa30f31a
 def principal_angles(
@@ -39,7 +39,7 @@ def projection_dist(
 class _Eigen(torch.autograd.Function): # gradient for functions of the span of U, and for eigenvalues
     @staticmethod
     def forward(ctx, cov, k):
-        lam, V = (x.flip(-1) for x in torch.linalg.eigh(cov))
+        lam, V = eigh(cov)
         ctx.k = k
         ctx.save_for_backward(lam, V)
         return V[..., :k], lam
@@ -64,10 +64,10 @@ def subspace(
     d = cov.shape[-1]
     if not 0 < k < d: raise ValueError(f"k={k} directions of a covariance of shape {tuple(cov.shape[-2:])}; k must be between 1 and {d-1}")
     with no_autocast(cov), torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        cov = torch.nan_to_num(island(cov))  # LAPACK would stop; who produced the value will be named by the loss
-        jitter = eps * cov.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]                          # (..., 1)
-        U, lam = _Eigen.apply((cov + cov.mT)/2 + jitter[..., None]*torch.eye(d, dtype=cov.dtype, device=cov.device), k)
-        return U, torch.maximum(lam, jitter)
+        cov = island(cov)
+        A, size = steady((cov + cov.mT)/2, eps)
+        U, lam = _Eigen.apply(A, k)
+        return U, torch.maximum(lam*size, eps*size)
 
 # %% ../../nbs/geometry/02_grassmann.ipynb #6920abdc
 def eigengap(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .grassmann import eigengap, orthonormal_scores, overlap, projection_dist, scores, subspace, turn
 from .projections import CommonSpace, reconstruction
 from .resampling import resample_tokens
-from .statistics import centre, covariance, images_at_once, island, no_autocast, world
+from .statistics import centre, covariance, eigh, images_at_once, island, no_autocast, steady, world
 
 # %% ../../nbs/geometry/05_selector.ipynb #f88b9a33
 def mixing_weights(
@@ -201,7 +201,7 @@ def _compare(zs_s, zs_t, k, space, procrustes, directions=subspace):
         return (1 - o[:P]).clamp(0, 1), k*o[P:], gap
     U_s, U_t = U[:P, None], U[None, P:]
     if procrustes:
-        left, _, right = torch.linalg.svd(covariance(z[:P, None], z[None, P:]))          # (P, L, d, d)
+        left, _, right = torch.linalg.svd(torch.nan_to_num(covariance(z[:P, None], z[None, P:]))) # (P, L, d, d)
         U_s = right.mT @ left.mT @ U_s                                                   # span of the student, turned by Q
     return projection_dist(U_s, U_t) / k, k - projection_dist(U[P:, None], U_t), gap
 
@@ -215,7 +215,8 @@ def _followed(self:GrassmannSelector, cov, k):
         cov = torch.where(cov.isfinite().all(), cov, self.running)
         self.running.lerp_(cov.to(self.running.dtype), (1/(self.seen + 1)).clamp(min=1 - self.memory))
         self.seen.add_(1)
-        X, lam = turn(self.running, X) if self.settled else (x.flip(-1) for x in reversed(torch.linalg.eigh(self.running)))
+        if self.settled: X, lam = turn(self.running, X)
+        else: X = eigh(steady(self.running)[0])[1]
         self.basis.copy_(X)
     return X[..., :k], (X * (self.running @ X)).sum(-2) if lam is None else lam
 

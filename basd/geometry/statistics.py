@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['no_autocast', 'island', 'world', 'rank', 'global_mean', 'centre', 'covariance', 'images_at_once', 'in_pieces',
-           'effective_rank', 'step_generator', 'draw_images']
+           'steady', 'eigh_by_products', 'remote', 'eigh', 'eigvalsh', 'effective_rank', 'step_generator',
+           'draw_images']
 
 # %% ../../nbs/geometry/01_statistics.ipynb #ceaf54e7
 import torch
@@ -119,6 +120,77 @@ def in_pieces(
     if torch.compiler.is_compiling() or size is None or size >= len(xs[0]): return f(slice(0, len(xs[0])), *xs)
     return _InPieces.apply(f, size, len(xs), *xs, *params)
 
+# %% ../../nbs/geometry/01_statistics.ipynb #b5e5d697
+def steady(
+    cov:Tensor,          # symmetric, no negative eigenvalue, (..., d, d)
+    eps:float|None=None, # added to the diagonal, relative to the mean eigenvalue; the type's rounding error if None
+)->tuple[Tensor, Tensor]:# matrix with the same eigenvectors (..., d, d) and the factor by which it was divided (..., 1), constant
+    "`cov` in a form that a solver decomposes whatever comes in; a zero matrix stays zero"
+    d, limits = cov.shape[-1], torch.finfo(cov.dtype)
+    size = cov.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]                   # (..., 1)
+    jitter = (limits.eps if eps is None else eps) * (size > 0)[..., None] * torch.eye(d, dtype=cov.dtype, device=cov.device)
+    return torch.nan_to_num(cov / size[..., None].clamp(min=limits.tiny)) + jitter, torch.nan_to_num(size)
+
+# %% ../../nbs/geometry/01_statistics.ipynb #25adcf1b
+def eigh_by_products(
+    A:Tensor,      # symmetric, (..., d, d)
+    turns:int=60,  # of all axes, six products each; more than enough up to d = 192
+)->tuple[Tensor, Tensor]: # eigenvalues, descending (..., d), and orthonormal eigenvectors (..., d, d)
+    "Eigenvalues and eigenvectors by matrix products alone: a host never waits for them"
+    d, A = A.shape[-1], A.detach()
+    v = torch.arange(1, d + 1, dtype=A.dtype, device=A.device)*.6180339887 % 1 - .5
+    X = (torch.eye(d, dtype=A.dtype, device=A.device) - 2*v[:, None]*v/v.square().sum()).expand_as(A)
+    above = torch.ones_like(A).triu(1)
+    near = 100*torch.finfo(A.dtype).eps*A.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
+    for _ in range(turns):
+        S = X.mT @ A @ X
+        lam = S.diagonal(dim1=-2, dim2=-1)
+        gap = lam[..., None, :] - lam[..., None]                                    # S_jj − S_ii
+        angle = (torch.atan2(2*S, gap.abs() + near) / 2 * torch.where(gap < 0, -1., 1.)).mul(above)
+        angle = angle - angle.mT                                                    # Θ
+        square = angle @ angle
+        t = square.square().sum((-1, -2)).sqrt().sqrt().clamp(min=1)[..., None, None].reciprocal()
+        X = X + t*(X @ (angle + t/2*square))                                        # X e^{tΘ}, to second order
+        X = 1.5*X - .5*X @ (X.mT @ X)                                               # orthonormal again
+    X = 1.5*X - .5*X @ (X.mT @ X)
+    lam, order = (X * (A @ X)).sum(-2).sort(descending=True, stable=True)
+    return lam, X.gather(-1, order[..., None, :].expand_as(X))
+
+# %% ../../nbs/geometry/01_statistics.ipynb #1a63ce0e
+def remote(
+    A:Tensor, # any tensor
+)->bool:
+    "Must a host wait to read a number of `A`?"
+    return A.is_cuda
+
+# %% ../../nbs/geometry/01_statistics.ipynb #20d0c89d
+def eigh(
+    A:Tensor, # symmetric, (..., d, d)
+)->tuple[Tensor, Tensor]: # eigenvalues, descending (..., d), and orthonormal eigenvectors (..., d, d), constant
+    "Decomposition by LAPACK on a CPU, by products on a GPU"
+    if remote(A): return eigh_by_products(A)
+    lam, X = torch.linalg.eigh(A.detach())
+    return lam.flip(-1), X.flip(-1)
+
+# %% ../../nbs/geometry/01_statistics.ipynb #77650d84
+class _Eigenvalues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, A):
+        lam, X = eigh_by_products(A)
+        ctx.save_for_backward(X)
+        return lam
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return (ctx.saved_tensors[0] * g[..., None, :]) @ ctx.saved_tensors[0].mT
+
+# %% ../../nbs/geometry/01_statistics.ipynb #a9b35ab0
+def eigvalsh(
+    A:Tensor, # symmetric, (..., d, d)
+)->Tensor:    # descending, with gradient, (..., d)
+    "Eigenvalues by LAPACK on a CPU, by products on a GPU"
+    return _Eigenvalues.apply(A) if remote(A) else torch.linalg.eigvalsh(A).flip(-1)
+
 # %% ../../nbs/geometry/01_statistics.ipynb #df2e3645
 @torch.no_grad()
 def effective_rank(
@@ -126,9 +198,8 @@ def effective_rank(
 )->Tensor:    # between 1 and d; 0 for rows that are all alike, (...,)
     "Exponential of the entropy of the covariance spectrum; a diagnostic without gradient"
     with no_autocast(x):
-        cov = torch.nan_to_num(covariance(centre(island(x))))
-        total = cov.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=torch.finfo(cov.dtype).tiny)
-        lam = torch.linalg.eigvalsh(cov/total).clamp(min=0)                   # of unit trace: LAPACK may fail on numbers near underflow
+        cov = steady(covariance(centre(island(x))))[0]
+        lam = (eigvalsh(cov) - torch.finfo(cov.dtype).eps).clamp(min=0)
         total = lam.sum(-1, keepdim=True)
         p = lam / total.clamp(min=torch.finfo(lam.dtype).tiny)
         return torch.where(total[..., 0] > 0, torch.special.entr(p).sum(-1).exp(), 0.)

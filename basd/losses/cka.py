@@ -83,7 +83,7 @@ def cka(
         x, y = (unit_power(z, center, global_mean if road == 'channels' else lambda m: m) for z in island(x, y))
         if road == 'gram': x, y = x @ x.mT, y @ y.mT
         h = (lambda a, b: hsic(a, b, debias, center)) if road == 'gram' else lambda a, b: hsic_of_rows(a, b, debias)
-        return h(x, y)*(h(x, x)*h(y, y)).clamp(min=1e-16).rsqrt()
+        return h(x, y)*(h(x, x).clamp(min=1e-6)*h(y, y).clamp(min=1e-6)).rsqrt()
 
 # %% ../../nbs/losses/16_cka.ipynb #e89457fd
 @feature_loss('cka')

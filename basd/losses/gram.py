@@ -77,14 +77,14 @@ def forward(self:Gram,
 class TokenCosine(nn.Module):
     "One minus the cosine of each token with its teacher token; gradient to the student and the maps"
     def __init__(self,
-        widths_s:list|None=None, # D_s of each extraction point; None: no maps, widths must be equal
+        widths_s:list|None=None, # D_s of each extraction point; equal widths need no map; None: no maps at all
         widths_t:list|None=None, # D_t of each extraction point
     ):
         super().__init__()
         if (widths_s is None) != (widths_t is None) or len(widths_s or []) != len(widths_t or []):
             raise ValueError(f"widths_s={widths_s} and widths_t={widths_t}; give one of each an extraction point, or "
                              "neither")
-        self.maps = None if widths_s is None else nn.ModuleList(nn.Linear(a, b) for a,b in zip(widths_s, widths_t))
+        self.maps = None if widths_s is None else nn.ModuleList(nn.Identity() if a == b else nn.Linear(a, b) for a,b in zip(widths_s, widths_t))
 
 # %% ../../nbs/losses/17_gram.ipynb #ff2098a5
 @patch

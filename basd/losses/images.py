@@ -88,7 +88,7 @@ def edges(
 )->Tensor:    # unit vectors of the pairs i < j, (V(V−1)/2, D)
     "Directions between vertices, each pair once"
     i, j = torch.triu_indices(len(z), len(z), 1, device=z.device)
-    return F.normalize(z[i] - z[j], dim=-1, eps=1e-6)
+    return F.normalize(z[i] - z[j], dim=-1, eps=1e-3)
 
 # %% ../../nbs/losses/22_images.ipynb #00d4d7e0
 class VRM(nn.Module):
@@ -109,6 +109,7 @@ class VRM(nn.Module):
     )->Tensor:         # ()
         with no_autocast(z_s):
             s, t = (all_rows(z) for z in island(z_s, z_t.detach()))
+            if min(s.shape) < 2: raise ValueError(f"logits {tuple(s.shape)} are of one image or one class, which has no edges; raise data.batch_size, or choose another loss")
             x, y = (F.layer_norm(z, z.shape[-1:]) for z in (s, t))
             huber = lambda a, b: F.smooth_l1_loss(a, b, reduction='none').sum(-1)
             return self.images*self.kept(huber(edges(x), edges(y)), s.detach()).mean() + self.classes*huber(edges(x.mT), edges(y.mT)).mean()

@@ -72,7 +72,7 @@ class Heads(nn.Module):
     )->Tensor:    # (P, M, D_t)
         h = x @ self.w1.mT
         with no_autocast(h):
-            h = standardise(island(h)) if self.norm == 'batch' else F.layer_norm(island(h), h.shape[-1:])
+            h = standardise(island(h), floor=1e-5**.5) if self.norm == 'batch' else F.layer_norm(island(h), h.shape[-1:])
         return F.gelu(torch.addcmul(self.shift, h, self.scale)).to(x.dtype) @ self.w2.mT
 
 # %% ../../nbs/losses/10_rsd.ipynb #a9cd0384

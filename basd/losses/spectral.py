@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import draw_images, global_mean, island, no_autocast
+from ..geometry.statistics import draw_images, eigvalsh, global_mean, island, no_autocast, steady
 
 # %% ../../nbs/losses/13_spectral.ipynb #4671c979
 def gram(
@@ -25,8 +25,8 @@ def eigenvalues(
     G:Tensor, # symmetric, (..., K, K)
 )->Tensor:    # descending, (..., K); nan where `G` is not finite
     "Eigenvalues that pass on what is not finite in place of failing on it"
-    size = G.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None].clamp(min=torch.finfo(G.dtype).tiny) # LAPACK may fail on numbers near underflow
-    return size*torch.linalg.eigvalsh(torch.nan_to_num(G/size[..., None])).flip(-1) + (0*G).sum((-1, -2))[..., None]
+    A, size = steady(G)
+    return size*(eigvalsh(A) - torch.finfo(G.dtype).eps) + (0*G).sum((-1, -2))[..., None]
 
 # %% ../../nbs/losses/13_spectral.ipynb #a8407577
 def spectrum(

@@ -185,6 +185,7 @@ def align(self:BASD,
     mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids, constant=self.options.targets == 'constant')
     grids = grids_of_mixed(student, teacher)
     if self.options.targets == 'live': return mixed, [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)], None
+    mixed = [x.detach() for x in mixed]
     if images is None: ys, losses = zip(*(learned(a, x, g) for a,x,g in zip(self.aligners, mixed, grids)))
     else:
         with torch.no_grad(): ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]

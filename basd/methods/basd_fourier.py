@@ -70,7 +70,7 @@ def targets(self:BASDFourier,
     teacher:Features,
 )->tuple:             # teacher tokens at the student's places, P × (B, N_s, D); the aligner's loss, ()
     "Mix and align"
-    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids)
+    mixed = [x.detach() for x in self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids)]
     ys, losses = zip(*(learned(a, x, g) for a,x,g in zip(self.aligners, mixed, grids_of_mixed(student, teacher))))
     return list(ys), torch.stack(losses).mean()
 

@@ -58,7 +58,9 @@ def soft_kl(
     T:float,   # temperature at which `p` was formed
 )->Tensor:     # nats times T², ()
     "Divergence of softened predictions from given ones"
-    with no_autocast(z): return T**2*(torch.special.xlogy(p, p) - p*(island(z)/T).log_softmax(-1)).sum(-1).mean()
+    with no_autocast(z):
+        p = p.clamp(min=torch.finfo(p.dtype).tiny) # log p has no gradient at 0
+        return T**2*(p*(p.log() - (island(z)/T).log_softmax(-1))).sum(-1).mean()
 
 # %% ../../nbs/methods/37_several_teachers.ipynb #ee11065a
 @settings
