@@ -5,10 +5,11 @@
 
 CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Two runs at a time; three seeds; goes on where it was interrupted. Both
 are `basd compare` with the changes below, and write experiments/results/race_digits.json or race_cifar10.json after they have ended.
-On digits all recipes in the quickstart's frame take part. On CIFAR-10 eight of them do, with a teacher that is a ViT-Tiny with ImageNet
+On digits all recipes in the quickstart's frame take part, and BASD's ablations and literal form (experiments/digits). On CIFAR-10 eight of them do, with a teacher that is a ViT-Tiny with ImageNet
 weights, tuned to the same images first.
 """
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from basd.training.checkpoints import environment
 from basd.training.compare import compare
 from basd.training.recipes import read_recipe, recipe_names
 
+ROOT = Path(__file__).parents[1]
 CIFAR10 = ["quickstart", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm"]
 FRAME = ["data.download=false", "data.val_size=2000", "data.train_size=5000", "data.batch_size=128", "views.flip=0.5",
          "student.img_size=32", "student.patch_size=4", "student.depth=4", "student.width=96", "student.heads=3",
@@ -27,8 +29,9 @@ LAYERS = ["stages.basd.method.layers=[1, 3, 5, 7, 9, 11]", "stages.fitnets.metho
 
 
 def on_digits():
-    "All recipes that extend the quickstart, and the quickstart itself"
-    return [n for n in recipe_names() if n == "quickstart" or "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
+    "All recipes that extend the quickstart, the quickstart itself, and BASD's ablations and literal form in its frame"
+    packaged = [n for n in recipe_names() if n == "quickstart" or "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
+    return packaged + sorted(str(p.relative_to(ROOT)) for p in (ROOT/"experiments"/"digits").glob("*.yaml"))
 
 
 def race(name, recipes, changes, folder):
@@ -46,6 +49,7 @@ def race(name, recipes, changes, folder):
 
 
 if __name__ == "__main__":
+    os.chdir(ROOT)
     name, *rest = sys.argv[1:]
     if name == "digits": race(name, on_digits(), [], Path(rest[0] if rest else "runs/race_digits"))
     else:
