@@ -65,7 +65,7 @@ class Balance(nn.Module):
         fraction:float=.1,            # warm-up as a share of all steps
         form:str='reference',         # "reference", "paper", "original" or "fixed"
         temperature:float|None=None,  # T; 1 for "reference", else 2
-        u_max:float=2.,               # how far below its trend a loss may seem to be
+        u_max:float=1.5,              # how far below its trend a loss may seem to be
         beta:float=.99,               # memory of the reference
         floor:float=.25,              # smallest divisor, relative to the first level
         settle:int=50,                # active steps whose mean is the first level
