@@ -192,7 +192,7 @@ def eval_view(
 
 # %% ../../nbs/data/51_views.ipynb #9c0a2c1c
 class ViewDataset(Dataset):
-    "Views of the images at `indices`; an item is asked for by (epoch, position), or by position alone in epoch 0"
+    "Views of the images at `indices`; an item is asked for by (epoch, position) or (epoch, position, 1) for its twin, or by position alone in epoch 0"
     def __init__(self,
         images,          # `Images`
         indices,         # positions in `images`; None: all
@@ -208,10 +208,10 @@ class ViewDataset(Dataset):
     def __len__(self): return len(self.indices)
 
     def __getitem__(self, at)->dict: # student (3, s, s), teacher (3, t, t) if any, label, index (position in `images`)
-        epoch, k = at if isinstance(at, tuple) else (0, at)
+        epoch, k, twin = (*at, 0)[:3] if isinstance(at, tuple) else (0, at, 0)
         i = int(self.indices[k])
         x, shown = self.images.read(i)
-        s, t = self.views(x, self.seed, epoch + 1_000_000*int(self.copies[k]), i) if self.train else self.views.clean(x)
+        s, t = self.views(x, self.seed, epoch + 1_000_000*int(self.copies[k]) + 500_000*twin, i) if self.train else self.views.clean(x)
         item = dict(student=s, label=int(self.images.labels[shown]), index=shown)
         return item if t is None else item | dict(teacher=t)
 
@@ -229,21 +229,27 @@ class GlobalBatches(Sampler):
         stop:int|None=None,  # batch to stop before; None: read to the end
         shuffle:bool=True,
         drop_last:bool=True, # leave out a last batch that is not full
+        twins:bool=False,    # half as many images, each twice: the second half of a batch shows the first again, in other views
     ):
         if batch_size % world:
             raise ValueError(f"batch_size={batch_size} cannot be divided among {world} ranks; "
                              f"choose a multiple of {world}")
         if drop_last and batch_size > n:
             raise ValueError(f"batch_size={batch_size}, but there are only {n} images; lower it")
-        store_attr('n,batch_size,seed,epoch,rank,world,start,stop,shuffle,drop_last') # named: Sampler has empty slots
+        if twins and batch_size % (2*world): raise ValueError(f"batch_size={batch_size} cannot hold every image twice on {world} ranks; choose a multiple of {2*world}")
+        store_attr('n,batch_size,seed,epoch,rank,world,start,stop,shuffle,drop_last,twins') # named: Sampler has empty slots
 
     def set_epoch(self, epoch:int, start:int=0):
         "Go on to another epoch, beginning at batch `start`"
         self.epoch, self.start = epoch, start
 
     @property
+    def images(self)->int: # of a batch
+        return self.batch_size//2 if self.twins else self.batch_size
+
+    @property
     def batches(self)->int: # in a whole epoch
-        full = self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+        full = self.n // self.images if self.drop_last else -(-self.n // self.images)
         return full if self.stop is None else min(full, self.stop)
 
     def __len__(self): return max(0, self.batches - self.start)
@@ -252,9 +258,10 @@ class GlobalBatches(Sampler):
         g = torch.Generator().manual_seed(stream(self.seed, self.epoch, 'order').getrandbits(63))
         order = torch.randperm(self.n, generator=g) if self.shuffle else torch.arange(self.n)
         for b in range(self.start, self.batches):
-            batch = order[b*self.batch_size : (b + 1)*self.batch_size]
-            mine = batch.tensor_split(self.world)[self.rank].tolist()
-            if mine: yield [(self.epoch, k) for k in mine]
+            batch = [(self.epoch, k) for k in order[b*self.images : (b + 1)*self.images].tolist()]
+            if self.twins: batch += [(*at, 1) for at in batch]
+            bounds = torch.arange(len(batch)).tensor_split(self.world)[self.rank]
+            if len(bounds): yield batch[bounds[0] : bounds[-1] + 1]
 
 # %% ../../nbs/data/51_views.ipynb #0567d487
 def build_loader(
@@ -271,10 +278,11 @@ def build_loader(
     stop:int|None=None,  # batch to stop before
     pin:bool|None=None,  # pinned memory; None: where there is a GPU
     train:bool=True,     # False: clean views, in order, also of the last few images
+    twins:bool=False,    # every image twice in a batch
 )->DataLoader: # batches of {student uint8 (B, 3, s, s), teacher uint8 (B, 3, t, t), label (B,), index (B,)}
     "Batches of views for training or evaluation; for another epoch, `loader.batch_sampler.set_epoch(epoch)`"
     data = ViewDataset(images, indices, views, train, seed)
-    batches = GlobalBatches(len(data), batch_size, seed, epoch, rank, world, start, stop, train, train)
+    batches = GlobalBatches(len(data), batch_size, seed, epoch, rank, world, start, stop, train, train, twins)
     return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=torch.cuda.is_available() if pin is None else pin,
                       generator=torch.Generator().manual_seed(seed))

@@ -28,10 +28,12 @@ class LogitOptions:
     T:Annotated[float, Field(gt=0)] = 4.       # temperature of "kl" and "dkd"
     direction:Literal['forward', 'reverse'] = 'forward' # of "kl"
     beta:float = 8.                            # of "dkd": weight of the ranking of other classes
+    virtual:bool = False                       # of "vrm": every image twice in a batch, edges between first and second views alone
     temperature:options_of(Temperature, 'classes')|None = None # of "kl": a temperature that is learned in place of `T`
 
     def __post_init__(self):
         if self.temperature is not None and self.loss != 'kl': raise ValueError(f"temperature belongs to loss='kl', not to {self.loss!r}; leave one of them out")
+        if self.virtual and self.loss != 'vrm': raise ValueError(f"virtual=True belongs to loss='vrm', not to {self.loss!r}; leave one of them out")
 
 # %% ../../nbs/methods/32_distill.ipynb #347ca1cc
 class LogitLoss(nn.Module):
@@ -42,7 +44,7 @@ class LogitLoss(nn.Module):
     ):
         super().__init__()
         o, self.classes = options, classes
-        self.loss = dict(kl=lambda: LogitKL(o.T, o.direction), dkd=lambda: DKD(o.T, beta=o.beta), hard=HardLabels, vrm=VRM)[o.loss]()
+        self.loss = dict(kl=lambda: LogitKL(o.T, o.direction), dkd=lambda: DKD(o.T, beta=o.beta), hard=HardLabels, vrm=lambda: VRM(virtual=o.virtual))[o.loss]()
         self.temperature = Temperature(classes, **vars(o.temperature)) if o.temperature is not None else None
 
     def forward(self,
@@ -91,7 +93,7 @@ class Distill(Objective):
         self.logits = LogitLoss(options, classes)
 
     @classmethod
-    def needs(cls, options): return Needs(layers=[], teacher=True, distilled=options.head == 'distillation')
+    def needs(cls, options): return Needs(layers=[], teacher=True, distilled=options.head == 'distillation', twins=options.virtual)
 
     def no_weight_decay(self)->set: return {f'logits.temperature.{n}' for n in ('phi',) if self.logits.temperature is not None}
 

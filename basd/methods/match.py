@@ -100,7 +100,8 @@ class Match(Objective):
     @classmethod
     def needs(cls, options):
         attends = any(compares(find_feature_loss(n)) == 'attention' for n in options.losses)
-        return Needs(points=options.points if options.losses else None, layers=options.layers if options.losses else [], attention=attends, teacher=True)
+        return Needs(points=options.points if options.losses else None, layers=options.layers if options.losses else [], attention=attends, teacher=True,
+                     twins=options.logits is not None and options.logits.virtual)
 
 # %% ../../nbs/methods/33_match.ipynb #fc5b945f
 def blended(

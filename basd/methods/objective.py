@@ -45,6 +45,7 @@ class Needs:
     attention:bool=False     # keep queries and keys of those layers
     teacher:bool=False       # run the teacher at all
     distilled:bool=False     # train the student's second, distillation head; a student that has one is refused otherwise
+    twins:bool=False         # every image twice in a batch, the second half showing the first again in other views
 
 # %% ../../nbs/methods/30_objective.ipynb #6a8f36c9
 @dataclass

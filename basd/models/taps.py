@@ -179,10 +179,12 @@ class Taps:
         attention:bool=True,     # keep queries and keys
         prefix:int|None=None,    # prefix tokens; None: the model says
         channels_last:bool|None=None, # maps are (B, h, w, D); None: the model says
+        time_axis:bool=False,    # layers hand over (T, B, ...), as spiking networks do: means over time are read, and no attention
     ):
         self.names = resolve_layers(model, layers)
         self.modules = [model.get_submodule(n) for n in self.names]
-        self.readers = [_reader(m) if attention else None for m in self.modules]
+        self.readers = [_reader(m) if attention and not time_axis else None for m in self.modules]
+        self.time_axis = time_axis
         self.prefix = prefix_tokens(model) if prefix is None else prefix
         self.channels_last = is_channels_last(model) if channels_last is None else channels_last
         self.embed = _embedding(model)
@@ -217,6 +219,7 @@ class Taps:
         for i,r in enumerate(self.readers):
             out = self.outputs[i]
             out = out[0] if isinstance(out, (tuple, list)) else out
+            if self.time_axis: out = out.mean(0)
             x, grid = self._tokens(out)
             a = r.read(out.shape[1] - x.shape[1]) if r and out.dim() == 3 else None
             tokens.append(x); grids.append(grid)
@@ -256,10 +259,11 @@ def tap(
     attention:bool=True,     # keep queries and keys where the layer has readable attention
     prefix:int|None=None,    # prefix tokens; None: the model says
     channels_last:bool|None=None, # maps are (B, h, w, D); None: the model says
+    time_axis:bool=False,    # layers hand over (T, B, ...): means over time are read
 ):
     "Watch the layers of `model` for the length of a `with` block; yields `Taps`"
     _refuse_compiled(model)
-    taps = Taps(model, layers, attention, prefix, channels_last)
+    taps = Taps(model, layers, attention, prefix, channels_last, time_axis)
     taps.attach()
     try: yield taps
     finally: taps.remove()
@@ -280,11 +284,12 @@ class Tapped(nn.Module):
         std=None,                # their standard deviation, likewise
         prefix:int|None=None,    # prefix tokens; None: the model says
         channels_last:bool|None=None, # maps are (B, h, w, D); None: the model says
+        time_axis:bool=False,    # layers, and the head, hand over (T, B, ...): means over time are read
     ):
         super().__init__()
         if (mean is None) != (std is None): raise ValueError(f"mean={mean} and std={std}: give both, or neither for inputs that are to be passed on untouched")
         self.model, self.names = model, resolve_layers(model, layers)
-        self.attention, self.prefix, self.channels_last = attention, prefix, channels_last
+        self.attention, self.prefix, self.channels_last, self.time_axis = attention, prefix, channels_last, time_axis
         for name,v in dict(mean=mean, std=std).items():
             self.register_buffer(name, None if v is None else torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
         self.taps = None         # hooks that stay, after `attach`
@@ -299,14 +304,14 @@ class Tapped(nn.Module):
     )->Features:
         "One ordinary forward pass"
         if self.taps is not None: return self._features(self.taps.take, self.model(self.normalise(x), *args, **kwargs))
-        with tap(self.model, self.names, self.attention, self.prefix, self.channels_last) as taps: out = self.model(self.normalise(x), *args, **kwargs)
+        with tap(self.model, self.names, self.attention, self.prefix, self.channels_last, self.time_axis) as taps: out = self.model(self.normalise(x), *args, **kwargs)
         return self._features(taps.features, out)
 
     def attach(self):
         "Leave the hooks in place from now on, so that a compiler finds them and no step has to set them"
         if self.taps is None:
             _refuse_compiled(self.model)
-            self.taps = Taps(self.model, self.names, self.attention, self.prefix, self.channels_last)
+            self.taps = Taps(self.model, self.names, self.attention, self.prefix, self.channels_last, self.time_axis)
             self.taps.attach()
         return self
 
@@ -331,7 +336,8 @@ class Tapped(nn.Module):
 
     def _logits(self, out):
         out = getattr(out, 'logits', out)
-        return out if isinstance(out, Tensor) and getattr(self.model, 'num_classes', None) != 0 else None
+        if not isinstance(out, Tensor) or getattr(self.model, 'num_classes', None) == 0: return None
+        return out.mean(0) if self.time_axis and out.dim() == 3 else out
 
     def probe(self,
         x, # a batch as `forward` takes it; one example is enough
