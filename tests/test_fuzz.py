@@ -78,7 +78,7 @@ def small(r):
             and ("depth" in t.kwargs or t.model is None) and s.model.startswith(("deit_tiny", "vit_tiny", "resnet18")) and (t.model or "vit_tiny").startswith(("vit_tiny", "resnet18")))
 
 
-def test_mutated_recipes(tmp_path, monkeypatch):
+def test_mutated_recipes(tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)
     chance, began, counts = random.Random(SEED), time.time(), dict(tried=0, loaded=0, built=0, refused=0)
     sources = {n: yaml.safe_load((packaged/f"{n}.yaml").read_text()) for n in recipe_names()}
@@ -107,4 +107,5 @@ def test_mutated_recipes(tmp_path, monkeypatch):
             r, run = next(iter(stages.values())), tmp_path/f"run{counts['tried']}"
             counts["built"] += attempt(what, lambda: bool(Trainer(r, run, bars=False))) is not None
     print(f"\n{counts['tried']} mutants: {counts['refused']} refused, {counts['loaded']} loaded, {counts['built']} of them built, in {SECONDS:.0f} s")
+    for k, v in (counts | dict(seconds=SECONDS)).items(): record_property(k, v)
     assert counts["tried"] > 5*SECONDS and counts["refused"] and counts["loaded"]
