@@ -5,7 +5,7 @@
 
 CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Two runs at a time; three seeds; goes on where it was interrupted. Both
 are `basd compare` with the changes below, and write experiments/results/race_digits.json or race_cifar10.json after they have ended.
-On digits all recipes in the quickstart's frame take part, and BASD's ablations and literal form (experiments/digits). On CIFAR-10 eight of them do, with a teacher that is a ViT-Tiny with ImageNet
+On digits all recipes in the quickstart's frame take part, and BASD with fixed weights and in its literal form (experiments/digits). On CIFAR-10 eight of them do, with a teacher that is a ViT-Tiny with ImageNet
 weights, tuned to the same images first.
 """
 import json
@@ -22,14 +22,14 @@ ROOT = Path(__file__).parents[1]
 CIFAR10 = ["quickstart", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm"]
 FRAME = ["data.download=false", "data.val_size=2000", "data.train_size=5000", "data.batch_size=128", "views.flip=0.5",
          "student.img_size=32", "student.patch_size=4", "student.depth=4", "student.width=96", "student.heads=3",
-         "train.epochs=8", "train.warmup_epochs=1"]
+         "train.epochs=6", "train.warmup_epochs=1"]
 TEACHER = ["student.model=vit_tiny_patch16_224", "student.img_size=64", "student.patch_size=16", "student.depth=12", "student.width=192",
            "train.epochs=4", "train.lr=2e-4"]
 LAYERS = ["stages.basd.method.layers=[1, 3, 5, 7, 9, 11]", "stages.fitnets.method.layers=[5]"]
 
 
 def on_digits():
-    "All recipes that extend the quickstart, the quickstart itself, and BASD's ablations and literal form in its frame"
+    "All recipes that extend the quickstart, the quickstart itself, and BASD with fixed weights and in its literal form"
     packaged = [n for n in recipe_names() if n == "quickstart" or "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
     return packaged + sorted(str(p.relative_to(ROOT)) for p in (ROOT/"experiments"/"digits").glob("*.yaml"))
 
