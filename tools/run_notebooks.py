@@ -24,6 +24,11 @@ def skipped(cell, flags):
             or directives.get("eval:", [""])[0].lower() == "false" or bool(flags & directives.keys()))
 
 
+def of_this_machine(output):
+    "A warning that names files of the machine on which the page was run"
+    return output.output_type == "stream" and output.name == "stderr" and ("site-packages" in "".join(output.text) or str(get_config().config_path) in "".join(output.text))
+
+
 def run(path, flags):
     "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs"
     nb, shell = NBProcessor(path, rm_directives=False).nb, CaptureShell(path, mpl_format='png')
@@ -32,6 +37,8 @@ def run(path, flags):
         shell.run_all(nb, exc_stop=True, preproc=lambda cell: skipped(cell, flags))
     except BaseException:
         sys.exit(shell.prettytb(fname=path))
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not of_this_machine(o)]
     clean_nb(nb)
     write_nb(nb, path)
 

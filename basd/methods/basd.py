@@ -317,7 +317,7 @@ def report(self:BASD,
 def health(self:BASD,
     ys:list, # targets, P × (B, N_s, D)
 )->dict:
-    "Spread over the batch and effective rank of the aligned targets, one number an extraction point"
+    "Spread over the batch, cosine and effective rank of the aligned targets, one number an extraction point"
     each = [target_health(y) for y in ys]
     return {f'target/{k}': torch.stack([h[k] for h in each]) for k in each[0]}
 
