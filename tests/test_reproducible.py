@@ -5,6 +5,7 @@ import subprocess
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image, ImageOps
 
 from basd.data.sources import Images, open_source
 from basd.training.checkpoints import digest, load
@@ -81,7 +82,30 @@ def test_what_is_recorded(run):
     assert (stored.train.seed, stored.data.split_seed) == (7, 3) and as_tree(stored) == as_tree(load_recipe("basd_cifar10", WORDS)[""])
 
 
-@pytest.mark.xfail(strict=True, reason="the run directory does not say yet what its images were")
 def test_the_images_are_recorded(run):
     about = json.loads((run/"environment.json").read_text())
     assert about["data"] == {split: Images(open_source("digits", split)).fingerprint() for split in ("train", "test")}
+
+
+def test_other_images(tmp_path, capsys):
+    "A run goes on with the images that it began with, and with no others"
+    digits, images = open_source("digits"), tmp_path/"images"
+    for split, chosen in (("train", range(96)), ("test", range(96, 128))):
+        for i in chosen:
+            pixels, label = digits[i]
+            (images/split/f"{label%2}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(images/split/f"{label%2}"/f"{i}.png")
+    words = ["basd_cifar10", *WORDS, f"data.source={images}", "data.train_size=null", "data.val_size=32", "train.epochs=1", "train.warmup_epochs=0"]
+    run = tmp_path/"run"
+    train(run, *words)
+    (run/"result.json").unlink()                                                        # as if killed before its end
+    files = lambda: {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    before = files()
+    for split, name in (("train", "training"), ("test", "test")):
+        changed = next((images/split).rglob("*.png"))
+        whole = changed.read_bytes()
+        ImageOps.invert(Image.open(changed)).save(changed)
+        assert main(["train", *words, "--run-dir", str(run), "--resume"]) == 2
+        assert f"holds a run of other {name} images" in capsys.readouterr().err and files() == before
+        changed.write_bytes(whole)
+    train(run, *words, "--resume")

@@ -99,22 +99,32 @@ def start_run(
     path,
     recipe:Recipe,
     resume:bool=False, # go on with the run that `path` holds, or begin it if `path` is empty
+    images:dict|None=None, # fingerprints of the images, "train" and "test"; None: they are not recorded, and not compared
 )->Path:
     "Make the run directory, or check that the one there holds a run of the same recipe"
     path = Path(path)
     if resume and path.is_dir(): sweep(path)
-    if resume and (path/'recipe.yaml').is_file(): return _same_recipe(path, recipe)
+    if resume and (path/'recipe.yaml').is_file(): return _same_images(_same_recipe(path, recipe), images)
     there = [p.name for p in path.iterdir() if p.name != 'environment.json' and p.name[0] != '.'] if path.is_dir() else []  # more than a killed start leaves
     if resume and there: raise FileNotFoundError(f"{path} is not a run directory: it holds {there[0]} and no recipe.yaml")
     if there or path.exists() and not path.is_dir(): raise ValueError(f"{path} is not empty and will not be written over; resume it with --resume, or choose another --run-dir")
     path.mkdir(parents=True, exist_ok=True)
-    write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(environment(), indent=1)))
+    write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(environment() | ({} if images is None else dict(data=images)), indent=1)))
     write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
     return path
 
 def _same_recipe(path, recipe):
     changed = differences(as_tree(read_run(path)), as_tree(recipe))
     if changed: raise ValueError(f"{path} holds a run of another recipe; {changed[0]} (there, here); resume with the same recipe or begin a new run")
+    return path
+
+def _same_images(path, images):
+    try: there = dict(json.loads((path/'environment.json').read_text()).get('data') or {})
+    except FileNotFoundError: there = {}
+    except (ValueError, TypeError, AttributeError, RecursionError): raise ValueError(f"{path}/environment.json is damaged and does not say what images the run began with; delete it to resume without asking") from None
+    for split, mark in (images or {}).items():
+        if there.get(split, mark) != mark:
+            raise ValueError(f"{path} holds a run of other {dict(train='training').get(split, split)} images (fingerprint {there[split]} there, {mark} here); put those back, or begin a new run")
     return path
 
 # %% ../../nbs/training/61_checkpoints.ipynb #a67beb9d

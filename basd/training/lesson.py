@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..data.sources import Images, holdout, open_source
 from ..data.views import ViewDataset, Views
+from ..geometry.alignment import student_health
 from ..geometry.statistics import global_mean, rank, world
 from ..methods.objective import Needs, Progress, Shapes, Target
 from ..models.students import create_student, load_student
@@ -148,8 +149,11 @@ class Lesson(nn.Module):
         target:Target,
         progress:Progress,
     )->dict:
-        "The objective's outcome"
-        return self.objective(self.student(x), taught, target, progress)
+        "The objective's outcome; at steps that are logged, with the health of the student's tapped layers"
+        seen = self.student(x)
+        out = self.objective(seen, taught, target, progress)
+        if progress.observe and seen.tokens: out['report'] |= student_health(seen.tokens)
+        return out
 
     def no_weight_decay(self)->set:
         "Names that weight decay leaves alone: the model's own and the objective's"
