@@ -26,7 +26,7 @@ def pytest(*words, **more):
     "Run pytest; every test case as (name, outcome, seconds, figures)"
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp)/"report.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *words], cwd=ROOT, env=os.environ | more)
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-o", "junit_family=xunit1", f"--junitxml={report}", *words], cwd=ROOT, env=os.environ | more)
         cases = list(ElementTree.parse(report).iter("testcase"))
     outcome = lambda c: next((kind for kind in ("failure", "error", "skipped") if c.find(kind) is not None), "passed")
     return [(c.get("name"), outcome(c), float(c.get("time")), {p.get("name"): p.get("value") for p in c.iter("property")}) for c in cases]

@@ -97,7 +97,8 @@ OWN = {"cka": "debias: true", "heads": "heads: 4", "rkd": "images: 8"}
 METHODS = {
     "match": ["method.name=match", "method.points=[0, 1]", "method.logits={weight: 1.0, temperature: {kind: sample}}",
               "method.losses={" + ", ".join(f"{n}: {{{OWN.get(n, '')}}}" for n in LOSSES) + "}"],
-    "distill": ["method.name=distill", "method.loss=dkd"], "vrm": ["method.name=distill", "method.loss=vrm"],
+    "distill": ["method.name=distill", "method.loss=dkd"], "vrm": ["method.name=distill", "method.loss=vrm", "method.virtual=true"],
+    "learned maps": ["method.name=match", "method.points=[0, 1]", "method.losses={lad: {}, alp: {}}"],
     "ofa": ["method.name=ofa", "method.points=[0, 1]"], "byot": ["method.name=byot", "method.points=[0, 1]"],
     "dual_head": ["method.name=dual_head", "method.points=[0, 1]"], "basd_fourier": ["method.name=basd_fourier", "method.points=[0, 1]"],
     "amtml": ["method.name=amtml", "method.points=[0, 1]"], "diverse": ["method.name=diverse", "method.points=[0, 1]"],
@@ -106,7 +107,6 @@ METHODS = {
 }
 EVERY = """
 import json, os, sys, torch
-from basd.data.views import build_loader
 from basd.geometry.statistics import global_mean, world
 from basd.training.lesson import processes, rank
 from basd.training.recipes import load_recipe
@@ -123,8 +123,7 @@ with processes('cpu') as device:
         trainer = Trainer(load_recipe('deit_cifar', [*words, *own])[''], f'{out}.{name}', device, bars=False)
         trainer.lesson.train()
         trainer.step = 20
-        loader = build_loader(trainer.images, trainer.fit, trainer.views, 32, seed=0, epoch=0, rank=rank(), world=world(), workers=0)
-        result = trainer.forward(next(iter(loader)))
+        result = trainer.forward(next(iter(trainer.read(0, 0, 1, trainer.views))))
         result['loss'].backward()
         said = result['parts'] | {k: v for k, v in result['report'].items() if k.split('/')[0] in ('raw', 'mixing', 'distance')} # a balanced part is all but a constant at first
         found[name] = {k: global_mean(v.detach()) for k, v in said.items()}, {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None}
@@ -135,7 +134,7 @@ with processes('cpu') as device:
 
 
 @pytest.mark.parametrize("blend", ["views.mixup=0", "views.cutmix=0"]) # CutMix alone, MixUp alone
-def test_every_method_on_several_ranks(blend, tmp_path, environment):
+def test_every_method_on_several_ranks(blend, tmp_path, environment, record_property):
     (tmp_path/"script.py").write_text(EVERY)
     found, several = {}, (2, 4)
     for ranks in (1, *several):
@@ -144,6 +143,9 @@ def test_every_method_on_several_ranks(blend, tmp_path, environment):
                                json.dumps(METHODS)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found[ranks] = torch.load(out)
+    far = lambda a, b: max((((a[k] - b[k]).abs()/b[k].abs().clamp(min=1e-2)).max().item() for k in b if b[k].numel()), default=0.)
+    for i, what in enumerate(("parts", "gradients")): record_property(what, max(far(found[ranks][name][i], found[1][name][i]) for ranks in several for name in METHODS))
+    record_property("methods", len(METHODS))
     for name in METHODS:
         parts1, grads1 = found[1][name]
         for ranks in several:
