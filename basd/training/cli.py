@@ -25,9 +25,10 @@ from .lesson import processes, rank
 from .trainer import NonFiniteLoss, Trainer
 
 # %% ../../nbs/training/79_cli.ipynb #e84727cb
-def recipes()->list: # (name, about) pairs
-    "Packaged recipes, with one line about each"
-    return [(name, read_recipe(name).get('about', '')) for name in recipe_names()]
+def recipes()->list: # (name, about, paper) triples
+    "Packaged recipes, with one line about each and where its method is published"
+    short = lambda paper: paper.replace('https://arxiv.org/abs/', 'arXiv:').replace('https://doi.org/', 'doi:').removeprefix('https://')
+    return [(name, r.get('about', ''), short(r.get('paper', ''))) for name in recipe_names() if (r := read_recipe(name))]
 
 # %% ../../nbs/training/79_cli.ipynb #d3d991b5
 def train(
@@ -220,7 +221,7 @@ def run(
         print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device, cached=args.cached, hold=not args.release, sizes=sizes_around if args.growth else None)))
     elif args.name: print(yaml.safe_dump(read_recipe(args.name), sort_keys=False, allow_unicode=True), end='')
     else:
-        for name,about in recipes(): print(f'{name:24} {about}')
+        for name,about,paper in recipes(): print(f'{name:24} {about}' + f' [{paper}]'*bool(paper))
 
 # %% ../../nbs/training/79_cli.ipynb #91681269
 def check_folder(
