@@ -13,9 +13,10 @@ from basd.training.checkpoints import environment
 from basd.training.cli import train
 from basd.training.recipes import load_recipe, write_recipe
 
+BOUND = "method.balance.u_max=2"           # the default when the results were made
 FORMS = {
-    "exact": [],
-    "sampled": ["method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9", "method.losses.spectral.samples=16",
+    "exact": [BOUND],
+    "sampled": [BOUND, "method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9", "method.losses.spectral.samples=16",
                 "method.aligner.samples=16"],
 }
 

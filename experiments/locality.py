@@ -30,7 +30,7 @@ ROWS = {
     "ce": ("deit_cifar", STUDENT),
     "cnn-taught": ("deit_cifar_distill", STUDENT),
     "cka-taught": ("deit_ss_distill_cka_cifar", [*STUDENT, *VIT, "method.layers=[2, 5, 8, 11]"]),
-    "basd-taught": ("basd_study", [*STUDENT, *VIT, "method.layers=[1, 3, 5, 7, 9, 11]", *SAMPLED]),
+    "basd-taught": ("basd_study", [*STUDENT, *VIT, "method.layers=[1, 3, 5, 7, 9, 11]", *SAMPLED, "method.balance.u_max=2"]), # the default when the results were made
 }
 
 
