@@ -30,7 +30,8 @@ class Layout:
     dtype:str='float16'    # or "float32"
 
     def __post_init__(self):
-        if self.dtype not in ('float16', 'float32'): raise ValueError(f"dtype={self.dtype!r} of a cache; choose float16 or float32")
+        if self.dtype not in ('float16', 'float32'):
+            raise ValueError(f"dtype={self.dtype!r} of a cache; choose float16 or float32")
         self.fields = {k: tuple(map(int, v)) for k,v in self.fields.items()}
 
     @property
@@ -49,11 +50,14 @@ def pack(self:Layout,
 )->Tensor:       # (B, length)
     "Records as rows of numbers"
     given = {k: tuple(v.shape[1:]) for k,v in arrays.items()}
-    if given != self.fields: raise ValueError(f"fields {given}, but this cache holds {self.fields}; was it made for another teacher?")
+    if given != self.fields:
+        raise ValueError(f"fields {given}, but this cache holds {self.fields}; was it made for another teacher?")
     dtype = getattr(torch, self.dtype)
     for k,v in arrays.items():
         most = v.abs().max().float()
-        if not most <= torch.finfo(dtype).max: raise ValueError(f"field {k!r} holds {most:g}, which {self.dtype} cannot (up to {torch.finfo(dtype).max:g}); use a cache of float32")
+        if not most <= torch.finfo(dtype).max:
+            raise ValueError(f"field {k!r} holds {most:g}, which {self.dtype} cannot "
+                             f"(up to {torch.finfo(dtype).max:g}); use a cache of float32")
     return torch.cat([arrays[k].flatten(1).to(dtype) for k in self.fields], 1)
 
 # %% ../../nbs/data/53_cache.ipynb #b66934d9
@@ -62,7 +66,8 @@ def unpack(self:Layout,
     rows:Tensor, # (B, length)
 )->dict:         # name → (B, *shape), views
     "Rows of numbers as records, without copying"
-    return {k: part.unflatten(1, shape) if len(shape) > 1 else part for (k, shape), part in zip(self.fields.items(), rows.split(self.sizes, 1))}
+    return {k: part.unflatten(1, shape) if len(shape) > 1 else part
+            for (k, shape), part in zip(self.fields.items(), rows.split(self.sizes, 1))}
 
 # %% ../../nbs/data/53_cache.ipynb #c07ea424
 def fingerprint(
@@ -127,12 +132,12 @@ def write_atomic(
 
 def _link(path, to):
     also = unfinished(to)
-    also.unlink(missing_ok=True)                            # it might be a link to what must not be written over
+    also.unlink(missing_ok=True)                           # it might be a link to what must not be written over
     try:
         try: os.link(path, also)
         except OSError: shutil.copyfile(path, also); sync(also)
         os.replace(also, to)
-    finally: also.unlink(missing_ok=True)                   # renaming a link to another of the same file leaves it there
+    finally: also.unlink(missing_ok=True)                  # renaming a link to another of the same file leaves it there
 
 # %% ../../nbs/data/53_cache.ipynb #8cfda8e4
 def sync(
@@ -169,18 +174,27 @@ class Cache:
         free:int|None=None,# bytes that the disk has left; asked of the system if None
     ):
         self.folder, self.layout, self.n, self.shard, self.maps = Path(folder), layout, n, shard, {}
-        self.about = dict(fields={k: list(v) for k,v in layout.fields.items()}, dtype=layout.dtype, n=n, shard=shard, **parts)
+        self.about = dict(fields={k: list(v) for k,v in layout.fields.items()}, dtype=layout.dtype, n=n,
+                          shard=shard, **parts)
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
         note = self.folder/'cache.json'
         if note.is_file():
             try: there = json.loads(note.read_text())
-            except ValueError: raise ValueError(f"{note} cannot be read, so nobody knows what the cache is of; remove {folder}, or give another folder") from None
+            except ValueError:
+                raise ValueError(f"{note} cannot be read, so nobody knows what the cache is of; "
+                                 f"remove {folder}, or give another folder") from None
             differs = [k for k in {**there, **self.about} if there.get(k) != self.about.get(k)]
-            if differs: raise ValueError(f"the cache in {folder} is stale: it was made with another {' and another '.join(differs)}; remove it, or give another folder")
-        elif any(not p.name.startswith('.cache.json.') for p in self.folder.iterdir()): raise ValueError(f"{folder} holds something that is no cache; give an empty folder")
-        wanted, free = sum(self.bytes_of(i) for i in self.missing()), shutil.disk_usage(self.folder).free if free is None else free
-        if wanted > free: raise ValueError(f"the cache in {folder} wants {readable(wanted)} more, and the disk has {readable(free)}; give a folder on a larger disk, or fewer or smaller images")
+            if differs:
+                raise ValueError(f"the cache in {folder} is stale: it was made with another "
+                                 f"{' and another '.join(differs)}; remove it, or give another folder")
+        elif any(not p.name.startswith('.cache.json.') for p in self.folder.iterdir()):
+            raise ValueError(f"{folder} holds something that is no cache; give an empty folder")
+        wanted, free = (sum(self.bytes_of(i) for i in self.missing()),
+                        shutil.disk_usage(self.folder).free if free is None else free)
+        if wanted > free:
+            raise ValueError(f"the cache in {folder} wants {readable(wanted)} more, and the disk has {readable(free)}; "
+                             "give a folder on a larger disk, or fewer or smaller images")
         if not note.is_file(): write_atomic(note, lambda p: p.write_text(json.dumps(self.about)))
 
     @property
@@ -194,12 +208,15 @@ class Cache:
 
     def missing(self)->list: # numbers of shards that are not there, or not whole
         "Shards that have to be made"
-        return [i for i in range(self.shards) if not self.path(i).is_file() or self.path(i).stat().st_size != self.bytes_of(i)]
+        return [i for i in range(self.shards)
+                if not self.path(i).is_file() or self.path(i).stat().st_size != self.bytes_of(i)]
 
     @property
     def complete(self)->bool: return not self.missing()
 
-    def __repr__(self): return f'Cache({self.n} images, {readable(self.n*self.layout.nbytes)}, {self.shards - len(self.missing())} of {self.shards} shards)'
+    def __repr__(self):
+        return (f'Cache({self.n} images, {readable(self.n*self.layout.nbytes)}, '
+                f'{self.shards - len(self.missing())} of {self.shards} shards)')
 
 # %% ../../nbs/data/53_cache.ipynb #57dee256
 def readable(
@@ -221,7 +238,8 @@ def build(self:Cache,
 ):
     "Make the shards that are missing"
     mine = [i for i in self.missing() if i % world == rank]     # by number: ranks may look at different moments
-    todo = iter((progress or iter)([self.images(i)[s:s + batch] for i in mine for s in range(0, len(self.images(i)), batch)]))
+    todo = iter((progress or iter)([self.images(i)[s:s + batch] for i in mine
+                                    for s in range(0, len(self.images(i)), batch)]))
     def fill(path, last):
         with open(path, 'wb') as f:
             for images in todo:
@@ -241,7 +259,9 @@ def read(self:Cache,
     into = out.numpy()
     for row, image in enumerate(images.tolist()):
         i = image//self.shard
-        if i not in self.maps: self.maps[i] = np.memmap(self.path(i), self.layout.dtype, 'r', shape=(len(self.images(i)), self.layout.length))
+        if i not in self.maps:
+            self.maps[i] = np.memmap(self.path(i), self.layout.dtype, 'r',
+                                     shape=(len(self.images(i)), self.layout.length))
         into[row] = self.maps[i][image - i*self.shard]
     return out
 

@@ -35,7 +35,7 @@ def decode(
     if isinstance(raw, bytes):
         try:
             x = decode_image(torch.frombuffer(bytearray(raw), dtype=torch.uint8), mode='RGB')
-            return F.to_dtype(x if x.ndim == 3 else x[0], torch.uint8, scale=True)                  # of moving pictures the first
+            return F.to_dtype(x if x.ndim == 3 else x[0], torch.uint8, scale=True)        # of moving pictures the first
         except (RuntimeError, ValueError): raw = _opened(raw)
     if isinstance(raw, Image.Image): return F.pil_to_tensor(_eight_bits(raw).convert('RGB'))
     return raw.expand(3, -1, -1)
@@ -44,12 +44,15 @@ def decode(
 def _opened(raw):
     "Pillow's view of encoded bytes"
     try: return Image.open(io.BytesIO(raw))
-    except UnidentifiedImageError: raise ValueError(f"{len(raw)} bytes in no known format" if raw else "an empty file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{len(raw)} bytes in no known format" if raw else "an empty file") from None
 
 def _eight_bits(image):
     "Deep grey levels scaled to 0 to 255, where Pillow would clip them"
-    if image.mode.startswith('I;16'): return Image.fromarray((np.asarray(image).astype('uint32')*255 + 32767 >> 16).astype('uint8'))
-    if image.mode in ('I', 'F'): raise ValueError(f"32 bits a pixel (mode {image.mode}), whose range is not known; save it with 8 or 16")
+    if image.mode.startswith('I;16'):
+        return Image.fromarray((np.asarray(image).astype('uint32')*255 + 32767 >> 16).astype('uint8'))
+    if image.mode in ('I', 'F'):
+        raise ValueError(f"32 bits a pixel (mode {image.mode}), whose range is not known; save it with 8 or 16")
     return image
 
 # %% ../../nbs/data/50_sources.ipynb #710b1c23
@@ -70,7 +73,9 @@ class Source(Dataset):
                              f"name a column of class numbers with label_key") from e
         self.classes = [str(c) for c in (range(int(self.labels.max()) + 1) if classes is None else classes)]
         low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.classes): raise ValueError(f"{name}: labels from {low} to {high} do not number {len(self.classes)} classes; choose a split whose labels are known")
+        if low < 0 or high >= len(self.classes):
+            raise ValueError(f"{name}: labels from {low} to {high} do not number {len(self.classes)} classes; "
+                             "choose a split whose labels are known")
 
     def __len__(self): return len(self.labels)
 
@@ -173,7 +178,9 @@ class Folder(Source):
 def _class_names(folders):
     "Names of the folders below `folders` that hold images themselves"
     def images(files): return any(is_img_extension(Path(x).suffix.lower()) for x in files)
-    def refuse(e): raise ValueError(f"folder {e.filename} cannot be read ({e.strerror}); let it be read, or take it away") from None
+    def refuse(e):
+        raise ValueError(f"folder {e.filename} cannot be read ({e.strerror}); "
+                         "let it be read, or take it away") from None
     return {Path(d).name for f in folders for d,_,files in os.walk(f, onerror=refuse) if Path(d) != f and images(files)}
 
 # %% ../../nbs/data/50_sources.ipynb #a4d965f1
@@ -195,7 +202,9 @@ def open_folder(
     names = sorted(_class_names(splits))
     if not _class_names(found[:1]):
         raise ValueError(f"{found[0]} holds no images in class folders; lay it out as {found[0].name}/class/image.jpg")
-    if len(names) < 2: raise ValueError(f"{folder} holds one class alone, {names[0]!r}, so there is nothing to tell apart; give each class a folder of its own")
+    if len(names) < 2:
+        raise ValueError(f"{folder} holds one class alone, {names[0]!r}, so there is nothing to tell apart; "
+                         "give each class a folder of its own")
     dataset = create_dataset('', root=str(found[0]), search_split=False, class_map={c: i for i,c in enumerate(names)})
     return Folder(dataset, [label for _,label in dataset.reader.samples], names, f"{folder.name}/{split}")
 

@@ -192,7 +192,8 @@ def eval_view(
 
 # %% ../../nbs/data/51_views.ipynb #9c0a2c1c
 class ViewDataset(Dataset):
-    "Views of the images at `indices`; an item is asked for by (epoch, position) or (epoch, position, 1) for its twin, or by position alone in epoch 0"
+    ("Views of the images at `indices`; an item is asked for by (epoch, position) or (epoch, position, 1) "
+     "for its twin, or by position alone in epoch 0")
     def __init__(self,
         images,          # `Images`
         indices,         # positions in `images`; None: all
@@ -203,7 +204,9 @@ class ViewDataset(Dataset):
         store_attr('images,views,train,seed')
         self.indices = torch.arange(len(images)) if indices is None else torch.as_tensor(indices, dtype=torch.long)
         same, order = self.indices.sort(stable=True)
-        self.copies = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) - torch.searchsorted(same, same)) # how often the image came before
+        # how often the image came before
+        self.copies = torch.empty_like(order).scatter_(0, order,
+                                                       torch.arange(len(order)) - torch.searchsorted(same, same))
 
     def __len__(self): return len(self.indices)
 
@@ -211,7 +214,8 @@ class ViewDataset(Dataset):
         epoch, k, twin = (*at, 0)[:3] if isinstance(at, tuple) else (0, at, 0)
         i = int(self.indices[k])
         x, shown = self.images.read(i)
-        s, t = self.views(x, self.seed, epoch + 1_000_000*int(self.copies[k]) + 500_000*twin, i) if self.train else self.views.clean(x)
+        s, t = (self.views(x, self.seed, epoch + 1_000_000*int(self.copies[k]) + 500_000*twin, i) if self.train
+                else self.views.clean(x))
         item = dict(student=s, label=int(self.images.labels[shown]), index=shown)
         return item if t is None else item | dict(teacher=t)
 
@@ -229,15 +233,19 @@ class GlobalBatches(Sampler):
         stop:int|None=None,  # batch to stop before; None: read to the end
         shuffle:bool=True,
         drop_last:bool=True, # leave out a last batch that is not full
-        twins:bool=False,    # half as many images, each twice: the second half of a batch shows the first again, in other views
+        # half as many images, each twice: the second half of a batch shows the first again, in other views
+        twins:bool=False,
     ):
         if batch_size % world:
             raise ValueError(f"batch_size={batch_size} cannot be divided among {world} ranks; "
                              f"choose a multiple of {world}")
         if drop_last and batch_size > n:
             raise ValueError(f"batch_size={batch_size}, but there are only {n} images; lower it")
-        if twins and batch_size % (2*world): raise ValueError(f"batch_size={batch_size} cannot hold every image twice on {world} ranks; choose a multiple of {2*world}")
-        store_attr('n,batch_size,seed,epoch,rank,world,start,stop,shuffle,drop_last,twins') # named: Sampler has empty slots
+        if twins and batch_size % (2*world):
+            raise ValueError(f"batch_size={batch_size} cannot hold every image twice on {world} ranks; "
+                             f"choose a multiple of {2*world}")
+        # named: Sampler has empty slots
+        store_attr('n,batch_size,seed,epoch,rank,world,start,stop,shuffle,drop_last,twins')
 
     def set_epoch(self, epoch:int, start:int=0):
         "Go on to another epoch, beginning at batch `start`"

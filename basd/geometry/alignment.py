@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .resampling import resample_tokens
-from .statistics import centre, covariance, effective_rank, eigh, global_mean, island, no_autocast, steady, world
+from .statistics import (
+    centre, covariance, effective_rank, eigh, global_mean, island, no_autocast, steady, world)
 
 # %% ../../nbs/geometry/06_alignment.ipynb #9e13df05
 @lru_cache(maxsize=256)
@@ -151,7 +152,8 @@ def student_health(
     xs:list, # student tokens, P × (B, N, D)
 )->dict:     # `student/effective_rank`, (P,)
     "How many directions the student's tokens use at each extraction point, whatever their norms"
-    return {'student/effective_rank': torch.stack([effective_rank(F.layer_norm(x, x.shape[-1:]).flatten(0, 1)) for x in xs])}
+    return {'student/effective_rank': torch.stack([effective_rank(F.layer_norm(x, x.shape[-1:]).flatten(0, 1))
+                                                   for x in xs])}
 
 # %% ../../nbs/geometry/06_alignment.ipynb #946cc617
 class InterpAligner(nn.Module):

@@ -23,7 +23,8 @@ class Attention:
         v:Tensor|None=None, # values, (B, H, N', D_h), where the model hands them over
     ):
         if q.shape != k.shape or q.dim() != 4:
-            raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must both have shape (B, H, N', D_h); repeat grouped keys first")
+            raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must both have shape (B, H, N', D_h); "
+                             "repeat grouped keys first")
         if not 0 <= prefix < q.shape[2]:
             raise ValueError(f"prefix={prefix} of {q.shape[2]} tokens leaves none; it must be below the token count")
         self.q, self.k, self.v, self.prefix = q, k, v, prefix
@@ -56,20 +57,23 @@ class Attention:
 
     def detach(self)->'Attention':
         "The same attention, cut from the graph"
-        return Attention(self.q.detach(), self.k.detach(), self.scale, self.prefix, None if self.v is None else self.v.detach())
+        return Attention(self.q.detach(), self.k.detach(), self.scale, self.prefix,
+                         None if self.v is None else self.v.detach())
 
     def __getitem__(self,
         images, # slice or indices
     )->'Attention':
         "Attention of some images of the batch"
-        return Attention(self.q[images], self.k[images], self.scale, self.prefix, None if self.v is None else self.v[images])
+        return Attention(self.q[images], self.k[images], self.scale, self.prefix,
+                         None if self.v is None else self.v[images])
 
     def _scores(self, q, k):
         with torch.autocast(q.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, torch.float32)
             return (q.to(dtype) * self.scale) @ k.to(dtype).mT
 
-    def __repr__(self): return f'Attention(B={len(self.q)}, heads={self.heads}, tokens={self.tokens}, prefix={self.prefix})'
+    def __repr__(self):
+        return f'Attention(B={len(self.q)}, heads={self.heads}, tokens={self.tokens}, prefix={self.prefix})'
 
 # %% ../../nbs/geometry/00_features.ipynb #3ab79f56
 class FormedAttention:
@@ -78,7 +82,8 @@ class FormedAttention:
         self,
         map:Tensor,   # attention among patches, rows sum to one, (B, H, N, N)
     ):
-        if map.dim() != 4 or map.shape[-1] != map.shape[-2]: raise ValueError(f"a map of shape {tuple(map.shape)}; give (B, H, N, N), without prefix tokens")
+        if map.dim() != 4 or map.shape[-1] != map.shape[-2]:
+            raise ValueError(f"a map of shape {tuple(map.shape)}; give (B, H, N, N), without prefix tokens")
         self.map, self.prefix = map, 0
 
     @property
@@ -109,16 +114,21 @@ class Features:
     attention:list             # `Attention`, or None for a layer without global attention
     logits:Tensor|None=None    # (B, C), or None for a model without a head
     grids:list|None=None       # (height, width) of the tokens, or None for a layer without a grid
-    distilled:Tensor|None=None # logits of a second head that listens to a teacher, (B, C), if the model has one and is training
-    members:list|None=None     # `Features` of each, where several models were asked; the fields above are then the first one's
+    # logits of a second head that listens to a teacher, (B, C), if the model has one and is training
+    distilled:Tensor|None=None
+    # `Features` of each, where several models were asked; the fields above are then the first one's
+    members:list|None=None
 
     def __post_init__(self):
         if self.grids is None: self.grids = [None]*len(self.tokens)
         if not len(self.tokens) == len(self.attention) == len(self.grids):
-            raise ValueError(f"{len(self.tokens)} token layers, {len(self.attention)} attention layers and {len(self.grids)} grids: one of each a tapped layer")
+            raise ValueError(f"{len(self.tokens)} token layers, {len(self.attention)} attention layers and "
+                             f"{len(self.grids)} grids: one of each a tapped layer")
 
     def __len__(self): return len(self.tokens)
 
     def __repr__(self):
-        layers = ', '.join(f"{'×'.join(map(str, x.shape[1:]))}{'' if a is None else f' ({a.heads} heads)'}" for x,a in zip(self.tokens, self.attention))
-        return f"Features(B={len(self.tokens[0])}: {layers}{'' if self.logits is None else f'; logits {self.logits.shape[1]}'})"
+        layers = ', '.join(f"{'×'.join(map(str, x.shape[1:]))}{'' if a is None else f' ({a.heads} heads)'}"
+                           for x,a in zip(self.tokens, self.attention))
+        return (f"Features(B={len(self.tokens[0])}: {layers}"
+                f"{'' if self.logits is None else f'; logits {self.logits.shape[1]}'})")

@@ -21,10 +21,13 @@ def layer_map(
 )->list:      # of (point, layer) pairs, counted from 0
     "Pairs of student and teacher layers"
     near = lambda x: min(L, max(1, int(x + .5)))
-    maps = dict(uniform=lambda j: near(j*L/P), skip=lambda j: near(j*L/(P + 1)), last=lambda j: max(1, L - 1 - P + j), first=lambda j: 1, reversed=lambda j: near((P + 1 - j)*L/P))
+    maps = dict(uniform=lambda j: near(j*L/P), skip=lambda j: near(j*L/(P + 1)),
+                last=lambda j: max(1, L - 1 - P + j), first=lambda j: 1, reversed=lambda j: near((P + 1 - j)*L/P))
     if kind == 'final': return [(P - 1, L - 1)]
-    if kind == 'random': return list(enumerate(torch.randint(L, (P,), generator=torch.Generator().manual_seed(seed)).tolist()))
-    if kind not in maps: raise ValueError(f"layer map {kind!r}; choose {', '.join(map(repr, [*maps, 'final', 'random']))}")
+    if kind == 'random':
+        return list(enumerate(torch.randint(L, (P,), generator=torch.Generator().manual_seed(seed)).tolist()))
+    if kind not in maps:
+        raise ValueError(f"layer map {kind!r}; choose {', '.join(map(repr, [*maps, 'final', 'random']))}")
     return [(j - 1, maps[kind](j) - 1) for j in range(1, P + 1)]
 
 # %% ../../nbs/geometry/08_fixed_maps.ipynb #d6e6b17c
@@ -36,8 +39,10 @@ def pairs_of(
     "Pairs of layers, by name or one by one"
     if isinstance(given, str): return layer_map(given, P, L)
     pairs = [tuple(p) if isinstance(p, (list, tuple)) else p for p in given]
-    if not pairs or any(not isinstance(p, tuple) or len(p) != 2 for p in pairs): raise ValueError(f"layer_map={given!r}; give a name or a list of [point, layer]")
-    if any(not 0 <= p < P or not 0 <= l < L for p,l in pairs): raise ValueError(f"layer_map={given!r} names a pair outside of {P} points and {L} layers, counted from 0")
+    if not pairs or any(not isinstance(p, tuple) or len(p) != 2 for p in pairs):
+        raise ValueError(f"layer_map={given!r}; give a name or a list of [point, layer]")
+    if any(not 0 <= p < P or not 0 <= l < L for p,l in pairs):
+        raise ValueError(f"layer_map={given!r} names a pair outside of {P} points and {L} layers, counted from 0")
     return pairs
 
 # %% ../../nbs/geometry/08_fixed_maps.ipynb #cd7b331e
@@ -58,6 +63,7 @@ class FixedSelector(FrequencySelector):
     def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, generator=None)->Mix:
         "The rule's weights"
         w, zero = self.weights.to(xs_s[0].dtype), self.weights.new_zeros(())
-        return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_ones(len(w)), entropy=self.weights.new_zeros(len(w)), orth=zero, recon=zero))
+        return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_ones(len(w)),
+                                 entropy=self.weights.new_zeros(len(w)), orth=zero, recon=zero))
 
     def no_weight_decay(self)->set: return set()

@@ -40,7 +40,7 @@ def _ring(h, w, k, bins, radii=8, angles=64):
     u, v = torch.fft.fftfreq(h, dtype=torch.float64), torch.fft.rfftfreq(w, dtype=torch.float64)
     r = .5/bins*(k**2 + (2*k + 1)*(torch.arange(radii, dtype=torch.float64) + .5)/radii).sqrt()
     a = torch.pi*(torch.arange(angles, dtype=torch.float64) + .5)/angles
-    if 1 in (h, w): a = a.new_full((1,), torch.pi/2 if h == 1 else 0.)                     # a sequence has one direction
+    if 1 in (h, w): a = a.new_full((1,), torch.pi/2 if h == 1 else 0.)                    # a sequence has one direction
     du, dv = (r[:, None]*a.cos()).flatten()[:, None] - u, (r[:, None]*a.sin()).flatten()[:, None] - v
     far = ((du - du.round()).square()[:, :, None] + dv.square()[:, None]).flatten(1) # frequencies repeat after 1
     far[:, 0] = math.inf

@@ -29,7 +29,8 @@ def projection_dist(
 )->Tensor:    # between 0 and k, (...,)
     "Squared projection metric: the sum of squared sines of the principal angles"
     if U.shape[-2:] != V.shape[-2:]:
-        raise ValueError(f"bases of shape {tuple(U.shape[-2:])} and {tuple(V.shape[-2:])} are not on one Grassmannian; d and k must agree")
+        raise ValueError(f"bases of shape {tuple(U.shape[-2:])} and {tuple(V.shape[-2:])} are not on one Grassmannian; "
+                         "d and k must agree")
     k = U.shape[-1]
     with no_autocast(U):
         U, V = island(U, V)
@@ -62,7 +63,9 @@ def subspace(
 )->tuple[Tensor, Tensor]:      # orthonormal basis (..., d, k) and all eigenvalues (..., d), descending
     "Leading eigenvectors of `cov`, with the whole spectrum; constant unless `differentiable`"
     d = cov.shape[-1]
-    if not 0 < k < d: raise ValueError(f"k={k} directions of a covariance of shape {tuple(cov.shape[-2:])}; k must be between 1 and {d-1}")
+    if not 0 < k < d:
+        raise ValueError(f"k={k} directions of a covariance of shape {tuple(cov.shape[-2:])}; "
+                         f"k must be between 1 and {d-1}")
     with no_autocast(cov), torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         cov = island(cov)
         A, size = steady((cov + cov.mT)/2, eps)
@@ -96,7 +99,8 @@ def overlap(
 )->Tensor:      # between 0 (unrelated) and 1 (same span), (P, L)
     "Mean squared canonical correlation of every pair, over the rows of all ranks"
     if A_s.shape[1:] != A_t.shape[1:]:
-        raise ValueError(f"scores of shape {tuple(A_s.shape[1:])} and {tuple(A_t.shape[1:])} cannot be compared; rows must correspond and k must agree")
+        raise ValueError(f"scores of shape {tuple(A_s.shape[1:])} and {tuple(A_t.shape[1:])} cannot be compared; "
+                         "rows must correspond and k must agree")
     (P, M, k), L = A_s.shape, len(A_t)
     with no_autocast(A_s):
         A_s, A_t = (A.transpose(0, 1).reshape(M, -1) for A in island(A_s, A_t))        # (M, P*k), (M, L*k)

@@ -34,17 +34,21 @@ class CommonSpace(nn.Module):
         widths_s:list,     # widths of the student's extraction points, P integers
         widths_t:list,     # widths of the teacher's layers, L integers
         dim:int=128,       # d, width of the common space
-        mode:Literal['stiefel', 'learned', 'frozen']='stiefel', # learned and kept orthonormal, learned without constraint, or kept as drawn
+        # learned and kept orthonormal, learned without constraint, or kept as drawn
+        mode:Literal['stiefel', 'learned', 'frozen']='stiefel',
     ):
         super().__init__()
-        if mode not in ('stiefel', 'learned', 'frozen'): raise ValueError(f"mode={mode!r} of the common space; allowed: stiefel, learned, frozen")
-        if min(*widths_s, *widths_t, dim) < 1: raise ValueError(f"widths {list(widths_s)}, {list(widths_t)} and dim={dim} must all be at least 1")
+        if mode not in ('stiefel', 'learned', 'frozen'):
+            raise ValueError(f"mode={mode!r} of the common space; allowed: stiefel, learned, frozen")
+        if min(*widths_s, *widths_t, dim) < 1:
+            raise ValueError(f"widths {list(widths_s)}, {list(widths_t)} and dim={dim} must all be at least 1")
         self.dim, self.mode = dim, mode
         self.phi_s, self.phi_t = self._maps(widths_s), self._maps(widths_t)
 
     def _maps(self, widths):
         widths = list(widths[:1] if len(set(widths)) == 1 else widths)
-        return nn.ParameterList(nn.Parameter(nn.init.orthogonal_(torch.empty(self.dim, D)), requires_grad=self.mode != 'frozen') for D in widths)
+        return nn.ParameterList(nn.Parameter(nn.init.orthogonal_(torch.empty(self.dim, D)),
+                                             requires_grad=self.mode != 'frozen') for D in widths)
 
     def student(self,
         xs:list,           # tokens or rows of extraction points, (..., D) each; no gradient flows into them
@@ -62,9 +66,11 @@ class CommonSpace(nn.Module):
 
     def _project(self, phis, xs, which):
         if which is None and len(phis) not in (1, len(xs)):
-            raise ValueError(f"{len(xs)} layers were given to a common space made for {len(phis)}; pass all of them, or say which they are")
+            raise ValueError(f"{len(xs)} layers were given to a common space made for {len(phis)}; "
+                             "pass all of them, or say which they are")
         which = range(len(xs)) if which is None else which
-        with no_autocast(xs[0]): return [z @ phis[i % len(phis)].T.to(z.dtype) for i,x in zip(which, xs) for z in [island(x.detach())]]
+        with no_autocast(xs[0]):
+            return [z @ phis[i % len(phis)].T.to(z.dtype) for i,x in zip(which, xs) for z in [island(x.detach())]]
 
     @torch.no_grad()
     def retract(self):
@@ -76,16 +82,20 @@ class CommonSpace(nn.Module):
         "Names of parameters that weight decay must leave alone, timm's convention"
         return {n for n,_ in self.named_parameters()} if self.mode == 'stiefel' else set()
 
-    def extra_repr(self): return f"dim={self.dim}, mode={self.mode}, student={[p.shape[1] for p in self.phi_s]}, teacher={[p.shape[1] for p in self.phi_t]}"
+    def extra_repr(self):
+        return (f"dim={self.dim}, mode={self.mode}, "
+                f"student={[p.shape[1] for p in self.phi_s]}, teacher={[p.shape[1] for p in self.phi_t]}")
 
 # %% ../../nbs/geometry/04_projections.ipynb #b2038301
 def reconstruction(
     z_mix:Tensor, # mixed teacher rows in the common space, (..., M, d)
     z_s:Tensor,   # student rows at the same places, (..., M, d)
-    form:Literal['tokens', 'mean']='tokens', # centred tokens, scale-free; or the squared difference of means, as the founding notes have it
+    # centred tokens, scale-free; or the squared difference of means, as the founding notes have it
+    form:Literal['tokens', 'mean']='tokens',
 )->Tensor:        # mean over leading dimensions; in [0, 4] for tokens, ()
     "How far student tokens are from the mixture they should lie on, over the rows of all ranks"
-    if form not in ('tokens', 'mean'): raise ValueError(f"form={form!r} of the reconstruction loss; allowed: tokens, mean")
+    if form not in ('tokens', 'mean'):
+        raise ValueError(f"form={form!r} of the reconstruction loss; allowed: tokens, mean")
     with no_autocast(z_s):
         z_mix, z_s = island(z_mix, z_s)
         if form == 'mean': return global_mean((z_mix - z_s).mean(-2)).square().mean()

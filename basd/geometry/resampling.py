@@ -160,4 +160,5 @@ def resample_attention(
         raise ValueError(f"attention of shape {tuple(A.shape)} is not square; resample whole maps and pass `rows` for "
                          "a part of the result")
     if _same(_axes(A.shape[-1], n_out, grid_in, grid_out)): return A if rows is None else A.index_select(-2, rows)
-    with no_autocast(A): return resample_keys(resample_tokens(island(A), n_out, grid_in, grid_out, rows), n_out, grid_in, grid_out)
+    with no_autocast(A):
+        return resample_keys(resample_tokens(island(A), n_out, grid_in, grid_out, rows), n_out, grid_in, grid_out)

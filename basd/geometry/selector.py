@@ -40,7 +40,8 @@ def _mixture(weights, xs, normalise):
 def _mixtures(weights, xs, normalise):
     "The same for a few entries at a time, where nothing has to be kept for a gradient"
     size = images_at_once(len(xs)*xs[0][0].numel(), len(xs[0]), xs[0].device)
-    if size == len(xs[0]) or torch.is_grad_enabled() and any(t.requires_grad for t in (weights, *xs)): return _mixture(weights, xs, normalise)
+    if size == len(xs[0]) or torch.is_grad_enabled() and any(t.requires_grad for t in (weights, *xs)):
+        return _mixture(weights, xs, normalise)
     out = island(xs[0].new_empty(0)).new_empty(len(weights), *xs[0].shape)
     for i in range(0, len(xs[0]), size): out[:, i:i+size] = _mixture(weights, [x[i:i+size] for x in xs], normalise)
     return out
@@ -57,9 +58,12 @@ def mix_tokens(
 )->Tensor:              # (P, B, n_out, D)
     "Mixtures of teacher layers, one an extraction point"
     grids = grids or [None]*len(xs)
-    if len({x.shape[-1] for x in xs}) > 1: raise ValueError(f"layers of widths {[x.shape[-1] for x in xs]} cannot be added; project them to one width first")
+    if len({x.shape[-1] for x in xs}) > 1:
+        raise ValueError(f"layers of widths {[x.shape[-1] for x in xs]} cannot be added; "
+                         "project them to one width first")
     agree = len({(x.shape[1], g) for x,g in zip(xs, grids)}) == 1
-    if n_out is None and not agree: raise ValueError(f"layers of {[x.shape[1] for x in xs]} tokens on grids {grids} cannot be added; pass n_out")
+    if n_out is None and not agree:
+        raise ValueError(f"layers of {[x.shape[1] for x in xs]} tokens on grids {grids} cannot be added; pass n_out")
     with no_autocast(xs[0]):
         if not agree:
             if normalise: xs, normalise = [F.layer_norm(x, x.shape[-1:]) for x in xs], False
@@ -97,8 +101,10 @@ class GrassmannSelector(nn.Module):
         dim:int=128,       # d, width of the common space
         space:Literal['sample', 'channel']='sample', # compare patterns over rows, or directions of the common space
         procrustes:bool=False, # with space='channel': turn the student onto each teacher layer first
-        rows:Literal['token', 'image']='token', # a row is a token, or the mean over an image where token places do not correspond
-        normalise:Literal['standard', 'none']='standard', # standardise distances and tokens and divide L_orth by k, or none of these
+        # a row is a token, or the mean over an image where token places do not correspond
+        rows:Literal['token', 'image']='token',
+        # standardise distances and tokens and divide L_orth by k, or none of these
+        normalise:Literal['standard', 'none']='standard',
         tau:float=1.,      # first temperature; in (0.05, 10), or any positive number with normalise='none'
         mode:Literal['stiefel', 'learned', 'frozen']='stiefel', # of the common space
         orth:float=.01,    # weight of the orthogonality penalty
@@ -106,29 +112,42 @@ class GrassmannSelector(nn.Module):
         diagonal:bool=False, # penalise concentration on one layer too
         recon_form:Literal['tokens', 'mean']='tokens', # what the reconstruction loss compares
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
-        solver:Literal['eigh', 'track']='eigh', # decompose each batch's covariances, or follow those of their running mean
+        # decompose each batch's covariances, or follow those of their running mean
+        solver:Literal['eigh', 'track']='eigh',
         memory:float=.99,  # of the running mean
         settle:int=50,     # first steps, for which 'track' decomposes too
     ):
         super().__init__()
         for name, given, allowed in (('space', space, ('sample', 'channel')), ('rows', rows, ('token', 'image')),
-                                     ('normalise', normalise, ('standard', 'none')), ('recon_form', recon_form, ('tokens', 'mean')),
+                                     ('normalise', normalise, ('standard', 'none')),
+                                     ('recon_form', recon_form, ('tokens', 'mean')),
                                      ('solver', solver, ('eigh', 'track'))):
-            if given not in allowed: raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(allowed)}")
-        if not 0 < rank < dim: raise ValueError(f"rank={rank} directions in a common space of dim={dim}; rank must be between 1 and dim-1={dim-1}")
-        if rank > min(*widths_s, *widths_t): raise ValueError(f"rank={rank} directions of layers that are {min(*widths_s, *widths_t)} wide; lower rank")
-        if procrustes and space != 'channel': raise ValueError("procrustes=True with space='sample', which needs no rotation; set space='channel' or procrustes=False")
-        if not (.05 < tau < 10 if normalise == 'standard' else tau > 0): raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or normalise='none'")
-        self.widths_s, self.widths_t, self.rank, self.space, self.procrustes = list(widths_s), list(widths_t), rank, space, procrustes
+            if given not in allowed:
+                raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(allowed)}")
+        if not 0 < rank < dim:
+            raise ValueError(f"rank={rank} directions in a common space of dim={dim}; "
+                             f"rank must be between 1 and dim-1={dim-1}")
+        if rank > min(*widths_s, *widths_t):
+            raise ValueError(f"rank={rank} directions of layers that are {min(*widths_s, *widths_t)} wide; lower rank")
+        if procrustes and space != 'channel':
+            raise ValueError("procrustes=True with space='sample', which needs no rotation; "
+                             "set space='channel' or procrustes=False")
+        if not (.05 < tau < 10 if normalise == 'standard' else tau > 0):
+            raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or normalise='none'")
+        self.widths_s, self.widths_t, self.rank, self.space, self.procrustes = (
+            list(widths_s), list(widths_t), rank, space, procrustes)
         self.rows, self.normalise, self.orth, self.recon, self.diagonal = rows, normalise, orth, recon, diagonal
-        self.recon_form, self.max_rows, self.solver, self.memory, self.settle = recon_form, max_rows, solver, memory, settle
+        self.recon_form, self.max_rows, self.solver, self.memory, self.settle = (
+            recon_form, max_rows, solver, memory, settle)
         self.common = CommonSpace(widths_s, widths_t, dim, mode)
         share = math.log(tau/.05) / math.log(10/.05)
-        self.rho = nn.Parameter(torch.full((len(widths_s),), math.log(share/(1 - share)) if normalise == 'standard' else math.log(math.expm1(tau))))
+        self.rho = nn.Parameter(torch.full((len(widths_s),), math.log(share/(1 - share)) if normalise == 'standard'
+                                           else math.log(math.expm1(tau))))
 
         if solver == 'track':
             eyes = torch.eye(dim).repeat(len(widths_s) + len(widths_t), 1, 1)
-            for name,x in dict(running=eyes, basis=eyes, seen=torch.zeros(())).items(): self.register_buffer(name, x.clone())
+            for name,x in dict(running=eyes, basis=eyes, seen=torch.zeros(())).items():
+                self.register_buffer(name, x.clone())
         self.settled = False # has 'track' seen enough
 
     @property
@@ -155,7 +174,9 @@ class GrassmannSelector(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if self.solver == 'track': self.settled = bool(self.seen >= self.settle)
 
-    def extra_repr(self): return f"points={len(self.widths_s)}, layers={len(self.widths_t)}, rank={self.rank}, space={self.space}, normalise={self.normalise}, solver={self.solver}"
+    def extra_repr(self):
+        return (f"points={len(self.widths_s)}, layers={len(self.widths_t)}, rank={self.rank}, space={self.space}, "
+                f"normalise={self.normalise}, solver={self.solver}")
 
 # %% ../../nbs/geometry/05_selector.ipynb #e3e68b0d
 def draw_places(
@@ -168,7 +189,9 @@ def draw_places(
 )->Tensor|None:         # token places, (R,), at least four rows a direction; None: all
     "Which tokens of every image are compared"
     images = images * world()
-    if images*n <= rank: raise ValueError(f"{images} images of {n} tokens are {images*n} rows, too few for rank={rank}; lower rank or raise the batch size")
+    if images*n <= rank:
+        raise ValueError(f"{images} images of {n} tokens are {images*n} rows, too few for rank={rank}; "
+                         "lower rank or raise the batch size")
     count = min(n, max(max_rows//images, math.ceil(4*rank/images)))
     if count == n: return None
     if generator is None: return (2*torch.arange(count, device=device) + 1)*n // (2*count)
@@ -191,18 +214,19 @@ def corresponding_rows(
 # %% ../../nbs/geometry/05_selector.ipynb #6722d62b
 @torch.no_grad()
 def _compare(zs_s, zs_t, k, space, procrustes, directions=subspace):
-    "Distances (P, L) in [0, 1], teacher Gram (L, L) and relative gaps (P+L,) of rows in correspondence, (P, M, d) and (L, M, d)"
+    ("Distances (P, L) in [0, 1], teacher Gram (L, L) and relative gaps (P+L,) of rows in correspondence, "
+     "(P, M, d) and (L, M, d)")
     P, z = len(zs_s), centre(torch.cat([zs_s, zs_t]))
     U, lam = directions(covariance(z), k)
     gap = eigengap(lam, k)
     if space == 'sample':
         A = scores(z, U, lam) if directions is subspace else orthonormal_scores(z, U)
-        o = overlap(A, A[P:])                                                            # (P+L, L)
+        o = overlap(A, A[P:])                                                         # (P+L, L)
         return (1 - o[:P]).clamp(0, 1), k*o[P:], gap
     U_s, U_t = U[:P, None], U[None, P:]
     if procrustes:
         left, _, right = torch.linalg.svd(torch.nan_to_num(covariance(z[:P, None], z[None, P:]))) # (P, L, d, d)
-        U_s = right.mT @ left.mT @ U_s                                                   # span of the student, turned by Q
+        U_s = right.mT @ left.mT @ U_s                                                # span of the student, turned by Q
     return projection_dist(U_s, U_t) / k, k - projection_dist(U[P:, None], U_t), gap
 
 # %% ../../nbs/geometry/05_selector.ipynb #a23e21a3
@@ -238,15 +262,21 @@ def row_groups(self:GrassmannSelector,
 )->list:                # of (points, their rows (M, D_s), teacher rows (M, D_t) at the same places)
     "Rows to be compared, for each group of points that share their places"
     for who, xs, widths in (('student', xs_s, self.widths_s), ('teacher', xs_t, self.widths_t)):
-        if [x.shape[-1] for x in xs] != widths: raise ValueError(f"{who} layers of widths {[x.shape[-1] for x in xs]}, but the selector was made for {widths}")
+        if [x.shape[-1] for x in xs] != widths:
+            raise ValueError(f"{who} layers of widths {[x.shape[-1] for x in xs]}, "
+                             f"but the selector was made for {widths}")
     if self.rows == 'image':
         pooled = [[x.mean(1, keepdim=True) for x in xs] for xs in (xs_s, xs_t)]
-        draw_places(1, len(xs_s[0]), self.rank, self.max_rows)                            # refuses a batch that is too small
+        draw_places(1, len(xs_s[0]), self.rank, self.max_rows)                       # refuses a batch that is too small
         return [(list(range(len(xs_s))), *corresponding_rows(*pooled))]
     groups = _groups(xs_s, grids_s or [None]*len(xs_s))
-    if self.solver == 'track' and len(groups) > 1: raise ValueError(f"solver='track' with points of {[x.shape[1] for x in xs_s]} tokens; it follows points that share their places, so set solver='eigh'")
-    places = self.draw([x.shape[1] for x in xs_s], grids_s, len(xs_s[0]), device=xs_s[0].device) if places is None else places
-    return [(points, *corresponding_rows([xs_s[p] for p in points], xs_t, place[1], grids_t, places[place])) for place, points in groups.items()]
+    if self.solver == 'track' and len(groups) > 1:
+        raise ValueError(f"solver='track' with points of {[x.shape[1] for x in xs_s]} tokens; "
+                         "it follows points that share their places, so set solver='eigh'")
+    places = (self.draw([x.shape[1] for x in xs_s], grids_s, len(xs_s[0]), device=xs_s[0].device) if places is None
+              else places)
+    return [(points, *corresponding_rows([xs_s[p] for p in points], xs_t, place[1], grids_t, places[place]))
+            for place, points in groups.items()]
 
 # %% ../../nbs/geometry/05_selector.ipynb #07084ff1
 @patch
@@ -275,7 +305,8 @@ def reconstruct(self:GrassmannSelector,
     norm = (lambda x: F.layer_norm(x, x.shape[-1:])) if standard else (lambda x: x)
     with no_autocast(weights):
         z_s = torch.stack(self.common.student([norm(island(x)) for x in rows_s], points))
-        if len(self.common.phi_t) == 1: z_t = torch.stack(self.common.teacher(list(_mixtures(w, [island(x) for x in rows_t], standard))))
+        if len(self.common.phi_t) == 1:
+            z_t = torch.stack(self.common.teacher(list(_mixtures(w, [island(x) for x in rows_t], standard))))
         else: z_t = _mixture(w, self.common.teacher([norm(island(x)) for x in rows_t]), False)
         return reconstruction(z_t, z_s, self.recon_form)
 
@@ -292,15 +323,19 @@ def forward(self:GrassmannSelector,
     P, L, tau, found = len(self.widths_s), len(self.widths_t), self.temperatures, {}
     recon = self.rho.new_zeros(())
     for points, rows_s, rows_t in self.row_groups(xs_s, xs_t, grids_s, grids_t, places):
-        with torch.no_grad(): z_s, z_t = (torch.stack(z) for z in (self.common.student(rows_s, points), self.common.teacher(rows_t)))
-        with no_autocast(z_s): dist, gram, gap = _compare(z_s, z_t, self.rank, self.space, self.procrustes, subspace if self.solver == 'eigh' else self._followed)
+        with torch.no_grad():
+            z_s, z_t = (torch.stack(z) for z in (self.common.student(rows_s, points), self.common.teacher(rows_t)))
+        with no_autocast(z_s):
+            dist, gram, gap = _compare(z_s, z_t, self.rank, self.space, self.procrustes,
+                                       subspace if self.solver == 'eigh' else self._followed)
         w = mixing_weights(dist, torch.stack([tau[p] for p in points]).to(dist.dtype), self.normalise)
         if self.recon: recon = recon + self.reconstruct(w, points, rows_s, rows_t) * len(points)/P
         gap = gap[:len(points)].minimum(gap[len(points):].min())
         for i,p in enumerate(points): found[p] = (w[i], dist[i], gram, gap[i])
     w, dist, gram, gap = (torch.stack(x) for x in zip(*(found[p] for p in range(P))))
     orth = orthogonality(w, gram, self.rank if self.normalise == 'standard' else 1, self.diagonal)
-    report = dict(distances=dist, temperatures=tau, entropy=torch.special.entr(w).sum(-1) / math.log(max(L, 2)), orth=orth, recon=recon, gap=gap)
+    report = dict(distances=dist, temperatures=tau, entropy=torch.special.entr(w).sum(-1) / math.log(max(L, 2)),
+                  orth=orth, recon=recon, gap=gap)
     return Mix(w, self.orth*orth + self.recon*recon, {n: x.detach() for n,x in report.items()})
 
 # %% ../../nbs/geometry/05_selector.ipynb #ea4ae191
@@ -317,7 +352,8 @@ def mix(self:GrassmannSelector,
     grids_t, grids_s, norm = grids_t or [None]*len(xs_t), grids_s or [None]*len(n_outs), self.normalise == 'standard'
     if len(set(self.widths_t)) > 1:
         with no_autocast(xs_t[0]), torch.no_grad():
-            xs_t, norm = self.common.teacher([F.layer_norm(island(x), x.shape[-1:]) if norm else x for x in xs_t]), False
+            xs_t, norm = self.common.teacher([F.layer_norm(island(x), x.shape[-1:]) if norm else x
+                                              for x in xs_t]), False
     if len(_groups(xs_t, grids_t)) == 1: return list(mix_tokens(weights, xs_t, normalise=norm, constant=constant))
     places, mixed = {}, {}
     for p,(n,g) in enumerate(zip(n_outs, grids_s)): places.setdefault((n, g and tuple(g)), []).append(p)

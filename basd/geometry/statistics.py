@@ -93,7 +93,8 @@ class _InPieces(torch.autograd.Function):
             mine = [x[images].detach().requires_grad_(w) for x,w in zip(xs[:count], wanted)] + list(xs[count:])
             with torch.enable_grad(): part = f(images, *mine[:count])
             needed = [x for x,w in zip(mine, wanted) if w]
-            grads.append(torch.autograd.grad(part, needed, allow_unused=True) if needed and part.requires_grad else [None]*len(needed))
+            grads.append(torch.autograd.grad(part, needed, allow_unused=True) if needed and part.requires_grad
+                         else [None]*len(needed))
             total = total + part.detach()
         ctx.wanted, ctx.grads = wanted, [_joined(g, i < sum(wanted[:count])) for i,g in enumerate(zip(*grads))]
         return total
@@ -124,11 +125,13 @@ def in_pieces(
 def steady(
     cov:Tensor,          # symmetric, no negative eigenvalue, (..., d, d)
     eps:float|None=None, # added to the diagonal, relative to the mean eigenvalue; the type's rounding error if None
-)->tuple[Tensor, Tensor]:# matrix with the same eigenvectors (..., d, d) and the factor by which it was divided (..., 1), constant
+    # matrix with the same eigenvectors (..., d, d) and the factor by which it was divided (..., 1), constant
+)->tuple[Tensor, Tensor]:
     "`cov` in a form that a solver decomposes whatever comes in; a zero matrix stays zero"
     d, limits = cov.shape[-1], torch.finfo(cov.dtype)
     size = cov.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]                   # (..., 1)
-    jitter = (limits.eps if eps is None else eps) * (size > 0)[..., None] * torch.eye(d, dtype=cov.dtype, device=cov.device)
+    jitter = ((limits.eps if eps is None else eps) * (size > 0)[..., None]
+              * torch.eye(d, dtype=cov.dtype, device=cov.device))
     return torch.nan_to_num(cov / size[..., None].clamp(min=limits.tiny)) + jitter, torch.nan_to_num(size)
 
 # %% ../../nbs/geometry/01_statistics.ipynb #25adcf1b
@@ -223,7 +226,9 @@ def draw_images(
     "A stratified sample of images, whole pairs, of equal size on every rank"
     pairs, mine = batch//2, max(1, (samples or 0)//(2*world()))
     if samples is None or batch % 2 or mine >= pairs or pairs % mine: return None
-    u = torch.zeros(world()*mine, device=device) if generator is None else torch.rand(world()*mine, generator=generator, device=device)
+    u = (torch.zeros(world()*mine, device=device) if generator is None
+         else torch.rand(world()*mine, generator=generator, device=device))
     stratum = pairs//mine
-    first = (u[rank()*mine:(rank() + 1)*mine]*stratum).long().clamp(max=stratum - 1) + torch.arange(mine, device=device)*stratum
+    first = ((u[rank()*mine:(rank() + 1)*mine]*stratum).long().clamp(max=stratum - 1)
+             + torch.arange(mine, device=device)*stratum)
     return torch.stack([2*first, 2*first + 1], 1).flatten()

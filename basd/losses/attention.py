@@ -91,7 +91,8 @@ class AttentionKL(nn.Module):
             raise ValueError(f"rows={rows} with normalise={normalise!r}: give at least 1 row, and sample rows only "
                              "with normalise='row'")
         self.scope, self.normalise, self.reduction, self.rows, self.anneal = scope, normalise, reduction, rows, anneal
-        self.points, H, self.at_once = len(heads_s), every[0], None # images at a time, where the target is a function; None: as the device has room
+        # at_once: images at a time, where the target is a function; None: as the device has room
+        self.points, H, self.at_once = len(heads_s), every[0], None
         head = lambda s, t: HeadAligner(s, t, noise=noise, bias=normalise == 'map')
         if scope == 'point': self.heads = nn.ModuleList(head(h, H) for h in heads_s)
         else: self.heads = nn.ModuleList([head(sum(heads_s), sum(every) if scope == 'all_layers' else H*len(heads_s))])
@@ -142,11 +143,14 @@ def mixtures(
         raise ValueError(f"teacher layers {attention_t} cannot be mixed: each needs attention, with equal heads and "
                          "tokens; tap others, or use `pseudo_attention`")
     n = attention_t[0].tokens
-    if rows is not None and all(_in_place(n, grid_t, p) for p in places): return mix_attention(attention_t, weights, rows)
+    if rows is not None and all(_in_place(n, grid_t, p) for p in places):
+        return mix_attention(attention_t, weights, rows)
     if rows is not None:
-        index, share = (t[rows] for t in stencil(n, places[0][0], *((grid_t, places[0][1]) if grid_t and places[0][1] else ()), device=rows.device))
+        index, share = (t[rows] for t in stencil(
+            n, places[0][0], *((grid_t, places[0][1]) if grid_t and places[0][1] else ()), device=rows.device))
         if index.numel() < n:
-            read = mix_attention(attention_t, weights, index.flatten()).unflatten(-2, index.shape)    # (P, B, H_t, R, S, N_t)
+            # (P, B, H_t, R, S, N_t)
+            read = mix_attention(attention_t, weights, index.flatten()).unflatten(-2, index.shape)
             return resample_keys((read*share[..., None].to(read.dtype)).sum(-2), places[0][0], grid_t, places[0][1])
     mixed = mix_attention(attention_t, weights)
     if len(set(places)) == 1: return resample_attention(mixed, places[0][0], grid_t, places[0][1], rows)
@@ -195,7 +199,9 @@ def scores(
 def forward(
     self:AttentionKL,
     attention_s:list,      # `Attention` of each compared student layer, with gradient
-    target,                # from `target`, blended or not: one (B, H_t, R, N) an extraction point; or a function from a slice of images to theirs
+    # from `target`, blended or not: one (B, H_t, R, N) an extraction point;
+    # or a function from a slice of images to theirs
+    target,
     rows:Tensor|None=None, # query rows that the target was made for
     epoch:float=0.,        # epochs that have passed, for `anneal`; a number or ()
 )->Tensor: # nats, mean over extraction points, 0-d

@@ -43,8 +43,11 @@ class Ramps(nn.Module):
     ):
         super().__init__()
         bad = [n for n,a in starts.items() if not 0 <= a < 1]
-        if bad: raise ValueError(f"start of {bad[0]!r} is {starts[bad[0]]}; it is a share of the warm-up, at least 0 and below 1")
-        if not 0 <= fraction <= 1: raise ValueError(f"fraction={fraction}; the warm-up is a share of training, between 0 and 1")
+        if bad:
+            raise ValueError(f"start of {bad[0]!r} is {starts[bad[0]]}; "
+                             "it is a share of the warm-up, at least 0 and below 1")
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction={fraction}; the warm-up is a share of training, between 0 and 1")
         self.fraction = fraction
         self.register_buffer('starts', torch.tensor([float(a) for a in starts.values()]), persistent=False)
 
@@ -72,15 +75,22 @@ class Balance(nn.Module):
         weights:dict|None=None,       # of form "fixed"; all equal if None
     ):
         super().__init__()
-        if form not in ('reference', 'paper', 'original', 'fixed'): raise ValueError(f"form={form!r}; choose 'reference', 'paper', 'original' or 'fixed'")
+        if form not in ('reference', 'paper', 'original', 'fixed'):
+            raise ValueError(f"form={form!r}; choose 'reference', 'paper', 'original' or 'fixed'")
         for what,given in (('starts', starts or {}), ('weights', weights or {})):
-            if set(given) - set(names): raise ValueError(f"{what} names {min(set(given) - set(names))!r}, which is no loss; the losses are {', '.join(names)}")
-        if weights and set(names) - set(weights): raise ValueError(f"weights leaves out {min(set(names) - set(weights))!r}; give one of each loss")
-        for what,v,ok in (('temperature', temperature, temperature is None or temperature > 0), ('u_max', u_max, u_max > 0), ('settle', settle, settle > 0)):
+            if set(given) - set(names):
+                raise ValueError(f"{what} names {min(set(given) - set(names))!r}, which is no loss; "
+                                 f"the losses are {', '.join(names)}")
+        if weights and set(names) - set(weights):
+            raise ValueError(f"weights leaves out {min(set(names) - set(weights))!r}; give one of each loss")
+        for what,v,ok in (('temperature', temperature, temperature is None or temperature > 0),
+                          ('u_max', u_max, u_max > 0),
+                          ('settle', settle, settle > 0)):
             if not ok: raise ValueError(f"{what}={v}; it must be positive")
         for what,v in (('beta', beta), ('floor', floor)):
             if not 0 <= v < 1: raise ValueError(f"{what}={v}; it must be at least 0 and below 1")
-        self.names, self.form, self.u_max, self.beta, self.floor, self.settle = list(names), form, u_max, beta, floor, settle
+        self.names, self.form, self.u_max, self.beta, self.floor, self.settle = (
+            list(names), form, u_max, beta, floor, settle)
         self.temperature = (1. if form == 'reference' else 2.) if temperature is None else temperature
         self.ramps = Ramps({n: (starts or {}).get(n, 0.) for n in self.names}, 0. if starts is None else fraction)
         fixed = weights or {n: 1/len(self.names) for n in self.names}
@@ -99,7 +109,8 @@ def reference(self:Balance,
         use = active & losses.isfinite()
         x = torch.where(use, losses, 0.)
         self.ema.copy_(torch.where(use, self.beta*self.ema + (1 - self.beta)*x, self.ema))
-        self.first.copy_(torch.where(use & (self.count < self.settle), (self.first*self.count + x)/(self.count + 1), self.first))
+        self.first.copy_(torch.where(use & (self.count < self.settle),
+                                     (self.first*self.count + x)/(self.count + 1), self.first))
         self.count.add_(use)
     trend = torch.where(self.count > 0, self.ema/(1 - self.beta**self.count).clamp(min=1e-12), losses)
     return trend, torch.maximum(trend, self.floor*self.first).clamp(min=1e-6)
@@ -129,7 +140,8 @@ def forward(self:Balance,
     losses:Tensor, # with gradient, (C,)
     step:Tensor,   # steps taken, ()
     total:Tensor,  # steps of the whole run, ()
-)->tuple: # weighted sum (), report: `parts` (C,) with gradient; `ramps`, `weights`, `normalised`, `weighted` (C,) without
+    # weighted sum (), report: `parts` (C,) with gradient; `ramps`, `weights`, `normalised`, `weighted` (C,) without
+)->tuple:
     "The balanced sum, and how it came about"
     with no_autocast(losses):
         losses = island(losses)
@@ -137,4 +149,5 @@ def forward(self:Balance,
         divisor, weights = self.weigh(global_mean(losses.detach()), ramps)
         normalised = losses/divisor
         parts = ramps*weights*normalised
-        return parts.sum(), dict(parts=parts, ramps=ramps, weights=weights, normalised=normalised.detach(), weighted=parts.detach())
+        return parts.sum(), dict(parts=parts, ramps=ramps, weights=weights, normalised=normalised.detach(),
+                                 weighted=parts.detach())

@@ -65,7 +65,8 @@ def cka(
     y:Tensor,           # rows in correspondence, (..., n, q)
     debias:bool=False,  # from pairs of different rows only; in [−1, 1], and about 0 for noise; needs 4 rows
     center:bool=True,   # False: cosine of plain Gram matrices, dominated by the mean row; for parity only
-    road:str|None=None, # "channels": rows of all ranks; "gram": of this rank; None: the cheaper, on several ranks the first
+    # "channels": rows of all ranks; "gram": of this rank; None: the cheaper, on several ranks the first
+    road:str|None=None,
 )->Tensor:              # (...,)
     "Linear centred kernel alignment, in float32; gradient to both sides"
     if x.shape[:-1] != y.shape[:-1]:

@@ -25,10 +25,13 @@ def own_head(
     "The model's head, as a function of the tokens of any of its layers"
     m = tapped.model
     head = getattr(m, 'head', None)
-    if not isinstance(head, nn.Linear): raise ValueError(f"the {who} has no linear head to read its layers with; use space='cka'")
-    before, after = (getattr(m, n, nn.Identity()) for n in ('norm', 'fc_norm'))        # timm has one of them, by how it pools
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the {who} has no linear head to read its layers with; use space='cka'")
+    before, after = (getattr(m, n, nn.Identity()) for n in ('norm', 'fc_norm'))  # timm has one of them, by how it pools
     def read(x):
-        if x.shape[-1] != head.in_features: raise ValueError(f"a {who} layer of width {x.shape[-1]} cannot be read by a head for {head.in_features}; tap layers of the head's width, or use space='cka'")
+        if x.shape[-1] != head.in_features:
+            raise ValueError(f"a {who} layer of width {x.shape[-1]} cannot be read by a head for {head.in_features}; "
+                             "tap layers of the head's width, or use space='cka'")
         return head(after(before(x).mean(1)))
     return read
 
@@ -90,12 +93,16 @@ def forward(self:Dynamics,
 )->Tensor:                  # ()
     "Positions and steps"
     if self.space == 'cka': return self.by_cka(xs, ys, generator, grids_s, grids_t)
-    if self.readers is None: raise ValueError("the loss has not met the models whose heads it reads with; call meet(student, teacher) first, as the trainer does")
+    if self.readers is None:
+        raise ValueError("the loss has not met the models whose heads it reads with; "
+                         "call meet(student, teacher) first, as the trainer does")
     pairs = paired(xs, ys)
     with no_autocast(xs[0]):
         s = log_predictions(self.readers[0], [island(p[0]) for p in pairs])
         with torch.no_grad(): t = log_predictions(self.readers[1], [island(p[1]) for p in pairs])
-        if s.shape != t.shape: raise ValueError(f"the student knows {s.shape[-1]} classes and the teacher {t.shape[-1]}; predictions have to be of the same, or use space='cka'")
+        if s.shape != t.shape:
+            raise ValueError(f"the student knows {s.shape[-1]} classes and the teacher {t.shape[-1]}; "
+                             "predictions have to be of the same, or use space='cka'")
         return trajectory(s, t) + self.steps*steps(s, t)
 
 # %% ../../nbs/losses/23_dynamics.ipynb #a8700c74
@@ -104,7 +111,8 @@ def by_cka(self:Dynamics, xs, ys, generator, grids_s, grids_t)->Tensor: # ()
     "The same two questions without heads: layers alike, and differences between layers alike"
     pairs, state = at_places(xs, ys, grids_s, grids_t), None if generator is None else generator.get_state()
     xs, ys = [list(side) for side in zip(*pairs)]
-    if len({x.shape[1:] for x in xs}) > 1 or len({y.shape[1:] for y in ys}) > 1: raise ValueError("differences between layers need layers of one shape; pair such layers")
+    if len({x.shape[1:] for x in xs}) > 1 or len({y.shape[1:] for y in ys}) > 1:
+        raise ValueError("differences between layers need layers of one shape; pair such layers")
     loss = self.alike(xs, ys, generator)
     if len(xs) == 1: return loss
     if state is not None: generator.set_state(state)

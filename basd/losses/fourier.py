@@ -22,14 +22,16 @@ def fourier_distance(
     x:Tensor,           # student tokens, (..., N, C)
     y:Tensor,           # teacher tokens at the same places, (..., N, C)
     grid:tuple[int,int],# (height, width), N = height·width
-    hermitian_weight:bool=False, # count the inner columns twice, for the half plane that is left out: the plain mean squared error
+    # count the inner columns twice, for the half plane that is left out: the plain mean squared error
+    hermitian_weight:bool=False,
 )->Tensor:              # (...,)
     "Mean squared error of the real and imaginary parts of `rfft2`, without a transform"
     d, (h, w) = (x - y).unflatten(-2, grid), grid
     energy = d.square().sum((-3, -2, -1))
     if hermitian_weight: return energy/(h*w*x.shape[-1])
     sign = 1 - 2*(torch.arange(w, device=d.device) % 2)
-    own_mirror = torch.stack([torch.ones_like(sign), sign])[:1 if w % 2 else 2].to(d.dtype)   # columns 0 and, for even w, w/2
+    # columns 0 and, for even w, w/2
+    own_mirror = torch.stack([torch.ones_like(sign), sign])[:1 if w % 2 else 2].to(d.dtype)
     border = torch.einsum('...hwc,kw->...khc', d, own_mirror).square().sum((-3, -2, -1))/w
     return (energy + border) / (4*h*(w//2 + 1)*x.shape[-1])
 
@@ -48,16 +50,21 @@ class Fourier(nn.Module):
     def __init__(self,
         widths_s:list|None=None,     # C_s of each extraction point; None: no maps, widths must be equal
         widths_t:list|None=None,     # C_t of each extraction point
-        form:Literal['complex', 'magnitude']='complex', # real and imaginary parts, or log(1 + amplitude), which does not see where things are
-        hermitian_weight:bool=False, # of "complex": weight columns as symmetry asks, which is the plain mean squared error; False as published
-        channels:Literal['learned', 'pool']='learned', # where widths differ: a learned map of the student, or averages of neighbouring teacher channels as published
+        # real and imaginary parts, or log(1 + amplitude), which does not see where things are
+        form:Literal['complex', 'magnitude']='complex',
+        # of "complex": weight columns as symmetry asks, which is the plain mean squared error; False as published
+        hermitian_weight:bool=False,
+        # where widths differ: a learned map of the student, or averages of neighbouring teacher channels as published
+        channels:Literal['learned', 'pool']='learned',
     ):
         super().__init__()
         if form not in ('complex', 'magnitude'): raise ValueError(f"form={form!r}; choose 'complex' or 'magnitude'")
         if channels not in ('learned', 'pool'): raise ValueError(f"channels={channels!r}; choose 'learned' or 'pool'")
-        if hermitian_weight and form == 'magnitude': raise ValueError("hermitian_weight=True belongs to form='complex'; leave it out of form='magnitude'")
+        if hermitian_weight and form == 'magnitude':
+            raise ValueError("hermitian_weight=True belongs to form='complex'; leave it out of form='magnitude'")
         if (widths_s is None) != (widths_t is None) or len(widths_s or []) != len(widths_t or []):
-            raise ValueError(f"widths_s={widths_s} and widths_t={widths_t}; give one of each an extraction point, or neither")
+            raise ValueError(f"widths_s={widths_s} and widths_t={widths_t}; "
+                             "give one of each an extraction point, or neither")
         self.form, self.hermitian_weight, self.channels = form, hermitian_weight, channels
         learned = lambda a, b: nn.Linear(a, b) if a != b and channels == 'learned' else nn.Identity()
         self.maps = None if widths_s is None else nn.ModuleList(learned(a, b) for a,b in zip(widths_s, widths_t))
@@ -74,7 +81,8 @@ def one(self:Fourier,
         x, y = island(x), island(y)
         if self.channels == 'pool' and y.shape[-1] > x.shape[-1]: y = F.adaptive_avg_pool1d(y, x.shape[-1])
         if x.shape[-1] != y.shape[-1]:
-            raise ValueError(f"student tokens of width {x.shape[-1]} and teacher tokens of width {y.shape[-1]} cannot be subtracted; give widths_s and widths_t, so that a map is learnt")
+            raise ValueError(f"student tokens of width {x.shape[-1]} and teacher tokens of width {y.shape[-1]} "
+                             "cannot be subtracted; give widths_s and widths_t, so that a map is learnt")
         if self.form == 'complex': return fourier_distance(x, y, grid, self.hermitian_weight).mean()
         return (log_magnitude(x, grid) - log_magnitude(y, grid)).square().mean()
 
@@ -87,7 +95,8 @@ def asked_grid(
     "The grid of these tokens, which must be told"
     if grid is None or grid[0]*grid[1] != n:
         told = 'no grid was given' if grid is None else f'grid {tuple(grid)} holds {grid[0]*grid[1]}'
-        raise ValueError(f"the Fourier loss needs the {who}'s {n} tokens on a grid, and {told}; tap layers that lie on one, or choose a loss without a grid such as cka")
+        raise ValueError(f"the Fourier loss needs the {who}'s {n} tokens on a grid, and {told}; "
+                         "tap layers that lie on one, or choose a loss without a grid such as cka")
     return tuple(grid)
 
 # %% ../../nbs/losses/18_fourier.ipynb #0d8992a0
@@ -101,7 +110,8 @@ def forward(self:Fourier,
 )->Tensor:                  # ()
     "Mean over images and extraction points"
     maps, losses = self.maps or [nn.Identity()]*len(xs), []
-    if len(maps) != len(xs): raise ValueError(f"{len(xs)} extraction points, but widths for {len(maps)}; give one an extraction point")
+    if len(maps) != len(xs):
+        raise ValueError(f"{len(xs)} extraction points, but widths for {len(maps)}; give one an extraction point")
     for f,(x,y,a,b) in zip(maps, paired(xs, ys, grids_s, grids_t)):
         a, b = asked_grid(a, x.shape[1], 'student'), asked_grid(b, y.shape[1], 'teacher')
         losses.append(self.one(f(x), resample_tokens(y, x.shape[1], b, a), a))

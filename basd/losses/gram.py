@@ -43,7 +43,8 @@ def gram_distance(
 class Gram(nn.Module):
     "Match the cosines among the tokens of an image; gradient to the student, no parameters"
     def __init__(self,
-        form:str='squared',  # "squared": mean of squared differences; "norm": ‖·‖_F/N², the original, which falls as 1/N
+        # "squared": mean of squared differences; "norm": ‖·‖_F/N², the original, which falls as 1/N
+        form:str='squared',
         center:bool=False,   # subtract the mean token of an image first, which may drown all cosines
     ):
         super().__init__()
@@ -84,7 +85,8 @@ class TokenCosine(nn.Module):
         if (widths_s is None) != (widths_t is None) or len(widths_s or []) != len(widths_t or []):
             raise ValueError(f"widths_s={widths_s} and widths_t={widths_t}; give one of each an extraction point, or "
                              "neither")
-        self.maps = None if widths_s is None else nn.ModuleList(nn.Identity() if a == b else nn.Linear(a, b) for a,b in zip(widths_s, widths_t))
+        self.maps = None if widths_s is None else nn.ModuleList(nn.Identity() if a == b else nn.Linear(a, b)
+                                                                for a,b in zip(widths_s, widths_t))
 
 # %% ../../nbs/losses/17_gram.ipynb #ff2098a5
 @patch

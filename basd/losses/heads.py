@@ -29,7 +29,8 @@ class Scores(nn.Module):
     ):
         super().__init__()
         self.center = center
-        self.heads = nn.ModuleList(HeadAligner(a, b) if a != b else nn.Identity() for a,b in zip(heads_s, heads_t, strict=True))
+        self.heads = nn.ModuleList(HeadAligner(a, b) if a != b else nn.Identity()
+                                   for a,b in zip(heads_s, heads_t, strict=True))
 
     def forward(self,
         xs:list,                # student attention, P × `Attention`
@@ -55,9 +56,12 @@ def checked(
     "Refuse what has no scores, or other tokens than its partner"
     if len(attention) != len(pairs): raise ValueError(f"{len(attention)} pairs, but the loss was made for {len(pairs)}")
     for i,a in enumerate(attention):
-        if not hasattr(a, 'q'): raise ValueError("a map that was formed before has neither scores nor queries; teach without a cache of maps, or choose the loss attn of basd")
+        if not hasattr(a, 'q'):
+            raise ValueError("a map that was formed before has neither scores nor queries; "
+                             "teach without a cache of maps, or choose the loss attn of basd")
         if partner is not None and a.tokens != partner[i].tokens:
-            raise ValueError(f"{a.tokens} teacher tokens and {partner[i].tokens} student tokens: relations are compared place by place; choose image sizes that give equal token counts")
+            raise ValueError(f"{a.tokens} teacher tokens and {partner[i].tokens} student tokens: "
+                             "relations are compared place by place; choose image sizes that give equal token counts")
     return attention
 
 # %% ../../nbs/losses/21_heads.ipynb #4adf676f
@@ -83,7 +87,8 @@ class HeadRelations(nn.Module):
     ):
         super().__init__()
         bad = [r for r in relations if len(r) != 2 or not set(r) <= set('qkv')]
-        if bad or not relations: raise ValueError(f"relations={tuple(relations)}; name pairs of q, k and v, as in ('qq', 'kk', 'vv')")
+        if bad or not relations:
+            raise ValueError(f"relations={tuple(relations)}; name pairs of q, k and v, as in ('qq', 'kk', 'vv')")
         if heads < 1: raise ValueError(f"heads={heads}; give at least 1")
         self.relations, self.heads = tuple(relations), heads
 
@@ -118,5 +123,7 @@ def part(self:HeadRelations,
     "Queries, keys or values"
     z = getattr(a, name)
     if z is None: raise ValueError("this attention hands over no values; use relations=('qq', 'kk')")
-    if z.shape[1]*z.shape[3] % self.heads: raise ValueError(f"heads={self.heads} does not divide the width {z.shape[1]*z.shape[3]}; choose a common divisor of both widths")
+    if z.shape[1]*z.shape[3] % self.heads:
+        raise ValueError(f"heads={self.heads} does not divide the width {z.shape[1]*z.shape[3]}; "
+                         "choose a common divisor of both widths")
     return island(z[:, :, a.prefix:])

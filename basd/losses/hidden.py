@@ -32,11 +32,13 @@ class Hidden(nn.Module):
     def __init__(self,
         widths_s:list,       # D_s of each pair
         widths_t:list,       # D_t of each pair
-        normalise:Literal['none', 'layer', 'unit']='none', # coordinates of the comparison: TinyBERT and FitNets, ours for pre-norm transformers, Patient KD
+        # coordinates of the comparison: TinyBERT and FitNets, ours for pre-norm transformers, Patient KD
+        normalise:Literal['none', 'layer', 'unit']='none',
         bias:bool=False,     # of the maps
     ):
         super().__init__()
-        if normalise not in ('none', 'layer', 'unit'): raise ValueError(f"normalise={normalise!r}; choose 'none', 'layer' or 'unit'")
+        if normalise not in ('none', 'layer', 'unit'):
+            raise ValueError(f"normalise={normalise!r}; choose 'none', 'layer' or 'unit'")
         self.normalise = normalise
         self.maps = nn.ModuleList(nn.Linear(a, b, bias=bias) for a,b in zip(widths_s, widths_t, strict=True))
 
@@ -59,7 +61,8 @@ def forward(self:Hidden,
     grids_t:list|None=None, # (height, width) of each teacher layer
 )->Tensor:                  # ()
     "Mean over images, tokens and pairs"
-    if len(xs) != len(self.maps): raise ValueError(f"{len(xs)} pairs, but maps for {len(self.maps)}; make the loss for these layers")
+    if len(xs) != len(self.maps):
+        raise ValueError(f"{len(xs)} pairs, but maps for {len(self.maps)}; make the loss for these layers")
     return torch.stack([self.one(f(x), y) for f,(x,y) in zip(self.maps, at_places(xs, ys, grids_s, grids_t))]).mean()
 
 # %% ../../nbs/losses/20_hidden.ipynb #c377fbc9
@@ -90,5 +93,6 @@ class AttentionTransfer(nn.Module):
     )->Tensor:                  # ()
         "Mean over places, images and pairs"
         with no_autocast(xs[0]):
-            maps = [(loudness(island(x), self.p), loudness(island(y), self.p)) for x,y in at_places(xs, ys, grids_s, grids_t)]
+            maps = [(loudness(island(x), self.p), loudness(island(y), self.p))
+                    for x,y in at_places(xs, ys, grids_s, grids_t)]
             return torch.stack([(q - k).square().mean() for q,k in maps]).mean()

@@ -43,8 +43,10 @@ class RKD(nn.Module):
         images:int|None=64, # among which angles are taken, over all ranks; None: all
     ):
         super().__init__()
-        if distance < 0 or angle < 0 or distance + angle == 0: raise ValueError(f"distance={distance} and angle={angle}; give weights of at least 0, not both 0")
-        if images is not None and images < 3: raise ValueError(f"images={images}; an angle takes 3, or give None for all")
+        if distance < 0 or angle < 0 or distance + angle == 0:
+            raise ValueError(f"distance={distance} and angle={angle}; give weights of at least 0, not both 0")
+        if images is not None and images < 3:
+            raise ValueError(f"images={images}; an angle takes 3, or give None for all")
         self.distance, self.angle, self.images = distance, angle, images
 
     def one(self,
@@ -122,8 +124,12 @@ class VRM(nn.Module):
     )->Tensor:         # ()
         with no_autocast(z_s):
             s, t = (all_rows(z) for z in island(z_s, z_t.detach()))
-            if min(s.shape) < 2: raise ValueError(f"logits {tuple(s.shape)} are of one image or one class, which has no edges; raise data.batch_size, or choose another loss")
-            if self.virtual and len(s) % 2: raise ValueError(f"virtual=True with {len(s)} images, whose second half cannot show the first again; give an even number")
+            if min(s.shape) < 2:
+                raise ValueError(f"logits {tuple(s.shape)} are of one image or one class, which has no edges; "
+                                 "raise data.batch_size, or choose another loss")
+            if self.virtual and len(s) % 2:
+                raise ValueError(f"virtual=True with {len(s)} images, whose second half cannot show the first again; "
+                                 "give an even number")
             x, y = (F.layer_norm(z, z.shape[-1:]) for z in (s, t))
             huber = lambda a, b: F.smooth_l1_loss(a, b, reduction='none').sum(-1)
             between = self.kept(huber(edges(x, self.virtual), edges(y, self.virtual)), s.detach())
@@ -141,7 +147,8 @@ class VRM(nn.Module):
 # %% ../../nbs/losses/22_images.ipynb #08946f8d
 @feature_loss('crd')
 class CRD(nn.Module):
-    "Tell each image from the others by the teacher's embedding, and the other way round; gradient to the student and the maps"
+    ("Tell each image from the others by the teacher's embedding, and the other way round; "
+     "gradient to the student and the maps")
     def __init__(self,
         widths_s:list, # D_s of each pair
         widths_t:list, # D_t of each pair
@@ -161,7 +168,8 @@ class CRD(nn.Module):
         grids_t:list|None=None, # not used
     )->Tensor:                  # nats, ()
         "Mean over images, directions and pairs of layers"
-        if len(xs) != len(self.maps_s): raise ValueError(f"{len(xs)} pairs, but maps for {len(self.maps_s)}; make the loss for these layers")
+        if len(xs) != len(self.maps_s):
+            raise ValueError(f"{len(xs)} pairs, but maps for {len(self.maps_s)}; make the loss for these layers")
         with no_autocast(xs[0]):
             losses = []
             for f,g,(x,y) in zip(self.maps_s, self.maps_t, pooled(xs, ys)):

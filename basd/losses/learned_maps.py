@@ -24,14 +24,19 @@ class _Pooled(nn.Module):
 
     def __init__(self, widths_s, widths_t, normalise):
         super().__init__()
-        if len(set(widths_t)) != 1: raise ValueError(f"teacher layers of widths {', '.join(map(str, sorted(set(widths_t))))} cannot be mixed; name layers of one width")
-        if normalise not in ('none', 'layer', 'unit'): raise ValueError(f"normalise={normalise!r}; choose 'none', 'layer' or 'unit'")
+        if len(set(widths_t)) != 1:
+            raise ValueError(f"teacher layers of widths {', '.join(map(str, sorted(set(widths_t))))} cannot be mixed; "
+                             "name layers of one width")
+        if normalise not in ('none', 'layer', 'unit'):
+            raise ValueError(f"normalise={normalise!r}; choose 'none', 'layer' or 'unit'")
         self.normalise, self.L = normalise, len(widths_t)
         self.maps = nn.ModuleList(nn.Linear(d, widths_t[0], bias=False) for d in widths_s)
 
     def vectors(self, xs, ys)->tuple: # (B, P, D_t), (B, L, D_t)
         "Queries and answers, in float32"
-        if (len(xs), len(ys)) != (len(self.maps), self.L): raise ValueError(f"{len(xs)} points and {len(ys)} teacher layers, but made for {len(self.maps)} and {self.L}")
+        if (len(xs), len(ys)) != (len(self.maps), self.L):
+            raise ValueError(f"{len(xs)} points and {len(ys)} teacher layers, "
+                             f"but made for {len(self.maps)} and {self.L}")
         q = torch.stack([f(island(x.mean(1))) for f,x in zip(self.maps, xs)], 1)
         h = torch.stack([island(y.mean(1)) for y in ys], 1).detach()
         return in_coordinates(q, self.normalise), in_coordinates(h, self.normalise)

@@ -19,11 +19,15 @@ def logit_kl(
     z_s:Tensor,   # student logits, (B, C)
     z_t:Tensor,   # teacher logits, constant, (B, C)
     T:float|Tensor=4., # temperature, a number, () or (B, 1); may carry gradient
-    direction:Literal['forward', 'reverse']='forward', # KL of the student from the teacher, or of the teacher from the student
-    reduction:Literal['batch', 'numel']='batch', # mean over images; "numel" divides by the classes, too, as DeiT's code does
+    # KL of the student from the teacher, or of the teacher from the student
+    direction:Literal['forward', 'reverse']='forward',
+    # mean over images; "numel" divides by the classes, too, as DeiT's code does
+    reduction:Literal['batch', 'numel']='batch',
 )->Tensor:        # nats times T², ()
     "Divergence of softened class probabilities; gradient to the student and to `T`, if it has any"
-    if z_s.shape != z_t.shape: raise ValueError(f"student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} differ; both models must know the same classes")
+    if z_s.shape != z_t.shape:
+        raise ValueError(f"student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} differ; "
+                         "both models must know the same classes")
     with no_autocast(z_s):
         s, t = island(z_s, z_t.detach())
         log_q, log_p = (s/T).log_softmax(-1), (t/T).log_softmax(-1)
@@ -43,7 +47,8 @@ def decoupled(
         s, t = (z/T for z in island(z_s, z_t.detach()))
         target = F.one_hot(labels.argmax(-1), s.shape[-1]).to(s.dtype)
         rest = lambda z: (z - 1e6*target).log_softmax(-1)                            # of the other classes alone
-        two = lambda z: torch.stack([(z.log_softmax(-1)*target).sum(-1), (z - 1e6*target).logsumexp(-1) - z.logsumexp(-1)], -1)
+        two = lambda z: torch.stack([(z.log_softmax(-1)*target).sum(-1),
+                                     (z - 1e6*target).logsumexp(-1) - z.logsumexp(-1)], -1)
         kl = lambda a, b: (a.exp()*(a - b)).sum(-1)
         return kl(two(t), two(s)), (rest(t).exp()*(1 - target)*(rest(t) - rest(s))).sum(-1)
 
@@ -53,7 +58,8 @@ class LogitKL(nn.Module):
     def __init__(self,
         T:float=4.,                # temperature
         direction:Literal['forward', 'reverse']='forward',
-        reduction:Literal['batch', 'numel']='batch', # mean over images; "numel" divides by the classes, too, as DeiT's code does
+        # mean over images; "numel" divides by the classes, too, as DeiT's code does
+        reduction:Literal['batch', 'numel']='batch',
     ):
         super().__init__()
         if not T > 0: raise ValueError(f"T={T}; a temperature is positive")

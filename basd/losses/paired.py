@@ -68,7 +68,8 @@ def find_feature_loss(
     import basd.losses as room
     for m in pkgutil.iter_modules(room.__path__): importlib.import_module(f'{room.__name__}.{m.name}')
     if name not in feature_losses:
-        raise ValueError(f"unknown loss {name!r}; allowed: {', '.join(sorted(feature_losses))}, or package.module:Class")
+        raise ValueError(f"unknown loss {name!r}; "
+                         f"allowed: {', '.join(sorted(feature_losses))}, or package.module:Class")
     return feature_losses[name]
 
 # %% ../../nbs/losses/09_paired.ipynb #28617055

@@ -44,12 +44,15 @@ class Relational(nn.Module):
     "Match the directions between tokens; gradient to the student, no parameters"
     def __init__(self,
         pairs:int=128,         # K, token pairs a step
-        form:str='direction',  # "direction": 1 − cosine; "gram": cosines among relations; "smooth_l1": the original, averaged over channels
+        # "direction": 1 − cosine; "gram": cosines among relations; "smooth_l1": the original, averaged over channels
+        form:str='direction',
     ):
         super().__init__()
-        if form not in ('direction', 'gram', 'smooth_l1'): raise ValueError(f"form={form!r}; choose 'direction', 'gram' or 'smooth_l1'")
+        if form not in ('direction', 'gram', 'smooth_l1'):
+            raise ValueError(f"form={form!r}; choose 'direction', 'gram' or 'smooth_l1'")
         if pairs < 1: raise ValueError(f"pairs={pairs}; at least one is needed")
-        self.pairs, self.form, self.at_once = pairs, form, None # images at a time, where the target is a function; None: as the device has room
+        # at_once: images at a time, where the target is a function; None: as the device has room
+        self.pairs, self.form, self.at_once = pairs, form, None
 
     def draw(self,
         n:int,          # tokens that both sides have
@@ -83,7 +86,8 @@ def forward(self:Relational,
 )->Tensor:       # ()
     "Mean over pairs, images and extraction points"
     if callable(target): return self.in_pieces(xs, target, pairs)
-    if len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1: return self.one(torch.stack(list(xs)), torch.stack(list(target)), pairs)
+    if len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1:
+        return self.one(torch.stack(list(xs)), torch.stack(list(target)), pairs)
     return torch.stack([self.one(x, t, pairs) for x,t in zip(xs, target)]).mean()
 
 # %% ../../nbs/losses/11_relational.ipynb #10672c33
@@ -107,7 +111,9 @@ def one(self:Relational, x, t, pairs):
     with no_autocast(r):
         if self.form == 'gram': return (r - t).square().mean()
         if self.form == 'smooth_l1': return F.smooth_l1_loss(*equal_width(r, t))
-        if r.shape[-1] != t.shape[-1]: raise ValueError(f"student width {r.shape[-1]} and target width {t.shape[-1]} differ; align the widths, or use form='gram'")
+        if r.shape[-1] != t.shape[-1]:
+            raise ValueError(f"student width {r.shape[-1]} and target width {t.shape[-1]} differ; "
+                             "align the widths, or use form='gram'")
         return (1 - (r*t).sum(-1)).mean()
 
 # %% ../../nbs/losses/11_relational.ipynb #afdff7ef

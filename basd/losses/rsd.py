@@ -64,15 +64,19 @@ class Heads(nn.Module):
         super().__init__()
         hidden = round(gamma*d_in)
         self.norm = norm
-        self.w1, self.w2 = (nn.Parameter(torch.stack([nn.init.trunc_normal_(torch.empty(o, i), std=i**-.5) for _ in range(points)])) for i,o in ((d_in, hidden), (hidden, d_out)))
-        self.scale, self.shift = nn.Parameter(torch.ones(points, 1, hidden)), nn.Parameter(torch.zeros(points, 1, hidden))
+        self.w1, self.w2 = (nn.Parameter(torch.stack([nn.init.trunc_normal_(torch.empty(o, i), std=i**-.5)
+                                                      for _ in range(points)]))
+                            for i,o in ((d_in, hidden), (hidden, d_out)))
+        self.scale, self.shift = (nn.Parameter(torch.ones(points, 1, hidden)),
+                                  nn.Parameter(torch.zeros(points, 1, hidden)))
 
     def forward(self,
         x:Tensor, # rows, (P, M, D_s)
     )->Tensor:    # (P, M, D_t)
         h = x @ self.w1.mT
         with no_autocast(h):
-            h = standardise(island(h), floor=1e-5**.5) if self.norm == 'batch' else F.layer_norm(island(h), h.shape[-1:])
+            h = (standardise(island(h), floor=1e-5**.5) if self.norm == 'batch'
+                 else F.layer_norm(island(h), h.shape[-1:]))
         return F.gelu(torch.addcmul(self.shift, h, self.scale)).to(x.dtype) @ self.w2.mT
 
 # %% ../../nbs/losses/10_rsd.ipynb #a9cd0384
@@ -93,13 +97,18 @@ class RSD(nn.Module):
         for name,v,allowed in (('reduction', reduction, ('dim', 'sum', 'mean')), ('norm', norm, ('layer', 'batch'))):
             if v not in allowed: raise ValueError(f"{name}={v!r}; choose one of {', '.join(map(repr, allowed))}")
         if isinstance(kappa, str) and kappa != '1/D': raise ValueError(f"kappa={kappa!r}; give a number, or '1/D'")
-        if len(widths_s) != len(widths_t): raise ValueError(f"{len(widths_s)} student widths and {len(widths_t)} target widths; give one of each an extraction point")
-        if gamma*min(widths_s) < 1: raise ValueError(f"gamma={gamma} leaves a head of width {min(widths_s)} no hidden channel; raise gamma")
-        if max_rows is not None and max_rows < 1: raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
+        if len(widths_s) != len(widths_t):
+            raise ValueError(f"{len(widths_s)} student widths and {len(widths_t)} target widths; "
+                             "give one of each an extraction point")
+        if gamma*min(widths_s) < 1:
+            raise ValueError(f"gamma={gamma} leaves a head of width {min(widths_s)} no hidden channel; raise gamma")
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
         self.kappa, self.center, self.pooled, self.reduction, self.max_rows = kappa, center, pooled, reduction, max_rows
         self.at_once = None # points at a time; None: all, or one where they are large
         together = len(set(widths_s)) == len(set(widths_t)) == 1
-        self.heads = nn.ModuleList([Heads(len(widths_s), widths_s[0], widths_t[0], gamma, norm)] if together else [Heads(1, a, b, gamma, norm) for a,b in zip(widths_s, widths_t)])
+        self.heads = nn.ModuleList([Heads(len(widths_s), widths_s[0], widths_t[0], gamma, norm)] if together
+                                   else [Heads(1, a, b, gamma, norm) for a,b in zip(widths_s, widths_t)])
 
     def rows(self,
         x:Tensor, # tokens, (..., B, N, D)
@@ -140,11 +149,17 @@ def forward(self:RSD,
 )->Tensor:       # ()
     "Mean over extraction points"
     for s,t in zip(xs, target):
-        if s.shape[:-1] != t.shape[:-1]: raise ValueError(f"student tokens {tuple(s.shape)} and target {tuple(t.shape)} differ in images or places; align the target first")
+        if s.shape[:-1] != t.shape[:-1]:
+            raise ValueError(f"student tokens {tuple(s.shape)} and target {tuple(t.shape)} differ in images or places; "
+                             "align the target first")
     places = [self.draw(x.shape[1], len(x), device=x.device) for x in xs] if places is None else places
     S, T = ([self.rows(x, p) for x,p in zip(side, places)] for side in (xs, target))
-    if len(self.heads) > 1: return torch.stack([self.one(head, s[None], t.detach()[None]).mean() for head,s,t in zip(self.heads, S, T)]).mean()
-    if len({len(s) for s in S}) > 1: raise ValueError(f"student layers of one width hand over {[len(s) for s in S]} rows; tap layers of equal token count, or use pooled=True")
+    if len(self.heads) > 1:
+        return torch.stack([self.one(head, s[None], t.detach()[None]).mean()
+                            for head,s,t in zip(self.heads, S, T)]).mean()
+    if len({len(s) for s in S}) > 1:
+        raise ValueError(f"student layers of one width hand over {[len(s) for s in S]} rows; "
+                         "tap layers of equal token count, or use pooled=True")
     return self.by_point(torch.stack(S), torch.stack(T).detach())
 
 # %% ../../nbs/losses/10_rsd.ipynb #c62730f5
@@ -155,8 +170,10 @@ def by_point(self:RSD,
 )->Tensor:    # ()
     "Mean over points that share a `Heads`, one at a time where they are large"
     head, (names, params) = self.heads[0], zip(*self.heads[0].named_parameters())
-    share = lambda points, s, *own: self.one(lambda x: functional_call(head, dict(zip(names, own)), (x,)), s, t[points]).sum() / len(t)
-    return in_pieces(share, [s, *params], size=self.at_once or (1 if s.shape[1]*params[0].shape[1]*len(s) > 2**21 else None))
+    share = lambda points, s, *own: self.one(lambda x: functional_call(head, dict(zip(names, own)), (x,)),
+                                             s, t[points]).sum() / len(t)
+    return in_pieces(share, [s, *params],
+                     size=self.at_once or (1 if s.shape[1]*params[0].shape[1]*len(s) > 2**21 else None))
 
 # %% ../../nbs/losses/10_rsd.ipynb #a1d8f651
 @patch

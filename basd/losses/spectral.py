@@ -45,32 +45,39 @@ def spectrum(
 def normalised(
     s:Tensor,          # singular values, descending, (..., n)
     k:int,             # K, how many to keep
-    align:str='truncate', # "truncate" keeps the first `k`; "pool" averages neighbours down to `k` after normalising, as the original does
+    # "truncate" keeps the first `k`; "pool" averages neighbours down to `k` after normalising, as the original does
+    align:str='truncate',
     energy:bool=False, # compare shares of energy σ²/Σσ² in place of unit vectors
 )->Tensor:             # (..., k)
     "A spectrum as a shape: `k` values of unit norm (or unit sum, for `energy`)"
-    if k > s.shape[-1]: raise ValueError(f"k={k} singular values, but these tokens have {s.shape[-1]}; ask for min(N_s, D_s, N_t, D_t) at most")
-    unit = (lambda v: v.square()/v.square().sum(-1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)) if energy else (lambda v: F.normalize(v, dim=-1, eps=1e-6))
+    if k > s.shape[-1]:
+        raise ValueError(f"k={k} singular values, but these tokens have {s.shape[-1]}; "
+                         "ask for min(N_s, D_s, N_t, D_t) at most")
+    unit = ((lambda v: v.square()/v.square().sum(-1, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)) if energy
+            else (lambda v: F.normalize(v, dim=-1, eps=1e-6)))
     if align == 'truncate': return unit(s[..., :k])
     return F.adaptive_avg_pool1d(unit(s).reshape(-1, s.shape[-1]), k).reshape(*s.shape[:-1], k)
 
 # %% ../../nbs/losses/13_spectral.ipynb #f5507843
 def moments(
     x:Tensor, # tokens, (..., N, D)
-)->Tensor:    # −log(tr G^p / (tr G)^p) for p = 2, 3, 4, each divided by p − 1: Rényi entropies of the energy, in nats, (..., 3)
+    # −log(tr G^p / (tr G)^p) for p = 2, 3, 4, each divided by p − 1: Rényi entropies of the energy, in nats, (..., 3)
+)->Tensor:
     "Three soft ranks of the tokens without a decomposition"
     with no_autocast(x):
         G = gram(island(x))
         G = G / G.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=torch.finfo(G.dtype).tiny)
         G2 = G @ G
-        traces = torch.stack([G2.diagonal(dim1=-2, dim2=-1).sum(-1), (G2*G).sum((-1, -2)), G2.square().sum((-1, -2))], -1)
+        traces = torch.stack([G2.diagonal(dim1=-2, dim2=-1).sum(-1), (G2*G).sum((-1, -2)),
+                              G2.square().sum((-1, -2))], -1)
         return -traces.clamp(min=torch.finfo(G.dtype).tiny).log() / torch.arange(1, 4, device=G.device, dtype=G.dtype)
 
 # %% ../../nbs/losses/13_spectral.ipynb #f8d9ede2
 class Spectral(nn.Module):
     "Loss on normalised singular-value spectra; gradient to the student"
     def __init__(self,
-        form:str='svd',          # "svd": a spectrum an image; "batch": one of the whole batch; "moments": soft ranks without decomposition
+        # "svd": a spectrum an image; "batch": one of the whole batch; "moments": soft ranks without decomposition
+        form:str='svd',
         center:bool=False,       # subtract the mean token first; uncentred spectra are dominated by it
         energy:bool=False,       # compare shares of energy
         align:str='truncate',    # "truncate", or "pool" as the original
@@ -78,10 +85,14 @@ class Spectral(nn.Module):
         samples:int|None=None,   # images a step, over all ranks, drawn at random in pairs; None: all of them
     ):
         super().__init__()
-        for name,v,allowed in (('form', form, ('svd', 'batch', 'moments')), ('align', align, ('truncate', 'pool')), ('reduction', reduction, ('sum', 'mean'))):
+        for name,v,allowed in (('form', form, ('svd', 'batch', 'moments')),
+                               ('align', align, ('truncate', 'pool')),
+                               ('reduction', reduction, ('sum', 'mean'))):
             if v not in allowed: raise ValueError(f"{name}={v!r}; choose one of {', '.join(map(repr, allowed))}")
-        if samples is not None and samples < 1: raise ValueError(f"samples={samples}; give a positive number of images, or None for all")
-        self.form, self.center, self.energy, self.align, self.reduction, self.samples = form, center, energy, align, reduction, samples
+        if samples is not None and samples < 1:
+            raise ValueError(f"samples={samples}; give a positive number of images, or None for all")
+        self.form, self.center, self.energy, self.align, self.reduction, self.samples = (
+            form, center, energy, align, reduction, samples)
 
     def represent(self,
         x:Tensor, # tokens, (B, N, D)
@@ -111,7 +122,8 @@ def target(self:Spectral,
     ks:list, # singular values that both sides have, one an extraction point
 )->list:     # representations, P × (B, k)
     "What the student's spectra are compared with"
-    if self.form != 'batch' and len({(y.shape, k) for y,k in zip(ys, ks)}) == 1: return list(self.represent(torch.cat(list(ys)), ks[0]).chunk(len(ks)))
+    if self.form != 'batch' and len({(y.shape, k) for y,k in zip(ys, ks)}) == 1:
+        return list(self.represent(torch.cat(list(ys)), ks[0]).chunk(len(ks)))
     return [self.represent(y, k).expand(len(y), -1) for y,k in zip(ys, ks)]
 
 # %% ../../nbs/losses/13_spectral.ipynb #07e03942
@@ -123,7 +135,8 @@ def forward(self:Spectral,
 )->Tensor:          # ()
     "Mean over images and extraction points"
     if images is not None: xs = [x[images] for x in xs]
-    if self.form != 'batch' and len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1: return self.one(torch.cat(list(xs)), torch.cat(list(target)))
+    if self.form != 'batch' and len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1:
+        return self.one(torch.cat(list(xs)), torch.cat(list(target)))
     return torch.stack([self.one(x, t) for x,t in zip(xs, target)]).mean()
 
 # %% ../../nbs/losses/13_spectral.ipynb #c7c16419

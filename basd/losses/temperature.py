@@ -57,11 +57,15 @@ class Temperature(nn.Module):
     ):
         super().__init__()
         if kind not in ('global', 'sample'): raise ValueError(f"kind={kind!r}; choose 'global' or 'sample'")
-        if not low < init < low + span: raise ValueError(f"init={init} is outside of the range ({low:g}, {low + span:g}); choose a temperature inside")
-        self.init, self.low, self.span, self.epochs, self.reversed, self.anchor = init, low, span, epochs, reversed, anchor
+        if not low < init < low + span:
+            raise ValueError(f"init={init} is outside of the range ({low:g}, {low + span:g}); "
+                             "choose a temperature inside")
+        self.init, self.low, self.span, self.epochs, self.reversed, self.anchor = (
+            init, low, span, epochs, reversed, anchor)
         share = (init - low)/span
         self.phi = nn.Parameter(torch.tensor(math.log(share/(1 - share))))
-        self.net = nn.Sequential(nn.Linear(2*classes, hidden), nn.ReLU(), nn.Linear(hidden, 1)) if kind == 'sample' else None
+        self.net = (nn.Sequential(nn.Linear(2*classes, hidden), nn.ReLU(), nn.Linear(hidden, 1)) if kind == 'sample'
+                    else None)
         if self.net is not None: nn.init.zeros_(self.net[2].weight); nn.init.zeros_(self.net[2].bias)
 
     def forward(self,
@@ -70,7 +74,8 @@ class Temperature(nn.Module):
     )->Tensor:        # τ, () or (B, 1)
         "The temperature of this batch"
         with no_autocast(z_s):
-            phi = self.phi if self.net is None else self.phi + self.net(torch.cat([z_s.detach(), z_t.detach()], -1).to(self.phi.dtype))
+            phi = (self.phi if self.net is None
+                   else self.phi + self.net(torch.cat([z_s.detach(), z_t.detach()], -1).to(self.phi.dtype)))
             return self.low + self.span*phi.sigmoid()
 
     def opponent(self,

@@ -26,7 +26,8 @@ from ..losses.balance import Balance
 from ..losses.relational import Relational
 from ..losses.rsd import RSD
 from ..losses.spectral import Spectral
-from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings
+from .objective import (
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings)
 
 # %% ../../nbs/methods/31_basd.ipynb #a9c4a281
 @settings
@@ -35,7 +36,8 @@ class AlignerOptions:
     kind:Literal['cross', 'interp'] = 'cross'       # cross-attention, or resampling and a fixed projection
     width:Literal['student', 'teacher'] = 'student' # of the aligned tokens; the original's code used the teacher's
     codes:bool = True                               # position codes on queries and keys
-    samples:int|None = None                         # images whose reconstruction trains the aligner, over all ranks; None: all
+    # images whose reconstruction trains the aligner, over all ranks; None: all
+    samples:int|None = None
 
 # %% ../../nbs/methods/31_basd.ipynb #4b9e0256
 @settings
@@ -43,7 +45,8 @@ class LossOptions:
     "The four structural losses; null leaves one out"
     rsd:options_of(RSD, 'widths_s', 'widths_t')|None = field(default_factory=options_of(RSD, 'widths_s', 'widths_t'))
     rel:options_of(Relational)|None = field(default_factory=options_of(Relational))
-    attn:options_of(AttentionKL, 'heads_s', 'heads_t')|None = field(default_factory=options_of(AttentionKL, 'heads_s', 'heads_t'))
+    attn:options_of(AttentionKL, 'heads_s', 'heads_t')|None = field(
+        default_factory=options_of(AttentionKL, 'heads_s', 'heads_t'))
     spectral:options_of(Spectral)|None = field(default_factory=options_of(Spectral))
 
 # %% ../../nbs/methods/31_basd.ipynb #5b97dfe7
@@ -57,16 +60,21 @@ class BASDOptions:
     points:Any = 'default'                  # extraction points: student layers by index or name, or "default"
     layers:Any = 'all'                      # teacher layers
     selector:SelectorOptions = field(default_factory=SelectorOptions)
-    rule:Any = None                         # a fixed map in place of the selector, by name or in pairs: the control of `layer_map`
+    # a fixed map in place of the selector, by name or in pairs: the control of `layer_map`
+    rule:Any = None
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
     losses:LossOptions = field(default_factory=LossOptions)
     balance:BalanceOptions = field(default_factory=BalanceOptions)
-    starts:dict[str, float] = field(default_factory=lambda: dict(rsd=0., rel=.25, attn=.25, spectral=.5)) # when each ramp starts, as a share of the warm-up
+    # when each ramp starts, as a share of the warm-up
+    starts:dict[str, float] = field(default_factory=lambda: dict(rsd=0., rel=.25, attn=.25, spectral=.5))
     weight:float = 1.                       # λ of the balanced sum
     align:float = 1.                        # λ of the aligner's own loss
-    targets:Literal['constant', 'live'] = 'constant' # live: matching losses also train aligner and temperatures, as the founding notes have it
-    blended:Literal['mixed', 'none', 'skip'] = 'mixed' # token targets under MixUp and CutMix: mixed to match, left as they are, or not used
-    spectrum_of:Literal['mixed', 'aligned'] = 'mixed'  # whose spectrum is the target: the mixed teacher tokens, or the aligner's output
+    # live: matching losses also train aligner and temperatures, as the founding notes have it
+    targets:Literal['constant', 'live'] = 'constant'
+    # token targets under MixUp and CutMix: mixed to match, left as they are, or not used
+    blended:Literal['mixed', 'none', 'skip'] = 'mixed'
+    # whose spectrum is the target: the mixed teacher tokens, or the aligner's output
+    spectrum_of:Literal['mixed', 'aligned'] = 'mixed'
 
 # %% ../../nbs/methods/31_basd.ipynb #8af19db7
 def cut(
@@ -101,17 +109,22 @@ class BASD(Objective):
         super().__init__(options, student, teacher, classes)
         self.student, self.teacher = student, teacher
         learned = options.rule is None
-        self.selector = GrassmannSelector(student.widths, teacher.widths, **vars(options.selector)) if learned else FixedSelector(student.widths, teacher.widths, options.rule)
+        self.selector = (GrassmannSelector(student.widths, teacher.widths, **vars(options.selector)) if learned
+                         else FixedSelector(student.widths, teacher.widths, options.rule))
         self.aligners = nn.ModuleList(self.make_aligner(p) for p in range(len(student.widths)))
         self.losses = nn.ModuleDict({n: make for n,make in self.make_losses().items() if make is not None})
-        if not self.losses: raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral")
-        if options.targets == 'live':                                         # nothing trains what the law would have trained
+        if not self.losses:
+            raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral")
+        if options.targets == 'live':                                   # nothing trains what the law would have trained
             for a in self.aligners: getattr(a, 'back', nn.Identity()).requires_grad_(False)
         if learned and not options.selector.recon: self.selector.common.requires_grad_(False)
-        self.balance = Balance(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses}, **vars(options.balance))
+        self.balance = Balance(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses},
+                               **vars(options.balance))
 
     @classmethod
-    def needs(cls, options): return Needs(points=options.points, layers=options.layers, attention=options.losses.attn is not None, teacher=True)
+    def needs(cls, options):
+        return Needs(points=options.points, layers=options.layers,
+                     attention=options.losses.attn is not None, teacher=True)
 
 # %% ../../nbs/methods/31_basd.ipynb #559535e2
 @patch
@@ -131,7 +144,8 @@ def make_losses(self:BASD)->dict: # name → module, or None
     "The losses that the options ask for and the two models allow"
     o, s, t = self.options.losses, self.student, self.teacher
     widths = s.widths if self.options.aligner.width == 'student' else [self.selector.mixed_width]*len(s.widths)
-    losses = dict(rsd=o.rsd and RSD(s.widths, widths, **vars(o.rsd)), rel=o.rel and Relational(**vars(o.rel)), attn=None, spectral=o.spectral and Spectral(**vars(o.spectral)))
+    losses = dict(rsd=o.rsd and RSD(s.widths, widths, **vars(o.rsd)), rel=o.rel and Relational(**vars(o.rel)),
+                  attn=None, spectral=o.spectral and Spectral(**vars(o.spectral)))
     if o.attn:
         missing = self.attention_missing()
         if missing: warnings.warn(f"L_attn is left out: {missing}")
@@ -144,8 +158,11 @@ def attention_missing(self:BASD)->str: # '' if nothing is
     "Why attention cannot be compared, in words"
     for who,heads in dict(student=self.student.heads, teacher=self.teacher.heads).items():
         if None in heads: return f"layer {heads.index(None)} of the {who}'s tapped layers has no global attention"
-    if self.options.losses.attn.scope != 'all_layers' and len(set(self.teacher.heads)) > 1 or len(set(self.teacher.tokens)) > 1: return "the teacher's layers differ in heads or tokens, so their maps cannot be mixed"
-    if self.options.losses.attn.scope != 'point' and len(set(self.student.tokens)) > 1: return "the student's layers differ in tokens; set method.losses.attn.scope=point"
+    if (self.options.losses.attn.scope != 'all_layers' and len(set(self.teacher.heads)) > 1
+            or len(set(self.teacher.tokens)) > 1):
+        return "the teacher's layers differ in heads or tokens, so their maps cannot be mixed"
+    if self.options.losses.attn.scope != 'point' and len(set(self.student.tokens)) > 1:
+        return "the student's layers differ in tokens; set method.losses.attn.scope=point"
     return ''
 
 # %% ../../nbs/methods/31_basd.ipynb #d762d675
@@ -155,7 +172,8 @@ def learned(
     grid,        # of these tokens, or None
 )->tuple:        # targets (B, N_s, D), constant; the aligner's loss, ()
     "Align, and learn from it, a few images at a time"
-    if not any(p.requires_grad for p in aligner.parameters()): return (y := aligner(x, grid)).detach(), aligner.reconstruction(y, x, grid)
+    if not any(p.requires_grad for p in aligner.parameters()):
+        return (y := aligner(x, grid)).detach(), aligner.reconstruction(y, x, grid)
     ys, width = [], max(x.shape[-1], 2*getattr(aligner, 'queries', x).shape[-1])
     def share(images, some):
         y = aligner(some, grid)
@@ -182,7 +200,8 @@ def align(self:BASD,
     images:Tensor|None=None, # which of them train the aligner; None: all
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, None for live targets
     "Teacher tokens, mixed and brought to the student's places and width"
-    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids, constant=self.options.targets == 'constant')
+    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens],
+                              teacher.grids, student.grids, constant=self.options.targets == 'constant')
     grids = grids_of_mixed(student, teacher)
     if self.options.targets == 'live': return mixed, [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)], None
     mixed = [x.detach() for x in mixed]
@@ -198,13 +217,15 @@ def prepare(self:BASD, progress:Progress, batch:int, device)->Progress:
     "Draw what each part samples at this step"
     generator = lambda i: step_generator(progress.seed*31 + i, progress.step, device)
     n, s, part = self.student.tokens, self.student, dict(self.losses)
-    drawn = dict(selector=self.selector.draw(n, s.grids, batch, generator(0), device), align=draw_images(batch, self.options.aligner.samples, generator(5), device))
+    drawn = dict(selector=self.selector.draw(n, s.grids, batch, generator(0), device),
+                 align=draw_images(batch, self.options.aligner.samples, generator(5), device))
     if 'rsd' in part: g = generator(1); drawn['rsd'] = [part['rsd'].draw(m, batch, g, device) for m in n]
     if 'rel' in part: drawn['rel'] = part['rel'].draw(min(n), generator(2), device)
     if 'attn' in part: drawn['attn'] = part['attn'].draw(n[0], generator(3), device)
     if 'spectral' in part: drawn['spectral'] = part['spectral'].draw(batch, generator(4), device)
     number = lambda v: torch.full((), float(v), device=device)
-    return progress._replace(drawn=drawn | dict(step=number(progress.step), total=number(progress.total), epoch=number(progress.epoch)))
+    return progress._replace(drawn=drawn | dict(step=number(progress.step), total=number(progress.total),
+                                                epoch=number(progress.epoch)))
 
 # %% ../../nbs/methods/31_basd.ipynb #e1564fa4
 @patch
@@ -227,7 +248,8 @@ def compare(self:BASD,
     compare = dict(rsd=lambda loss: loss(xs, mixup(loss.target(ys)), drawn['rsd']),
                    rel=lambda loss: self.compare_relations(loss, xs, ys, blend, drawn['rel']),
                    attn=lambda loss: self.compare_attention(loss, student, teacher, weights, blend, keeps, drawn),
-                   spectral=lambda loss: self.compare_spectra(loss, xs, ys if self.options.spectrum_of == 'aligned' else mixed, blend, drawn['spectral']))
+                   spectral=lambda loss: self.compare_spectra(
+                       loss, xs, ys if self.options.spectrum_of == 'aligned' else mixed, blend, drawn['spectral']))
     for name,loss in self.losses.items():
         with record_function(f'part/{name}'): out[name] = compare[name](loss)
     return out
@@ -251,7 +273,8 @@ def divisible(
 @patch
 def compare_spectra(self:BASD, loss, xs, source, blend, images):
     "The loss on spectra, of all images or of a sample"
-    if images is not None and divisible(blend): source, blend = [y[images] for y in source], blend and blend.of(len(images))
+    if images is not None and divisible(blend):
+        source, blend = [y[images] for y in source], blend and blend.of(len(images))
     else: images = None
     target = loss.target(source, [min(*x.shape[1:], *y.shape[1:]) for x,y in zip(xs, source)])
     if blend is not None: target = by_image(target, lambda u: superpose(u, blend))
@@ -264,7 +287,8 @@ def compare_relations(self:BASD, loss, xs, ys, blend, pairs):
     def target(images):
         t = loss.target([y[images] for y in ys], pairs)
         if blend is None or blend.box is not None: return t
-        return by_image(t, lambda u: superpose(u, blend if images == slice(0, len(xs[0])) else blend.of(images.stop - images.start)))
+        return by_image(t, lambda u: superpose(
+            u, blend if images == slice(0, len(xs[0])) else blend.of(images.stop - images.start)))
     return loss(xs, target if divisible(blend) and not ys[0].requires_grad else target(slice(0, len(xs[0]))), pairs)
 
 # %% ../../nbs/methods/31_basd.ipynb #3b88af8b
@@ -273,31 +297,38 @@ def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, 
     "The loss on routing, a few images at a time where nothing but the student learns from it"
     rows, n_outs, B = drawn['attn'], [a.tokens for a in student.attention], len(student.tokens[0])
     def target(images):
-        maps = loss.target([a[images].detach() for a in teacher.attention], weights, n_outs, teacher.grids, student.grids, rows)
+        maps = loss.target([a[images].detach() for a in teacher.attention], weights, n_outs,
+                           teacher.grids, student.grids, rows)
         if blend is None: return maps
         mine = blend if images == slice(0, B) else blend.of(images.stop - images.start)
         if keeps is None: return by_image(maps, lambda A: superpose(A, mine))
         return [cut_attention(A, A[mine.partner], k, rows) for A,k in zip(maps, keeps)]
-    return loss(student.attention, target if divisible(blend) and not weights.requires_grad else target(slice(0, B)), rows, drawn['epoch'])
+    return loss(student.attention, target if divisible(blend) and not weights.requires_grad else target(slice(0, B)),
+                rows, drawn['epoch'])
 
 # %% ../../nbs/methods/31_basd.ipynb #e6a3be25
 @patch
 def forward(self:BASD, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
     "One evaluation of the objective"
     o, live = self.options, self.options.targets == 'live'
-    drawn = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None else progress).drawn
-    with record_function('part/selector'): mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, drawn['selector'])
+    drawn = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None
+             else progress).drawn
+    with record_function('part/selector'):
+        mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, drawn['selector'])
     weights = mix.weights if live else mix.weights.detach()
-    with record_function('part/align'): mixed, ys, recon = self.align(weights, student, teacher, None if live else drawn['align'])
+    with record_function('part/align'):
+        mixed, ys, recon = self.align(weights, student, teacher, None if live else drawn['align'])
     targets = ys if live else [y.detach() for y in ys]
     blend = target.blend if o.blended == 'mixed' else None
     raw = self.compare(student, teacher, weights, mixed, targets, blend, drawn)
     losses = torch.stack([raw[n] for n in self.losses])
     total, balanced = self.balance(losses, drawn['step'], drawn['total'])
     skip = o.blended == 'skip' and target.blend is not None
-    parts = dict(ce=cross_entropy(student.logits, target.labels)) | {n: o.weight*(0. if skip else 1.)*p for n,p in zip(self.losses, balanced['parts'])}
+    parts = (dict(ce=cross_entropy(student.logits, target.labels))
+             | {n: o.weight*(0. if skip else 1.)*p for n,p in zip(self.losses, balanced['parts'])})
     parts |= dict(selector=mix.regulariser) | ({} if live else dict(align=o.align*recon))
-    return outcome(student.logits, parts, self.report(raw, balanced, mix) | (self.health(ys) if progress.observe else {}))
+    return outcome(student.logits, parts,
+                   self.report(raw, balanced, mix) | (self.health(ys) if progress.observe else {}))
 
 # %% ../../nbs/methods/31_basd.ipynb #f8b3127f
 @patch
@@ -307,9 +338,12 @@ def report(self:BASD,
     mix,           # of the selector
 )->dict:
     "What the log is told at each step"
-    each = {f'{kind}/{n}': v for kind,key in dict(normalised='normalised', weight='weights', ramp='ramps', weighted='weighted').items() for n,v in zip(self.losses, balanced[key])}
-    return {f'raw/{n}': v for n,v in raw.items()} | each | dict(mixing=mix.weights, distance=mix.report['distances'], temperature=mix.report['temperatures'], entropy=mix.report['entropy'],
-                                                                orth=mix.report['orth'], recon=mix.report['recon'])
+    each = {f'{kind}/{n}': v
+            for kind,key in dict(normalised='normalised', weight='weights', ramp='ramps', weighted='weighted').items()
+            for n,v in zip(self.losses, balanced[key])}
+    return ({f'raw/{n}': v for n,v in raw.items()} | each
+            | dict(mixing=mix.weights, distance=mix.report['distances'], temperature=mix.report['temperatures'],
+                   entropy=mix.report['entropy'], orth=mix.report['orth'], recon=mix.report['recon']))
 
 # %% ../../nbs/methods/31_basd.ipynb #c81ada02
 @patch

@@ -19,7 +19,8 @@ from ..geometry.frequency import FrequencySelector
 from ..losses.fourier import Fourier
 from .basd import AlignerOptions, grids_of_mixed, learned
 from .match import blended
-from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings
+from .objective import (
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings)
 
 # %% ../../nbs/methods/34_basd_fourier.ipynb #7ac78d76
 SelectorOptions = options_of(FrequencySelector, 'widths_s', 'widths_t')
@@ -51,12 +52,15 @@ class BASDFourier(Objective):
     ):
         super().__init__(options, student, teacher, classes)
         for who,shapes in dict(student=student, teacher=teacher).items():
-            if None in shapes.grids: raise ValueError(f"method basd_fourier compares maps, but layer {shapes.grids.index(None)} of the {who}'s tapped layers has no grid; tap others, or use method basd")
+            if None in shapes.grids:
+                raise ValueError(f"method basd_fourier compares maps, but layer {shapes.grids.index(None)} of the "
+                                 f"{who}'s tapped layers has no grid; tap others, or use method basd")
         self.selector = FrequencySelector(student.widths, teacher.widths, **vars(options.selector))
         o, width = options.aligner, self.selector.mixed_width
         widths = student.widths if o.width == 'student' else [width]*len(student.widths)
         make = (lambda *a, **k: TokenAligner(*a, codes=o.codes, **k)) if o.kind == 'cross' else InterpAligner
-        self.aligners = nn.ModuleList(make(n, width, d, grid_out=g) for n,d,g in zip(student.tokens, widths, student.grids))
+        self.aligners = nn.ModuleList(make(n, width, d, grid_out=g)
+                                      for n,d,g in zip(student.tokens, widths, student.grids))
         self.loss = Fourier(student.widths, widths, **vars(options.fourier))
 
     @classmethod
@@ -70,7 +74,8 @@ def targets(self:BASDFourier,
     teacher:Features,
 )->tuple:             # teacher tokens at the student's places, P × (B, N_s, D); the aligner's loss, ()
     "Mix and align"
-    mixed = [x.detach() for x in self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids)]
+    mixed = [x.detach() for x in self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens],
+                                                   teacher.grids, student.grids)]
     ys, losses = zip(*(learned(a, x, g) for a,x,g in zip(self.aligners, mixed, grids_of_mixed(student, teacher))))
     return list(ys), torch.stack(losses).mean()
 
@@ -82,9 +87,15 @@ def forward(self:BASDFourier, student:Features, teacher:Features, target:Target,
     ys, align = self.targets(mix.weights.detach(), student, teacher)
     compare = lambda ys, grids: self.loss(student.tokens, ys, None, student.grids, grids)
     raw = blended(compare, student.tokens, ys, student.grids, student.grids, target.blend)
-    parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.weight*raw, selector=mix.regulariser, align=self.options.align*align)
-    health = {f'target/{k}': torch.stack([target_health(y)[k] for y in ys]) for k in ('batch_std', 'effective_rank', 'cosine')} if progress.observe else {}
-    return outcome(student.logits, parts, {'raw/fourier': raw} | dict(mixing=mix.weights, distance=mix.report['distances'], temperature=mix.report['temperatures'], entropy=mix.report['entropy']) | health)
+    parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.weight*raw,
+                 selector=mix.regulariser, align=self.options.align*align)
+    health = {f'target/{k}': torch.stack([target_health(y)[k] for y in ys])
+              for k in ('batch_std', 'effective_rank', 'cosine')} if progress.observe else {}
+    return outcome(student.logits, parts,
+                   {'raw/fourier': raw}
+                   | dict(mixing=mix.weights, distance=mix.report['distances'], temperature=mix.report['temperatures'],
+                          entropy=mix.report['entropy'])
+                   | health)
 
 # %% ../../nbs/methods/34_basd_fourier.ipynb #0549f261
 @patch

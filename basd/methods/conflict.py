@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..geometry.features import Features
 from ..geometry.statistics import island, no_autocast
-from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings
+from .objective import (
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings)
 
 # %% ../../nbs/methods/38_conflict.ipynb #1a1b53cb
 def gradient_cosine(
@@ -25,7 +26,9 @@ def gradient_cosine(
     params:list,  # of what they share
 )->Tensor:        # between −1 and 1, ()
     "Do two losses pull the same way?"
-    flat = lambda L: torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p,g in zip(params, torch.autograd.grad(L, params, retain_graph=True, allow_unused=True))])
+    flat = lambda L: torch.cat([
+        torch.zeros_like(p).flatten() if g is None else g.flatten()
+        for p,g in zip(params, torch.autograd.grad(L, params, retain_graph=True, allow_unused=True))])
     return F.cosine_similarity(flat(a), flat(b), dim=0)
 
 # %% ../../nbs/methods/38_conflict.ipynb #6b9cb137
@@ -38,7 +41,8 @@ def binary_kl(
     with no_autocast(z_s):
         s, t = island(z_s)/T, island(z_t.detach())/T
         p = t.sigmoid()
-        return T**2*(p*(F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p)*(F.logsigmoid(-t) - F.logsigmoid(-s))).sum(-1).mean()
+        return T**2*(p*(F.logsigmoid(t) - F.logsigmoid(s))
+                     + (1 - p)*(F.logsigmoid(-t) - F.logsigmoid(-s))).sum(-1).mean()
 
 # %% ../../nbs/methods/38_conflict.ipynb #7ed7e791
 @settings
@@ -61,7 +65,8 @@ class DualHead(Objective):
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)
-        self.classes, self.norm, self.head = classes, nn.LayerNorm(student.widths[-1]), nn.Linear(student.widths[-1], classes)
+        self.classes, self.norm, self.head = (classes, nn.LayerNorm(student.widths[-1]),
+                                              nn.Linear(student.widths[-1], classes))
 
     @classmethod
     def needs(cls, options): return Needs(points=options.points, layers=[], teacher=True)
@@ -69,9 +74,12 @@ class DualHead(Objective):
     def forward(self, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
         "One evaluation of the objective"
         o, z_t, b = self.options, teacher.logits, target.blend
-        if z_t is None or z_t.shape[1] != self.classes: raise ValueError(f"the teacher {'has no class head' if z_t is None else f'knows {z_t.shape[1]} classes'}; a head for it needs one that knows the student's {self.classes}")
+        if z_t is None or z_t.shape[1] != self.classes:
+            raise ValueError(f"the teacher {'has no class head' if z_t is None else f'knows {z_t.shape[1]} classes'}; "
+                             f"a head for it needs one that knows the student's {self.classes}")
         second = self.head(self.norm(student.tokens[-1]).mean(1))
         raw = binary_kl(second, z_t, o.T)
         if b is not None: raw = torch.lerp(binary_kl(second, z_t[b.partner], o.T), raw, b.lam.to(raw.dtype))
         agree = (second.argmax(-1) == student.logits.argmax(-1)).float().mean()
-        return outcome(student.logits, dict(ce=cross_entropy(student.logits, target.labels), teacher=o.weight*raw), {'raw/teacher': raw, 'heads_agree': agree})
+        return outcome(student.logits, dict(ce=cross_entropy(student.logits, target.labels), teacher=o.weight*raw),
+                       {'raw/teacher': raw, 'heads_agree': agree})

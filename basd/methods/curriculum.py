@@ -21,14 +21,16 @@ from torch import Tensor
 from ..geometry.features import Features
 from ..losses.logits import logit_kl
 from .distill import LogitLoss, LogitOptions
-from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings
+from .objective import (
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings)
 
 # %% ../../nbs/methods/36_curriculum.ipynb #31737090
 def ranks(
     scores:Tensor, # difficulty, low = easy, (n,)
 )->Tensor:         # 1 = easiest … n = hardest, (n,)
     "Number examples by difficulty; ties in the order in which they come"
-    if scores.ndim != 1: raise ValueError(f"scores of shape {tuple(scores.shape)}; ranks are given to one score an example, (n,)")
+    if scores.ndim != 1:
+        raise ValueError(f"scores of shape {tuple(scores.shape)}; ranks are given to one score an example, (n,)")
     return scores.argsort(stable=True).argsort() + 1
 
 # %% ../../nbs/methods/36_curriculum.ipynb #87606fd7
@@ -39,7 +41,9 @@ def fuse(
     "Reciprocal-rank fusion of several judges of difficulty"
     if not scores: raise ValueError("no score was given; fuse at least one judge of difficulty")
     if k < 0: raise ValueError(f"k={k}; the constant of the fusion is at least 0")
-    if len({s.shape for s in scores}) > 1: raise ValueError(f"scores of shapes {', '.join(str(tuple(s.shape)) for s in scores)}; every judge must score the same examples")
+    if len({s.shape for s in scores}) > 1:
+        raise ValueError(f"scores of shapes {', '.join(str(tuple(s.shape)) for s in scores)}; "
+                         "every judge must score the same examples")
     return sum(1/(k + ranks(s).double()) for s in scores)
 
 # %% ../../nbs/methods/36_curriculum.ipynb #8e443512
@@ -64,7 +68,9 @@ def find_difficulty(
         module, _, attr = name.partition(':')
         try: return getattr(importlib.import_module(module), attr)
         except (ImportError, AttributeError) as e: raise ValueError(f"score {name!r} cannot be imported: {e}") from None
-    if name not in difficulties: raise ValueError(f"unknown score {name!r}; allowed: {', '.join(sorted(difficulties))}, or package.module:function")
+    if name not in difficulties:
+        raise ValueError(f"unknown score {name!r}; "
+                         f"allowed: {', '.join(sorted(difficulties))}, or package.module:function")
     return difficulties[name]
 
 # %% ../../nbs/methods/36_curriculum.ipynb #7775702d
@@ -74,7 +80,8 @@ def log_probabilities(
 )->Tensor:     # (n, C), float64
     "What one of the two models says of the training images"
     if (z := said[who]) is None or z.shape != said['student'].shape:
-        raise ValueError(f"the teacher {'has no class head' if z is None else f'knows {z.shape[1]} classes'}; a curriculum needs one that knows the student's {said['student'].shape[1]}")
+        raise ValueError(f"the teacher {'has no class head' if z is None else f'knows {z.shape[1]} classes'}; "
+                         f"a curriculum needs one that knows the student's {said['student'].shape[1]}")
     return z.double().log_softmax(-1)
 
 # %% ../../nbs/methods/36_curriculum.ipynb #e8393a3d
@@ -118,10 +125,15 @@ def rouge_l_difficulty(
 )->Tensor:           # 0 to 1, (n,)
     "1 − ROUGE-L of generated texts"
     try: from rouge_score.rouge_scorer import RougeScorer
-    except ImportError: raise ImportError("difficulty by ROUGE-L needs the package rouge-score; install it with: pip install rouge-score") from None
-    if len(generated) != len(references): raise ValueError(f"{len(generated)} generated texts and {len(references)} references; give one reference a text")
+    except ImportError:
+        raise ImportError("difficulty by ROUGE-L needs the package rouge-score; "
+                          "install it with: pip install rouge-score") from None
+    if len(generated) != len(references):
+        raise ValueError(f"{len(generated)} generated texts and {len(references)} references; "
+                         "give one reference a text")
     scorer = RougeScorer(['rougeL'], use_stemmer=stem)
-    return torch.tensor([1 - scorer.score(r, g)['rougeL'].fmeasure for g,r in zip(generated, references)], dtype=torch.float64)
+    return torch.tensor([1 - scorer.score(r, g)['rougeL'].fmeasure for g,r in zip(generated, references)],
+                        dtype=torch.float64)
 
 # %% ../../nbs/methods/36_curriculum.ipynb #53710dad
 def subsets(
@@ -130,7 +142,8 @@ def subsets(
     labels:Tensor|None=None, # (n,); None: cut the ranking as a whole
 )->list:                 # S tensors of positions, ascending, each within the next
     "The easiest examples of every stage"
-    if not 1 <= stages <= len(easy): raise ValueError(f"stages={stages} of {len(easy)} examples; give from 1 to as many stages as examples")
+    if not 1 <= stages <= len(easy):
+        raise ValueError(f"stages={stages} of {len(easy)} examples; give from 1 to as many stages as examples")
     groups = [torch.arange(len(easy))] if labels is None else [(labels == c).nonzero()[:, 0] for c in labels.unique()]
     ordered = [g[easy[g].argsort(descending=True, stable=True)] for g in groups]
     return [torch.cat([g[:-(-len(g)*(j + 1)//stages)] for g in ordered]).sort().values for j in range(stages)]
@@ -149,7 +162,8 @@ class POCLOptions(LogitOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss != 'kl' or self.temperature is not None: raise ValueError("a curriculum sets the temperature of loss='kl' by itself; leave out loss and temperature")
+        if self.loss != 'kl' or self.temperature is not None:
+            raise ValueError("a curriculum sets the temperature of loss='kl' by itself; leave out loss and temperature")
         if not self.scores: raise ValueError("scores is empty; name at least one judge of difficulty")
         for name in self.scores: find_difficulty(name)
 
@@ -265,4 +279,5 @@ def forward(self:POCL, student:Features, teacher:Features, target:Target, progre
     T, alpha = self.Ts[at], self.alphas[at]                                    # read on the device
     kl = lambda z_t: logit_kl(z, z_t, T, self.options.direction)
     raw = kl(z_t) if b is None else torch.lerp(kl(z_t[b.partner]), kl(z_t), b.lam.to(z.dtype))
-    return outcome(z, dict(ce=(1 - alpha)*cross_entropy(z, target.labels), logits=alpha*raw), {'raw/logits': raw, 'stage': self.stage, 'temperature': T, 'share': alpha})
+    return outcome(z, dict(ce=(1 - alpha)*cross_entropy(z, target.labels), logits=alpha*raw),
+                   {'raw/logits': raw, 'stage': self.stage, 'temperature': T, 'share': alpha})

@@ -18,22 +18,27 @@ from ..losses.balance import ramp
 from ..losses.images import VRM
 from ..losses.logits import DKD, HardLabels, LogitKL, logit_kl
 from ..losses.temperature import Temperature
-from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings
+from .objective import (
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings)
 
 # %% ../../nbs/methods/32_distill.ipynb #748c1157
 @settings
 class LogitOptions:
     "How a teacher's logits are compared"
-    loss:Literal['kl', 'dkd', 'hard', 'vrm'] = 'kl' # softened probabilities, decoupled, the teacher's decision, or edges among predictions
+    # softened probabilities, decoupled, the teacher's decision, or edges among predictions
+    loss:Literal['kl', 'dkd', 'hard', 'vrm'] = 'kl'
     T:Annotated[float, Field(gt=0)] = 4.       # temperature of "kl" and "dkd"
     direction:Literal['forward', 'reverse'] = 'forward' # of "kl"
     beta:float = 8.                            # of "dkd": weight of the ranking of other classes
-    virtual:bool = False                       # of "vrm": every image twice in a batch, edges between first and second views alone
+    # of "vrm": every image twice in a batch, edges between first and second views alone
+    virtual:bool = False
     temperature:options_of(Temperature, 'classes')|None = None # of "kl": a temperature that is learned in place of `T`
 
     def __post_init__(self):
-        if self.temperature is not None and self.loss != 'kl': raise ValueError(f"temperature belongs to loss='kl', not to {self.loss!r}; leave one of them out")
-        if self.virtual and self.loss != 'vrm': raise ValueError(f"virtual=True belongs to loss='vrm', not to {self.loss!r}; leave one of them out")
+        if self.temperature is not None and self.loss != 'kl':
+            raise ValueError(f"temperature belongs to loss='kl', not to {self.loss!r}; leave one of them out")
+        if self.virtual and self.loss != 'vrm':
+            raise ValueError(f"virtual=True belongs to loss='vrm', not to {self.loss!r}; leave one of them out")
 
 # %% ../../nbs/methods/32_distill.ipynb #347ca1cc
 class LogitLoss(nn.Module):
@@ -44,7 +49,8 @@ class LogitLoss(nn.Module):
     ):
         super().__init__()
         o, self.classes = options, classes
-        self.loss = dict(kl=lambda: LogitKL(o.T, o.direction), dkd=lambda: DKD(o.T, beta=o.beta), hard=HardLabels, vrm=lambda: VRM(virtual=o.virtual))[o.loss]()
+        self.loss = dict(kl=lambda: LogitKL(o.T, o.direction), dkd=lambda: DKD(o.T, beta=o.beta), hard=HardLabels,
+                         vrm=lambda: VRM(virtual=o.virtual))[o.loss]()
         self.temperature = Temperature(classes, **vars(o.temperature)) if o.temperature is not None else None
 
     def forward(self,
@@ -54,10 +60,15 @@ class LogitLoss(nn.Module):
         epoch:Tensor,   # epochs behind us, ()
     )->tuple:           # the loss, (); the mean temperature, () or None; what leaving its anchor costs, () or None
         "Compare, following the blend"
-        if z_t is None: raise ValueError("the teacher has no class head; distilling logits needs one that knows the student's classes")
-        if z_t.shape[1] != self.classes: raise ValueError(f"the teacher knows {z_t.shape[1]} classes and the student {self.classes}; distilling logits needs the same")
+        if z_t is None:
+            raise ValueError("the teacher has no class head; "
+                             "distilling logits needs one that knows the student's classes")
+        if z_t.shape[1] != self.classes:
+            raise ValueError(f"the teacher knows {z_t.shape[1]} classes and the student {self.classes}; "
+                             "distilling logits needs the same")
         own, tau = self.one(z_s, z_t, target.labels, epoch)
-        if (b := target.blend) is not None: own = torch.lerp(self.one(z_s, z_t[b.partner], target.labels, epoch)[0], own, b.lam.to(own.dtype))
+        if (b := target.blend) is not None:
+            own = torch.lerp(self.one(z_s, z_t[b.partner], target.labels, epoch)[0], own, b.lam.to(own.dtype))
         return (own, None, None) if tau is None else (own, tau.mean(), self.temperature.penalty(tau))
 
 # %% ../../nbs/methods/32_distill.ipynb #601bb850
@@ -93,9 +104,11 @@ class Distill(Objective):
         self.logits = LogitLoss(options, classes)
 
     @classmethod
-    def needs(cls, options): return Needs(layers=[], teacher=True, distilled=options.head == 'distillation', twins=options.virtual)
+    def needs(cls, options):
+        return Needs(layers=[], teacher=True, distilled=options.head == 'distillation', twins=options.virtual)
 
-    def no_weight_decay(self)->set: return {f'logits.temperature.{n}' for n in ('phi',) if self.logits.temperature is not None}
+    def no_weight_decay(self)->set:
+        return {f'logits.temperature.{n}' for n in ('phi',) if self.logits.temperature is not None}
 
 # %% ../../nbs/methods/32_distill.ipynb #a72b2c73
 @patch
@@ -111,10 +124,13 @@ def forward(self:Distill, student:Features, teacher:Features, target:Target, pro
     "One evaluation of the objective"
     o, z = self.options, student.logits
     drawn = (self.prepare(progress, len(z), z.device) if progress.drawn is None else progress).drawn
-    if o.head == 'distillation' and student.distilled is None: raise ValueError("the student handed over one set of logits; head='distillation' needs a model with a distillation head that is training")
+    if o.head == 'distillation' and student.distilled is None:
+        raise ValueError("the student handed over one set of logits; "
+                         "head='distillation' needs a model with a distillation head that is training")
     taught = z if o.head == 'class' else student.distilled
     raw, tau, anchor = self.logits(taught, teacher.logits, target, drawn['epoch'])
     agree = (taught.argmax(-1) == teacher.logits.argmax(-1)).float().mean()
     parts = dict(ce=(1 - o.alpha)*cross_entropy(z, target.labels), logits=drawn['ramp']*o.alpha*raw)
     report = dict(agreement=agree, ramp=drawn['ramp']) | {'raw/logits': raw}
-    return outcome(z, parts, report) if tau is None else outcome(z, parts | dict(anchor=anchor), report | dict(temperature=tau))
+    return (outcome(z, parts, report) if tau is None
+            else outcome(z, parts | dict(anchor=anchor), report | dict(temperature=tau)))

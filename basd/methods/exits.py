@@ -18,7 +18,8 @@ from ..geometry.features import Features
 from ..geometry.statistics import island, no_autocast
 from ..losses.hidden import Hidden
 from ..losses.logits import logit_kl
-from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings
+from .objective import (
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings)
 
 # %% ../../nbs/methods/35_exits.ipynb #e9ecdb9a
 class Exits(nn.Module):
@@ -28,7 +29,8 @@ class Exits(nn.Module):
         classes:int,   # C
     ):
         super().__init__()
-        self.norms, self.heads = nn.ModuleList(map(nn.LayerNorm, widths)), nn.ModuleList(nn.Linear(d, classes) for d in widths)
+        self.norms, self.heads = (nn.ModuleList(map(nn.LayerNorm, widths)),
+                                  nn.ModuleList(nn.Linear(d, classes) for d in widths))
 
     def forward(self,
         xs:list, # tokens, m × (B, N, D)
@@ -78,7 +80,9 @@ class OFA(Objective):
         "One evaluation of the objective"
         p, o = predictions(teacher.logits, target, self.classes), self.options
         each = torch.stack([ofa(z, p, target.labels, o.gamma) for z in [*self.exits(student.tokens), student.logits]])
-        return outcome(student.logits, dict(ce=cross_entropy(student.logits, target.labels), exits=o.weight*each.mean()), {'raw/exits': each})
+        return outcome(student.logits,
+                       dict(ce=cross_entropy(student.logits, target.labels), exits=o.weight*each.mean()),
+                       {'raw/exits': each})
 
 # %% ../../nbs/methods/35_exits.ipynb #7958e7f8
 def predictions(
@@ -88,7 +92,8 @@ def predictions(
 )->Tensor:           # constant, (B, C)
     "What a teacher says of the blended images: the mixture of what it says of each"
     if z_t is None or z_t.shape[1] != classes:
-        raise ValueError(f"the teacher {'has no class head' if z_t is None else f'knows {z_t.shape[1]} classes'}; exits are taught by one that knows the student's {classes}")
+        raise ValueError(f"the teacher {'has no class head' if z_t is None else f'knows {z_t.shape[1]} classes'}; "
+                         f"exits are taught by one that knows the student's {classes}")
     with no_autocast(z_t): p, b = island(z_t.detach()).softmax(-1), target.blend
     return p if b is None else torch.lerp(p[b.partner], p, b.lam.to(p.dtype))
 
@@ -130,5 +135,6 @@ def forward(self:BYOT, student:Features, teacher, target:Target, progress:Progre
     ce = torch.stack([cross_entropy(q, target.labels) for q in said])
     kl = torch.stack([logit_kl(q, z, o.T) for q in said])
     hint = self.hint(student.tokens[:-1], [student.tokens[-1]]*n, None, student.grids[:-1], [student.grids[-1]]*n)
-    parts = dict(ce=cross_entropy(z, target.labels), exits=(1 - o.alpha)*ce.sum(), self=o.alpha*kl.sum(), hint=o.beta*n*hint)
+    parts = dict(ce=cross_entropy(z, target.labels), exits=(1 - o.alpha)*ce.sum(), self=o.alpha*kl.sum(),
+                 hint=o.beta*n*hint)
     return outcome(z, parts, {'raw/exits': ce, 'raw/self': kl, 'raw/hint': hint})

@@ -23,7 +23,8 @@ from ..losses.paired import compares, find_feature_loss, made_for, told
 from .basd import cut
 from .distill import LogitLoss, LogitOptions
 from ..models.students import copy_layers
-from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings
+from .objective import (
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings)
 
 # %% ../../nbs/methods/33_match.ipynb #5e64d40c
 def checked_loss(
@@ -32,11 +33,13 @@ def checked_loss(
 ):
     "The options of a loss, filled in, or a sentence about what is wrong"
     kind = options_of(find_feature_loss(name), *told)
-    if not isinstance(options, dict): raise ValueError(f"losses.{name}={options!r}; give its options, as in {{weight: 0.5}}")
+    if not isinstance(options, dict):
+        raise ValueError(f"losses.{name}={options!r}; give its options, as in {{weight: 0.5}}")
     try: return TypeAdapter(kind).validate_python({k: v for k,v in options.items() if k not in ('weight', 'pairs')})
     except ValidationError as e:
         first = e.errors()[0]
-        raise ValueError(f"losses.{name}.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; options: weight, pairs, {', '.join(kind.__dataclass_fields__) or 'none other'}") from None
+        raise ValueError(f"losses.{name}.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; "
+                         f"options: weight, pairs, {', '.join(kind.__dataclass_fields__) or 'none other'}") from None
 
 # %% ../../nbs/methods/33_match.ipynb #dd795ca7
 @settings
@@ -48,20 +51,23 @@ class MatchedLogits(LogitOptions):
 @settings
 class MatchOptions:
     "Everything that a recipe may say about matching"
-    losses:dict[str, Any] = field(default_factory=dict) # name → options, with `weight` and, if not those of `layer_map`, `pairs` among them; null leaves one out that a recipe inherits
-    logits:MatchedLogits|None = None        # compare the teacher's logits as well
-    points:Any = 'default'                  # extraction points
-    layers:Any = 'all'                      # teacher layers to choose from
-    layer_map:Any = 'uniform'               # which of them each point is paired with: a name, or a list of [point, layer]
-    labels:float = 1.                       # weight of cross-entropy; 0: labels are never seen
-    start:float = 0.                        # share of the run before the structure comes in
-    rise:float = 0.                         # share of the run over which it does
-    start_from_teacher:bool = False         # the student begins as every other layer of a teacher of its width (DistilBERT)
+    # name → options, with `weight` and, if not those of `layer_map`, `pairs` among them;
+    # null leaves one out that a recipe inherits
+    losses:dict[str, Any] = field(default_factory=dict)
+    logits:MatchedLogits|None = None    # compare the teacher's logits as well
+    points:Any = 'default'              # extraction points
+    layers:Any = 'all'                  # teacher layers to choose from
+    layer_map:Any = 'uniform'           # which of them each point is paired with: a name, or a list of [point, layer]
+    labels:float = 1.                   # weight of cross-entropy; 0: labels are never seen
+    start:float = 0.                    # share of the run before the structure comes in
+    rise:float = 0.                     # share of the run over which it does
+    start_from_teacher:bool = False     # the student begins as every other layer of a teacher of its width (DistilBERT)
 
     def __post_init__(self):
         self.losses = {n: o for n,o in self.losses.items() if o is not None}
         for name,options in self.losses.items(): checked_loss(name, options)
-        if not self.losses and self.logits is None: raise ValueError("losses is empty; name at least one, or use method ce")
+        if not self.losses and self.logits is None:
+            raise ValueError("losses is empty; name at least one, or use method ce")
         if isinstance(self.layer_map, str): layer_map(self.layer_map, 1, 2)
 
 # %% ../../nbs/methods/33_match.ipynb #1c3aca79
@@ -77,15 +83,19 @@ class Match(Objective):
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)
-        self.sides = {n: self.sides_of(n, o, len(student.widths), len(teacher.widths)) for n,o in options.losses.items()}
+        self.sides = {n: self.sides_of(n, o, len(student.widths), len(teacher.widths))
+                      for n,o in options.losses.items()}
         self.losses = nn.ModuleDict({n: self.make(n, o, student, teacher) for n,o in options.losses.items()})
         self.logits = LogitLoss(options.logits, classes) if options.logits is not None else None
 
     def sides_of(self, name, options, P:int, L:int)->tuple:
         "Points and teacher layers that a loss is given: side by side, or all of both"
         every = compares(find_feature_loss(name)) == 'layers'
-        if every and 'pairs' in options: raise ValueError(f"losses.{name} reads all points and layers and finds their pairs itself; leave out its pairs")
-        return (range(P), range(L)) if every else tuple(zip(*pairs_of(options.get('pairs', self.options.layer_map), P, L)))
+        if every and 'pairs' in options:
+            raise ValueError(f"losses.{name} reads all points and layers and finds their pairs itself; "
+                             "leave out its pairs")
+        return ((range(P), range(L)) if every
+                else tuple(zip(*pairs_of(options.get('pairs', self.options.layer_map), P, L))))
 
     def make(self, name, options, student, teacher)->nn.Module:
         "A loss, told the shapes of its layers"
@@ -94,13 +104,16 @@ class Match(Objective):
         shapes = {n: [v[i] for i in (points if n.endswith('s') else layers)] for n,v in shapes.items()}
         cls = find_feature_loss(name)
         if compares(cls) == 'attention' and None in shapes['heads_s'] + shapes['heads_t']:
-            raise ValueError(f"losses.{name} compares attention, and a layer of the {'student' if None in shapes['heads_s'] else 'teacher'} has none; pair other layers, or leave it out")
+            raise ValueError(f"losses.{name} compares attention, and a layer of the "
+                             f"{'student' if None in shapes['heads_s'] else 'teacher'} has none; "
+                             "pair other layers, or leave it out")
         return made_for(cls, vars(checked_loss(name, options)), shapes)
 
     @classmethod
     def needs(cls, options):
         attends = any(compares(find_feature_loss(n)) == 'attention' for n in options.losses)
-        return Needs(points=options.points if options.losses else None, layers=options.layers if options.losses else [], attention=attends, teacher=True,
+        return Needs(points=options.points if options.losses else None, layers=options.layers if options.losses else [],
+                     attention=attends, teacher=True,
                      twins=options.logits is not None and options.logits.virtual)
 
 # %% ../../nbs/methods/33_match.ipynb #fc5b945f
@@ -134,10 +147,10 @@ def compare(self:Match,
     xs, ys = [getattr(student, kind)[p] for p in points], [getattr(teacher, kind)[l].detach() for l in layers]
     gs, gt = [student.grids[p] for p in points], [teacher.grids[l] for l in layers]
     def one(ys, gt):
-        generator.set_state(state)                                              # the same sample for both halves of a mixture
+        generator.set_state(state)                                        # the same sample for both halves of a mixture
         return loss(xs, ys, generator, gs, gt)
     if of == 'attention' and blend is not None and blend.box is not None: return 0.*one(ys, gt)
-    at = [0]*len(ys) if of == 'layers' else range(len(xs))                      # at whose places the teacher is read
+    at = [0]*len(ys) if of == 'layers' else range(len(xs))                # at whose places the teacher is read
     return blended(one, [xs[i] for i in at], ys, [gs[i] for i in at], gt, blend)
 
 # %% ../../nbs/methods/33_match.ipynb #62bafbac
@@ -146,7 +159,8 @@ def prepare(self:Match, progress:Progress, batch:int, device)->Progress:
     "The ramp and the generator of this step"
     o, number = self.options, lambda v: torch.full((), float(v), device=device)
     rho = ramp(number(progress.step), number(o.start*progress.total), number((o.start + o.rise)*progress.total))
-    return progress._replace(drawn=dict(ramp=rho, epoch=number(progress.epoch), generator=step_generator(progress.seed*31 + 7, progress.step, device)))
+    return progress._replace(drawn=dict(ramp=rho, epoch=number(progress.epoch),
+                                        generator=step_generator(progress.seed*31 + 7, progress.step, device)))
 
 # %% ../../nbs/methods/33_match.ipynb #9c642784
 @patch
@@ -158,12 +172,13 @@ def forward(self:Match, student:Features, teacher:Features, target:Target, progr
     parts = {n: drawn['ramp']*float(o.losses[n].get('weight', 1.))*v for n,v in raw.items()}
     ce = cross_entropy(logits, target.labels)
     if o.labels: parts = dict(ce=o.labels*ce) | parts
-    else: parts['ce'] = 0.*logits.sum()                                         # a head that learns nothing still has a gradient, zero
+    else: parts['ce'] = 0.*logits.sum()                          # a head that learns nothing still has a gradient, zero
     report = {f'raw/{n}': v for n,v in raw.items()} | dict(ramp=drawn['ramp'], label_loss=ce)
     if self.logits is None: return outcome(logits, parts, report)
     soft, tau, anchor = self.logits(logits, teacher.logits, target, drawn['epoch'])
     parts['logits'], report['raw/logits'] = drawn['ramp']*o.logits.weight*soft, soft
-    return outcome(logits, parts, report) if tau is None else outcome(logits, parts | dict(anchor=anchor), report | dict(temperature=tau))
+    return (outcome(logits, parts, report) if tau is None
+            else outcome(logits, parts | dict(anchor=anchor), report | dict(temperature=tau)))
 
 # %% ../../nbs/methods/33_match.ipynb #cc11824c
 @patch
@@ -178,4 +193,5 @@ def meet(self:Match, student, teacher):
 def no_weight_decay(self:Match)->set: # names, timm's convention
     "A learned temperature, and what the losses themselves name"
     own = {f'losses.{n}.{p}' for n,l in self.losses.items() for p in getattr(l, 'no_weight_decay', set)()}
-    return own | ({'logits.temperature.phi'} if self.logits is not None and self.logits.temperature is not None else set())
+    return own | ({'logits.temperature.phi'} if self.logits is not None and self.logits.temperature is not None
+                  else set())

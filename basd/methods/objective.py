@@ -24,7 +24,8 @@ from ..geometry.features import Features
 class Target(NamedTuple):
     "What the student is to predict, and how its images were blended"
     labels:Tensor      # class probabilities, (B, C)
-    blend:Any=None     # record of MixUp or CutMix with `partner` (B,), `lam` () and `keep(n, grid)`; None if the images are whole
+    # record of MixUp or CutMix with `partner` (B,), `lam` () and `keep(n, grid)`; None if the images are whole
+    blend:Any=None
 
 # %% ../../nbs/methods/30_objective.ipynb #895c92e5
 class Progress(NamedTuple):
@@ -34,18 +35,19 @@ class Progress(NamedTuple):
     seed:int=0   # of the run
     epoch:float=0.     # epochs behind us
     observe:bool=False # will this step be logged; if so, the report may hold what is too dear for every step
-    drawn:Any=None     # of `Objective.prepare`: random draws and schedules as tensors; the objective draws them itself if None
+    # of `Objective.prepare`: random draws and schedules as tensors; the objective draws them itself if None
+    drawn:Any=None
 
 # %% ../../nbs/methods/30_objective.ipynb #f2f1c154
 @dataclass
 class Needs:
     "What a method wants captured in the two forward passes"
-    points:Any=None          # student layers: list of indices or names, "all", "default", or None for none
-    layers:Any=None          # teacher layers, in the same words; None for none
-    attention:bool=False     # keep queries and keys of those layers
-    teacher:bool=False       # run the teacher at all
-    distilled:bool=False     # train the student's second, distillation head; a student that has one is refused otherwise
-    twins:bool=False         # every image twice in a batch, the second half showing the first again in other views
+    points:Any=None         # student layers: list of indices or names, "all", "default", or None for none
+    layers:Any=None         # teacher layers, in the same words; None for none
+    attention:bool=False    # keep queries and keys of those layers
+    teacher:bool=False      # run the teacher at all
+    distilled:bool=False    # train the student's second, distillation head; a student that has one is refused otherwise
+    twins:bool=False        # every image twice in a batch, the second half showing the first again in other views
 
 # %% ../../nbs/methods/30_objective.ipynb #6a8f36c9
 @dataclass
@@ -61,7 +63,8 @@ class Shapes:
     def of(cls,
         features:Features, # of a dry run
     ): return cls([x.shape[-1] for x in features.tokens], [x.shape[-2] for x in features.tokens], list(features.grids),
-                  [None if a is None else a.heads for a in features.attention], None if features.members is None else [cls.of(f) for f in features.members])
+                  [None if a is None else a.heads for a in features.attention],
+                  None if features.members is None else [cls.of(f) for f in features.members])
 
 # %% ../../nbs/methods/30_objective.ipynb #3404b7c7
 class Objective(nn.Module):
@@ -110,7 +113,8 @@ class Objective(nn.Module):
     def plan(self,
         epoch:int,                 # that is about to begin
         epochs:int,                # of the whole run
-        judge,                     # () → dict of labels (n,), student (n, C) and teacher (n, C) or None: logits on the clean training images
+        # () → dict of labels (n,), student (n, C) and teacher (n, C) or None: logits on the clean training images
+        judge,
     )->Tensor|None: # positions among the n training images, (m,), m ≥ 1
         "Which training images this epoch draws from; None: all of them"
         return None
@@ -129,7 +133,8 @@ def outcome(
     report:dict|None=None, # named tensors for the log
 )->dict:
     "The dictionary that an objective returns: the loss is the sum of its parts"
-    return dict(loss=sum(parts.values()), output=output, parts=parts, report={k: v.detach() for k,v in (report or {}).items()})
+    return dict(loss=sum(parts.values()), output=output, parts=parts,
+                report={k: v.detach() for k,v in (report or {}).items()})
 
 # %% ../../nbs/methods/30_objective.ipynb #337052f8
 def settings(
@@ -147,7 +152,8 @@ def options_of(
 ):
     "A `settings` dataclass with one field for each argument of `target` that has a default"
     given = [p for n,p in inspect.signature(target).parameters.items() if n not in skip and p.default is not p.empty]
-    fields = [(p.name, Any if p.annotation is p.empty else p.annotation, field(default=defaults.get(p.name, p.default))) for p in given]
+    fields = [(p.name, Any if p.annotation is p.empty else p.annotation, field(default=defaults.get(p.name, p.default)))
+              for p in given]
     return settings(make_dataclass(f'{target.__name__}Options', fields))
 
 # %% ../../nbs/methods/30_objective.ipynb #a5daf5ad
@@ -171,11 +177,13 @@ def find_objective(
     if ':' in name:
         module, _, attr = name.partition(':')
         try: return getattr(importlib.import_module(module), attr)
-        except (ImportError, AttributeError) as e: raise ValueError(f"method.name={name!r} cannot be imported: {e}") from None
+        except (ImportError, AttributeError) as e:
+            raise ValueError(f"method.name={name!r} cannot be imported: {e}") from None
     if name not in objectives:
         import basd.methods as room
         for m in pkgutil.iter_modules(room.__path__): importlib.import_module(f'{room.__name__}.{m.name}')
-    if name not in objectives: raise ValueError(f"unknown method {name!r}; allowed: {', '.join(sorted(objectives))}, or package.module:Class")
+    if name not in objectives:
+        raise ValueError(f"unknown method {name!r}; allowed: {', '.join(sorted(objectives))}, or package.module:Class")
     return objectives[name]
 
 # %% ../../nbs/methods/30_objective.ipynb #f64f1176
@@ -184,7 +192,8 @@ def cross_entropy(
     labels:Tensor, # class probabilities, (B, C)
 )->Tensor:         # ()
     "Cross-entropy with soft labels, mean over the batch, in float32"
-    with torch.autocast(logits.device.type, enabled=False): return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 # %% ../../nbs/methods/30_objective.ipynb #325c64bb
 @register('ce')

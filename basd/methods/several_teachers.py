@@ -21,7 +21,8 @@ from ..geometry.statistics import island, no_autocast
 from ..losses.hidden import Hidden
 from .basd import cut
 from .match import blended
-from .objective import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings
+from .objective import (
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings)
 
 # %% ../../nbs/methods/37_several_teachers.ipynb #b39d4ace
 class SampleWeights(nn.Module):
@@ -31,12 +32,15 @@ class SampleWeights(nn.Module):
         width:int,    # D
     ):
         super().__init__()
-        self.theta, self.w = nn.Parameter(torch.ones(teachers, width) + .1*torch.randn(teachers, width)), nn.Parameter(.1*torch.randn(width)/width**.5)
+        self.theta, self.w = (nn.Parameter(torch.ones(teachers, width) + .1*torch.randn(teachers, width)),
+                              nn.Parameter(.1*torch.randn(width)/width**.5))
 
     def forward(self,
         h:Tensor, # student features, (B, D); detached here
     )->Tensor:    # rows sum to one, (B, m)
-        with no_autocast(h): return torch.einsum('bd,md,d->bm', F.rms_norm(island(h.detach()), h.shape[-1:]), self.theta, self.w).softmax(-1)
+        with no_autocast(h):
+            return torch.einsum('bd,md,d->bm', F.rms_norm(island(h.detach()), h.shape[-1:]),
+                                self.theta, self.w).softmax(-1)
 
     def size(self)->Tensor: # ()
         "Mean square of the parameters, for the penalty that keeps weights soft"
@@ -49,7 +53,9 @@ def mixture(
     T:float,    # temperature
 )->Tensor:      # probabilities, (B, C); gradient to the weights
     "Average of the teachers' softened predictions"
-    with no_autocast(mu): return torch.einsum('bm,mbc->bc', mu, torch.stack([island(z.detach()) for z in zs]).div(T).softmax(-1).to(mu.dtype))
+    with no_autocast(mu):
+        return torch.einsum('bm,mbc->bc', mu,
+                            torch.stack([island(z.detach()) for z in zs]).div(T).softmax(-1).to(mu.dtype))
 
 # %% ../../nbs/methods/37_several_teachers.ipynb #32d36c32
 def soft_kl(
@@ -66,8 +72,9 @@ def soft_kl(
 @settings
 class AMTMLOptions:
     "Everything that a recipe may say about adaptive teachers"
-    points:Any = 'default'                         # student layers; hints go to them in turn, and the last one weighs the teachers
-    layers:Any = field(default_factory=lambda: [-1])                              # teacher layers; the last of each gives the hint
+    # student layers; hints go to them in turn, and the last one weighs the teachers
+    points:Any = 'default'
+    layers:Any = field(default_factory=lambda: [-1])                   # teacher layers; the last of each gives the hint
     T:Annotated[float, Field(gt=0)] = 5.           # temperature
     alpha:Annotated[float, Field(ge=0, le=1)] = .7 # share of the teachers
     hint:Annotated[float, Field(ge=0)] = .1        # weight of the hints
@@ -106,10 +113,13 @@ def forward(self:AMTML, student:Features, teacher:Features, target:Target, progr
     p = mixture(mu, [f.logits for f in members], o.T)
     if b is not None: p = torch.lerp(mixture(mu, [f.logits[b.partner] for f in members], o.T), p, b.lam.to(p.dtype))
     xs, gs = [student.tokens[i] for i,_ in self.pairs], [student.grids[i] for i,_ in self.pairs]
-    hint = blended(lambda ys, gt: self.hint(xs, ys, None, gs, gt), xs, [f.tokens[-1] for f in members], gs, [f.grids[-1] for f in members], b)
+    hint = blended(lambda ys, gt: self.hint(xs, ys, None, gs, gt), xs, [f.tokens[-1] for f in members],
+                   gs, [f.grids[-1] for f in members], b)
     kl, H = soft_kl(student.logits, p, o.T), torch.special.entr(mu).sum(-1).mean()
-    parts = dict(ce=(1 - o.alpha)*cross_entropy(student.logits, target.labels), logits=o.alpha*kl, hint=o.hint*hint, weighting=o.decay*self.weigh.size() - o.entropy*H)
-    return outcome(student.logits, parts, {'raw/logits': kl, 'raw/hint': hint, 'teachers': mu.mean(0), 'teacher_entropy': H})
+    parts = dict(ce=(1 - o.alpha)*cross_entropy(student.logits, target.labels), logits=o.alpha*kl, hint=o.hint*hint,
+                 weighting=o.decay*self.weigh.size() - o.entropy*H)
+    return outcome(student.logits, parts,
+                   {'raw/logits': kl, 'raw/hint': hint, 'teachers': mu.mean(0), 'teacher_entropy': H})
 
 # %% ../../nbs/methods/37_several_teachers.ipynb #0969db15
 def asked(
@@ -122,7 +132,9 @@ def asked(
     if len(members) != count: raise ValueError(f"{len(members)} teachers answer, but the method was made for {count}")
     for i,f in enumerate(members):
         if classes is not None and (f.logits is None or f.logits.shape[1] != classes):
-            raise ValueError(f"teacher {i} {'has no class head' if f.logits is None else f'knows {f.logits.shape[1]} classes'}; this method averages predictions, so all must know the student's {classes} classes")
+            raise ValueError(f"teacher {i} "
+                             f"{'has no class head' if f.logits is None else f'knows {f.logits.shape[1]} classes'}; "
+                             f"this method averages predictions, so all must know the student's {classes} classes")
     return members
 
 # %% ../../nbs/methods/37_several_teachers.ipynb #25b3ebeb
@@ -137,7 +149,8 @@ class Questions(nn.Module):
         self.q = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in widths_t)
         self.k, self.v = (nn.ModuleList(nn.Linear(d, width, bias=False) for d in widths_t) for _ in range(2))
         self.norms = nn.ModuleList(nn.LayerNorm(d, elementwise_affine=False) for d in widths_t)
-        self.join, self.score, self.head = nn.Linear(2*width, width), nn.Linear(width, 1, bias=False), nn.Linear(width, classes)
+        self.join, self.score, self.head = (nn.Linear(2*width, width), nn.Linear(width, 1, bias=False),
+                                            nn.Linear(width, classes))
 
     def forward(self,
         h:Tensor, # the student's state, (B, D); detached here

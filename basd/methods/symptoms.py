@@ -98,8 +98,10 @@ def collapsed_targets(
     "Do targets tell images apart, in more than one direction?"
     name, change = 'collapsed targets', ("a student that ignores its image can meet them: set method.targets=constant; "
                                          "if it is, set method.aligner.kind=interp, which has nothing to train")
-    return (watch(rows, 'target/batch_std', name, .1, "their spread over the batch is {value} of its first", change, relative=True)
-          + watch(rows, 'target/cosine', name, .99, "those of different images agree to a cosine of {value}", change, above=True)
+    return (watch(rows, 'target/batch_std', name, .1,
+                  "their spread over the batch is {value} of its first", change, relative=True)
+          + watch(rows, 'target/cosine', name, .99,
+                  "those of different images agree to a cosine of {value}", change, above=True)
           + watch(rows, 'target/effective_rank', name, 2., "they use {value} directions", change))
 
 # %% ../../nbs/methods/39_symptoms.ipynb #3b3badf8
@@ -109,10 +111,14 @@ def stuck_selector(
     "Do mixing weights choose, and can their temperature still learn?"
     free = [r for r in rows if 'entropy' in r and any(r['entropy'])]
     seen = "at every extraction point its entropy is {value} of uniform"
-    return (watch(free, 'entropy', 'uniform selector', .99, seen, "it averages all teacher layers: set method.selector.normalise=standard "
-                  "(and for subspaces method.selector.space=sample); if they are, lower method.selector.tau", above=True, every=True)
-          + watch(free, 'entropy', 'saturated selector', .01, seen, "one teacher layer has everything, and a temperature as low as this gets no gradient to "
-                  "recover by: raise method.selector.tau, or for subspaces set method.selector.orth=0, whose penalty rewards a single layer", every=True))
+    return (watch(free, 'entropy', 'uniform selector', .99, seen,
+                  "it averages all teacher layers: set method.selector.normalise=standard "
+                  "(and for subspaces method.selector.space=sample); if they are, lower method.selector.tau",
+                  above=True, every=True)
+          + watch(free, 'entropy', 'saturated selector', .01, seen,
+                  "one teacher layer has everything, and a temperature as low as this gets no gradient to recover by: "
+                  "raise method.selector.tau, or for subspaces set method.selector.orth=0, "
+                  "whose penalty rewards a single layer", every=True))
 
 # %% ../../nbs/methods/39_symptoms.ipynb #5c456273
 def shares(
@@ -140,8 +146,9 @@ def pinned_weight(
     names = named(rows, 'weight')
     change = ("the others are not trained: set method.balance.form=reference; if it is, lower method.balance.u_max, "
               "or give weights by method.balance.form=fixed")
-    return [c for n in names if len(names) > 1 for c in watch(shares(rows, 'weight', names), f'of/{n}', f'pinned weight {n}', .9,
-                                                              "its part of the sum of all weights is {value}", change, above=True)]
+    return [c for n in names if len(names) > 1
+            for c in watch(shares(rows, 'weight', names), f'of/{n}', f'pinned weight {n}', .9,
+                           "its part of the sum of all weights is {value}", change, above=True)]
 
 # %% ../../nbs/methods/39_symptoms.ipynb #7cd57414
 def unfelt_loss(
@@ -149,12 +156,15 @@ def unfelt_loss(
 )->list:       # of `Curve`
     "Does the student feel each loss, and all of them together?"
     names = [n for n in named(rows, 'raw') if any(f'pull/{n}' in r for r in rows)]
-    each = lambda n: watch(shares(rows, 'pull', names), f'of/{n}', f'dead loss {n}', .001, "its part of the pull of all losses on the student is {value}",
-                           "it costs time and teaches nothing: give it weight (under a balance, method.balance.form=reference), "
+    each = lambda n: watch(shares(rows, 'pull', names), f'of/{n}', f'dead loss {n}', .001,
+                           "its part of the pull of all losses on the student is {value}",
+                           "it costs time and teaches nothing: "
+                           "give it weight (under a balance, method.balance.form=reference), "
                            f"or leave it out (method.losses.{n}=null)")
     have = [r for r in rows if 'share/all' in r]
     said = [r for i,r in enumerate(have) if r['share/all'] or not any(q['share/all'] for q in have[:i])]
-    every = watch(said, 'share/all', 'dead loss all', .001, "together they pull with {value} of the gradient of cross-entropy",
+    every = watch(said, 'share/all', 'dead loss all', .001,
+                  "together they pull with {value} of the gradient of cross-entropy",
                   "the student learns from labels alone: raise method.weight, or the weights of the losses")
     return [c for n in names if len(names) > 1 for c in each(n)] + every
 
@@ -169,7 +179,8 @@ def unmoved_loss(
         change = lambda x, y: ((x - y).abs().max() / x.abs().max().clamp(min=1e-30)).item()
         moves = [r | dict(moved=change(x, y)) for (_,y),(r,x) in zip(have, have[1:])]
         out += watch(moves, 'moved', f'dead loss {n}', 1e-6, "its value changes by {value} of itself from row to row",
-                     f"it does not depend on the images, so it compares nothing: look at what it is given, or leave it out (method.losses.{n}=null)")
+                     "it does not depend on the images, so it compares nothing: "
+                     f"look at what it is given, or leave it out (method.losses.{n}=null)")
     return out
 
 # %% ../../nbs/methods/39_symptoms.ipynb #e53f6304
@@ -180,10 +191,12 @@ def collapsed_student(
     key, name = 'student/effective_rank', 'collapsed student'
     change = "the rest of its width does nothing: lower train.lr or method.weight, or raise train.warmup_epochs"
     return (watch(rows, key, name, 2., "its tokens use {value} directions", change)
-          + watch(rows, key, name, .1, "its tokens use {value} of the directions that they used at first", change, relative=True))
+          + watch(rows, key, name, .1,
+                  "its tokens use {value} of the directions that they used at first", change, relative=True))
 
 # %% ../../nbs/methods/39_symptoms.ipynb #83f23bde
-detectors = [collapsed_targets, stuck_selector, pinned_weight, unfelt_loss, unmoved_loss, collapsed_student] # rows → curves
+# rows → curves
+detectors = [collapsed_targets, stuck_selector, pinned_weight, unfelt_loss, unmoved_loss, collapsed_student]
 
 # %% ../../nbs/methods/39_symptoms.ipynb #5f9acb82
 def symptoms(

@@ -35,8 +35,10 @@ class RecordForm:
     def of(cls,
         features:Features, # of a dry run
     ):
-        given = [(kept_form(a), a.prefix, getattr(a, 'scale', 1.)) if a is not None else ('', 0, 1.) for a in features.attention]
-        return cls([f for f,_,_ in given], list(features.grids), [p for _,p,_ in given], [float(s) for *_,s in given], features.logits is not None)
+        given = [(kept_form(a), a.prefix, getattr(a, 'scale', 1.)) if a is not None else ('', 0, 1.)
+                 for a in features.attention]
+        return cls([f for f,_,_ in given], list(features.grids), [p for _,p,_ in given], [float(s) for *_,s in given],
+                   features.logits is not None)
 
 # %% ../../nbs/models/44_records.ipynb #ab3884d8
 def to_record(
@@ -61,4 +63,6 @@ def from_record(
         if f == 'map': return FormedAttention(record[f'map.{l}'])
         return Attention(record[f'q.{l}'], record[f'k.{l}'], scale, prefix) if f == 'qk' else None
     layers = list(enumerate(form.forms))
-    return Features([record[f'tokens.{l}'] for l,_ in layers], [attention(l, f, form.prefixes[l], form.scales[l]) for l,f in layers], record.get('logits'), list(form.grids))
+    return Features([record[f'tokens.{l}'] for l,_ in layers],
+                    [attention(l, f, form.prefixes[l], form.scales[l]) for l,f in layers],
+                    record.get('logits'), list(form.grids))

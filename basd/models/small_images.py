@@ -53,7 +53,8 @@ def small_images(
 )->nn.Module:        # `model`
     "Note in the model's configuration which images it is for"
     known = getattr(model, 'pretrained_cfg', None) or {}
-    model.pretrained_cfg = model.default_cfg = dict(known) | dict(input_size=(3, size, size), pool_size=None, crop_pct=1.)
+    model.pretrained_cfg = model.default_cfg = dict(known) | dict(input_size=(3, size, size),
+                                                                  pool_size=None, crop_pct=1.)
     return model
 
 # %% ../../nbs/models/43_small_images.ipynb #fe067762
@@ -79,7 +80,8 @@ def adaptive_cnn_cifar(
 )->ResNet:
     "Residual network with squeeze-and-excitation for images of about 32 pixels"
     no_weights('adaptive_cnn_cifar', pretrained)
-    m = timm.create_model('resnet18', num_classes=num_classes, **dict(layers=(2, 3, 3, 3), block_args=dict(attn_layer=squeeze)) | kwargs)
+    m = timm.create_model('resnet18', num_classes=num_classes,
+                          **dict(layers=(2, 3, 3, 3), block_args=dict(attn_layer=squeeze)) | kwargs)
     if num_classes: m.fc = hidden_head(m.num_features, hidden, num_classes)
     return small_images(small_stem(m), 32)
 
@@ -93,7 +95,9 @@ def adaptive_cnn_mnist(
 )->ResNet:
     "The adaptive CNN with three narrow stages, for images of about 28 pixels"
     no_weights('adaptive_cnn_mnist', pretrained)
-    m = timm.create_model('resnet18', num_classes=num_classes, **dict(layers=(2, 2, 2), channels=(32, 64, 128), block_args=dict(attn_layer=squeeze)) | kwargs)
+    m = timm.create_model('resnet18', num_classes=num_classes,
+                          **dict(layers=(2, 2, 2), channels=(32, 64, 128),
+                                 block_args=dict(attn_layer=squeeze)) | kwargs)
     m.layer4 = nn.Identity()                        # the library's forward pass calls four stages
     if num_classes: m.fc = hidden_head(m.num_features, hidden, num_classes)
     return small_images(small_stem(m, nn.MaxPool2d(2)), 28)

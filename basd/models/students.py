@@ -42,10 +42,14 @@ def create_student(
     **kwargs,                     # of `timm.create_model`
 )->Tapped:
     "A student by name, tapped at its extraction points"
-    if pretrained and checkpoint is not None: raise ValueError("a student begins with published weights (pretrained) or with a file (checkpoint), not with both; choose one")
+    if pretrained and checkpoint is not None:
+        raise ValueError("a student begins with published weights (pretrained) or with a file (checkpoint), "
+                         "not with both; choose one")
     size = dict(img_size=img_size, patch_size=patch_size, depth=depth, embed_dim=width, num_heads=heads)
-    if width and heads and width % heads: raise ValueError(f"width={width} cannot be shared by heads={heads}; make it a multiple")
-    args = {k: v for k,v in size.items() if v is not None} | ({'drop_path_rate': drop_path} if drop_path else {}) | kwargs
+    if width and heads and width % heads:
+        raise ValueError(f"width={width} cannot be shared by heads={heads}; make it a multiple")
+    args = ({k: v for k,v in size.items() if v is not None} | ({'drop_path_rate': drop_path} if drop_path else {})
+            | kwargs)
     m, args = build(model, pretrained, num_classes=num_classes, **args)
     if checkpoint is not None: load_weights(m, checkpoint, new_head=True)
     return student_of(m, model, args, points, attention, img_size)
@@ -61,7 +65,8 @@ def student_of(
 )->Tapped:
     "Tap a model that is there already; your own `nn.Module` too"
     config = resolve_model_data_config(model)
-    t = Tapped(model, default_points(len(layer_names(model))) if points is None else points, attention, config['mean'], config['std'])
+    t = Tapped(model, default_points(len(layer_names(model))) if points is None else points, attention,
+               config['mean'], config['std'])
     t.input_size = (3, *(2*(img_size,) if img_size else config['input_size'][1:]))
     t.architecture, t.model_args = architecture, dict(model_args or {})
     return t
@@ -73,9 +78,11 @@ def save_student(
 ):
     "Write the student so that timm can load it without this package"
     folder, args = Path(folder), dict(student.model_args)
-    config = dict(architecture=student.architecture, num_classes=args.pop('num_classes', None), model_args=args, input_size=list(student.input_size),
+    config = dict(architecture=student.architecture, num_classes=args.pop('num_classes', None), model_args=args,
+                  input_size=list(student.input_size),
                   mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist())
-    save_file({k: v.detach().cpu().contiguous() for k,v in student.model.state_dict().items()}, folder/'student.safetensors')
+    save_file({k: v.detach().cpu().contiguous() for k,v in student.model.state_dict().items()},
+              folder/'student.safetensors')
     (folder/'student.json').write_text(json.dumps(config, indent=1))
 
 # %% ../../nbs/models/42_students.ipynb #ed7efea4
@@ -85,9 +92,12 @@ def read_config(
     "What kind of student a run left"
     try:
         c = json.loads(Path(path).read_text())
-        if isinstance(c['architecture'], str | None) and isinstance(c['model_args'], dict) and len(c['input_size']) == 3 and all(isinstance(n, int) for n in (c['num_classes'], *c['input_size'])): return c
+        if (isinstance(c['architecture'], str | None) and isinstance(c['model_args'], dict)
+                and len(c['input_size']) == 3
+                and all(isinstance(n, int) for n in (c['num_classes'], *c['input_size']))): return c
     except (ValueError, KeyError, TypeError, RecursionError): pass
-    raise ValueError(f"{path} is damaged: it says nothing of architecture, num_classes, model_args and input_size; export the student again")
+    raise ValueError(f"{path} is damaged: it says nothing of architecture, num_classes, model_args and input_size; "
+                     "export the student again")
 
 # %% ../../nbs/models/42_students.ipynb #ac378317
 def load_student(
@@ -97,9 +107,12 @@ def load_student(
 )->Tapped:
     "Read a student back, tapped"
     config, weights = Path(folder)/'student.json', Path(folder)/'student.safetensors'
-    if not config.is_file() or not weights.is_file(): raise FileNotFoundError(f"{folder} holds no student.json with student.safetensors; has its run ended?")
+    if not config.is_file() or not weights.is_file():
+        raise FileNotFoundError(f"{folder} holds no student.json with student.safetensors; has its run ended?")
     c = read_config(config)
-    if c['architecture'] is None: raise ValueError(f"the student in {folder} is no timm model; build it yourself and load student.safetensors into it")
+    if c['architecture'] is None:
+        raise ValueError(f"the student in {folder} is no timm model; "
+                         "build it yourself and load student.safetensors into it")
     m, args = build(c['architecture'], num_classes=c['num_classes'], **c['model_args'])
     load_weights(m, weights)
     return student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1])
@@ -109,12 +122,16 @@ def copy_layers(
     student:nn.Module, # with P blocks
     teacher:nn.Module, # with L ≥ P blocks, of the same widths
 )->nn.Module:          # `student`
-    "Begin as evenly chosen layers of the teacher; what is not a layer is copied whole. Raises ValueError if anything has no counterpart of its shape"
+    ("Begin as evenly chosen layers of the teacher; what is not a layer is copied whole. "
+     "Raises ValueError if anything has no counterpart of its shape")
     mine, theirs, state = layer_names(student), layer_names(teacher), teacher.state_dict()
     def origin(key):
         j = next((j for j,n in enumerate(mine) if key.startswith(f'{n}.')), None)
         return key if j is None else theirs[j*len(theirs)//len(mine)] + key[len(mine[j]):]
     wrong = [k for k,v in student.state_dict().items() if origin(k) not in state or state[origin(k)].shape != v.shape]
-    if wrong or len(theirs) < len(mine): raise ValueError(f"a student of {len(mine)} layers cannot begin as a teacher of {len(theirs)}: {wrong[0] if wrong else 'it has fewer layers'} has no counterpart of its shape; give both the same widths, patches and image size")
+    if wrong or len(theirs) < len(mine):
+        raise ValueError(f"a student of {len(mine)} layers cannot begin as a teacher of {len(theirs)}: "
+                         f"{wrong[0] if wrong else 'it has fewer layers'} has no counterpart of its shape; "
+                         "give both the same widths, patches and image size")
     student.load_state_dict({k: state[origin(k)] for k in student.state_dict()})
     return student

@@ -34,13 +34,16 @@ def layer_names(
     if listed: return [n for n in listed if list(modules[n].children())] or listed
     outer = {}
     for name,m in modules.items():
-        if name and isinstance(m, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f'{o}.') for o in outer): outer[name] = m
+        if name and isinstance(m, (nn.ModuleList, nn.Sequential)) and not any(name.startswith(f'{o}.') for o in outer):
+            outer[name] = m
     if isinstance(model, (nn.ModuleList, nn.Sequential)): outer = {'': model}
     siblings = {}
     for name in outer: siblings.setdefault(re.sub(r'\d+$', '', name), []).append(name)
     numbered = max((g for g in siblings.values() if len(g) > 1), key=len, default=None)
     if numbered: return numbered
-    if not outer: raise ValueError(f"{type(model).__name__} has no list of layers to choose from; give the layers' dotted names, as in model.named_modules()")
+    if not outer:
+        raise ValueError(f"{type(model).__name__} has no list of layers to choose from; "
+                         "give the layers' dotted names, as in model.named_modules()")
     longest = max(outer, key=lambda n: len(outer[n]))
     return [f'{longest}.{n}'.lstrip('.') for n,_ in outer[longest].named_children()]
 
@@ -53,7 +56,8 @@ def resolve_layers(
     if layers is None: return []
     if isinstance(layers, str) and layers == 'all': return layer_names(model)
     names = [_name(model, l) for l in ([layers] if isinstance(layers, (int, str)) else layers)]
-    if len(set(names)) < len(names): raise ValueError(f"layers={layers!r} names a layer twice ({', '.join(names)}); name each once")
+    if len(set(names)) < len(names):
+        raise ValueError(f"layers={layers!r} names a layer twice ({', '.join(names)}); name each once")
     return names
 
 # %% ../../nbs/models/40_taps.ipynb #12b4efc5
@@ -62,10 +66,14 @@ def _name(model, layer):
         known = dict(model.named_modules())
         if layer and layer in known: return layer
         close = difflib.get_close_matches(layer, known, 3, .5)
-        raise ValueError(f"{type(model).__name__} has no module {layer!r}{'; did you mean ' + ', '.join(close) + '?' if close else '; see model.named_modules()'}")
-    if not isinstance(layer, int) or isinstance(layer, bool): raise ValueError(f"layer {layer!r} is neither an index nor a module's dotted name")
+        raise ValueError(f"{type(model).__name__} has no module {layer!r}"
+                         f"{'; did you mean ' + ', '.join(close) + '?' if close else '; see model.named_modules()'}")
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise ValueError(f"layer {layer!r} is neither an index nor a module's dotted name")
     names = layer_names(model)
-    if not -len(names) <= layer < len(names): raise ValueError(f"layer {layer} of {type(model).__name__}, which has layers 0 to {len(names)-1}: {', '.join(names)}")
+    if not -len(names) <= layer < len(names):
+        raise ValueError(f"layer {layer} of {type(model).__name__}, which has layers 0 to {len(names)-1}: "
+                         f"{', '.join(names)}")
     return names[layer]
 
 # %% ../../nbs/models/40_taps.ipynb #c365d457
@@ -77,15 +85,18 @@ def to_tokens(
     "Tokens of a layer's output, without prefix"
     if x.dim() == 2: return x[:, None], None
     if x.dim() == 3: return x[:, prefix:], None
-    if x.dim() == 4: return (x.flatten(1, 2), tuple(x.shape[1:3])) if channels_last else (x.flatten(2).mT, tuple(x.shape[2:]))
-    raise ValueError(f"a layer's output has shape {tuple(x.shape)}; tokens can be made of (B, N, D), a map with channels first or last, or (B, D)")
+    if x.dim() == 4:
+        return (x.flatten(1, 2), tuple(x.shape[1:3])) if channels_last else (x.flatten(2).mT, tuple(x.shape[2:]))
+    raise ValueError(f"a layer's output has shape {tuple(x.shape)}; "
+                     "tokens can be made of (B, N, D), a map with channels first or last, or (B, D)")
 
 # %% ../../nbs/models/40_taps.ipynb #17aaa0ac
 def is_channels_last(
     model:nn.Module,
 )->bool:
     "Whether the maps inside `model` are (B, h, w, D), as in a Swin"
-    return str(getattr(model, 'output_fmt', '')).endswith('NHWC') or isinstance(model, torchvision.models.SwinTransformer)
+    return (str(getattr(model, 'output_fmt', '')).endswith('NHWC')
+            or isinstance(model, torchvision.models.SwinTransformer))
 
 # %% ../../nbs/models/40_taps.ipynb #8e1b353d
 def prefix_tokens(
@@ -108,9 +119,11 @@ class NormedReader:
 
     def hooks(self)->list: # handles
         "Attach to the module"
-        joint = [self.attn.qkv.register_forward_hook(self._qkv)] if isinstance(getattr(self.attn, 'qkv', None), nn.Module) else []
+        joint = ([self.attn.qkv.register_forward_hook(self._qkv)]
+                 if isinstance(getattr(self.attn, 'qkv', None), nn.Module) else [])
         return [self.attn.register_forward_pre_hook(self._given, with_kwargs=True),
-                self.attn.q_norm.register_forward_hook(self._q), self.attn.k_norm.register_forward_hook(self._k), *joint]
+                self.attn.q_norm.register_forward_hook(self._q),
+                self.attn.k_norm.register_forward_hook(self._k), *joint]
 
     def _given(self, module, args, kwargs): self.given = {**dict(zip(self.names, args)), **kwargs}
     def _q(self, module, args, out): self.q = out
@@ -120,7 +133,8 @@ class NormedReader:
     def values(self)->Tensor|None: # (B, H, N', D_h)
         "The last third of a joint projection; None where there is none"
         B, H, N, _ = self.q.shape
-        return None if self.qkv is None or self.qkv.shape[-1] != 3*self.q[0, :, 0].numel() else self.qkv.reshape(B, N, 3, H, -1)[:, :, 2].transpose(1, 2)
+        return (None if self.qkv is None or self.qkv.shape[-1] != 3*self.q[0, :, 0].numel()
+                else self.qkv.reshape(B, N, 3, H, -1)[:, :, 2].transpose(1, 2))
 
     def read(self,
         prefix:int, # prefix tokens
@@ -129,7 +143,8 @@ class NormedReader:
         if self.q is None or self.given.get('attn_mask') is not None or self.given.get('is_causal'): return None
         q, k, rope = self.q, self.k, self.given.get('rope')
         if rope is not None: q, k = (_rotate(self.attn, t, rope) for t in (q, k))
-        return Attention(q, k.repeat_interleave(q.shape[1]//k.shape[1], 1) if k.shape[1] != q.shape[1] else k, self.attn.scale, prefix, self.values())
+        return Attention(q, k.repeat_interleave(q.shape[1]//k.shape[1], 1) if k.shape[1] != q.shape[1] else k,
+                         self.attn.scale, prefix, self.values())
 
 # %% ../../nbs/models/40_taps.ipynb #a72a88fd
 def _rotate(attn, t, rope):
@@ -143,7 +158,9 @@ class MultiheadReader:
     def __init__(self,
         attn:nn.MultiheadAttention, # with `batch_first=True`
     ):
-        if not attn.batch_first: raise ValueError("nn.MultiheadAttention with batch_first=False hands over (N, B, D); build the model with batch_first=True, or tap it with attention=False")
+        if not attn.batch_first:
+            raise ValueError("nn.MultiheadAttention with batch_first=False hands over (N, B, D); "
+                             "build the model with batch_first=True, or tap it with attention=False")
         self.attn, self.names = attn, list(inspect.signature(attn.forward).parameters)
         self.q = self.k = None
 
@@ -153,9 +170,11 @@ class MultiheadReader:
 
     def _project(self, module, args, kwargs):
         given = {**dict(zip(self.names, args)), **kwargs}
-        masked = given.get('attn_mask') is not None or given.get('key_padding_mask') is not None or given.get('is_causal')
+        masked = (given.get('attn_mask') is not None or given.get('key_padding_mask') is not None
+                  or given.get('is_causal'))
         self.q = self.k = None
-        if masked or given['query'] is not given['key'] or module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn: return
+        if (masked or given['query'] is not given['key'] or module.in_proj_weight is None
+                or module.bias_k is not None or module.add_zero_attn): return
         bias = None if module.in_proj_bias is None else module.in_proj_bias[:2*module.embed_dim]
         qk = F.linear(given['query'], module.in_proj_weight[:2*module.embed_dim], bias)
         self.q, self.k = qk.unflatten(-1, (2, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
@@ -167,7 +186,8 @@ class MultiheadReader:
         return None if self.q is None else Attention(self.q, self.k, prefix=prefix)
 
 # %% ../../nbs/models/40_taps.ipynb #014cf0c1
-readers = {TimmAttention: NormedReader, EvaAttention: NormedReader, nn.MultiheadAttention: MultiheadReader} # attention class → its reader
+# attention class → its reader
+readers = {TimmAttention: NormedReader, EvaAttention: NormedReader, nn.MultiheadAttention: MultiheadReader}
 if hasattr(timm.layers, 'AttentionRope'): readers[timm.layers.AttentionRope] = NormedReader
 
 # %% ../../nbs/models/40_taps.ipynb #0033089e
@@ -179,7 +199,8 @@ class Taps:
         attention:bool=True,     # keep queries and keys
         prefix:int|None=None,    # prefix tokens; None: the model says
         channels_last:bool|None=None, # maps are (B, h, w, D); None: the model says
-        time_axis:bool=False,    # layers hand over (T, B, ...), as spiking networks do: means over time are read, and no attention
+        # layers hand over (T, B, ...), as spiking networks do: means over time are read, and no attention
+        time_axis:bool=False,
     ):
         self.names = resolve_layers(model, layers)
         self.modules = [model.get_submodule(n) for n in self.names]
@@ -214,7 +235,9 @@ class Taps:
     )->Features:
         "The latest forward pass as `Features`"
         missing = [n for i,n in enumerate(self.names) if i not in self.outputs]
-        if missing: raise ValueError(f"no forward pass has gone through {', '.join(missing)} yet; run the model inside `with tap(...)`, and tap only modules that it uses")
+        if missing:
+            raise ValueError(f"no forward pass has gone through {', '.join(missing)} yet; "
+                             "run the model inside `with tap(...)`, and tap only modules that it uses")
         tokens, grids, attention = [], [], []
         for i,r in enumerate(self.readers):
             out = self.outputs[i]
@@ -271,7 +294,8 @@ def tap(
 # %% ../../nbs/models/40_taps.ipynb #284a10db
 def _refuse_compiled(model):
     if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules()):
-        raise ValueError(f"{type(model).__name__} is compiled, and compiled code does not see hooks added later; tap the plain model and compile the whole: torch.compile(Tapped(model))")
+        raise ValueError(f"{type(model).__name__} is compiled, and compiled code does not see hooks added later; "
+                         "tap the plain model and compile the whole: torch.compile(Tapped(model))")
 
 # %% ../../nbs/models/40_taps.ipynb #3c538d98
 class Tapped(nn.Module):
@@ -287,15 +311,19 @@ class Tapped(nn.Module):
         time_axis:bool=False,    # layers, and the head, hand over (T, B, ...): means over time are read
     ):
         super().__init__()
-        if (mean is None) != (std is None): raise ValueError(f"mean={mean} and std={std}: give both, or neither for inputs that are to be passed on untouched")
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean={mean} and std={std}: "
+                             "give both, or neither for inputs that are to be passed on untouched")
         self.model, self.names = model, resolve_layers(model, layers)
         self.attention, self.prefix, self.channels_last, self.time_axis = attention, prefix, channels_last, time_axis
         for name,v in dict(mean=mean, std=std).items():
-            self.register_buffer(name, None if v is None else torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+            self.register_buffer(name, None if v is None else torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1),
+                                 persistent=False)
         self.taps = None         # hooks that stay, after `attach`
         self.widths = self.tokens = self.grids = self.heads = None # one entry a layer, once `probe` has run
         self.input_size = None   # (3, height, width) of the images that the model expects, where it is known
-        self.architecture, self.model_args = None, {} # name and arguments for `timm.create_model`, where the model comes from there
+        # name and arguments for `timm.create_model`, where the model comes from there
+        self.architecture, self.model_args = None, {}
 
     def forward(self,
         x,        # images (B, 3, h, w), bytes or floats in [0, 1]; anything that `model` takes if `mean` is None
@@ -304,7 +332,8 @@ class Tapped(nn.Module):
     )->Features:
         "One ordinary forward pass"
         if self.taps is not None: return self._features(self.taps.take, self.model(self.normalise(x), *args, **kwargs))
-        with tap(self.model, self.names, self.attention, self.prefix, self.channels_last, self.time_axis) as taps: out = self.model(self.normalise(x), *args, **kwargs)
+        with tap(self.model, self.names, self.attention, self.prefix, self.channels_last, self.time_axis) as taps:
+            out = self.model(self.normalise(x), *args, **kwargs)
         return self._features(taps.features, out)
 
     def attach(self):
@@ -329,7 +358,8 @@ class Tapped(nn.Module):
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
     def _features(self, read, out):
-        both = isinstance(out, tuple) and len(out) == 2 and all(isinstance(o, Tensor) and o.dim() == 2 for o in out) # class head, distillation head
+        # class head, distillation head
+        both = isinstance(out, tuple) and len(out) == 2 and all(isinstance(o, Tensor) and o.dim() == 2 for o in out)
         f = read(self._logits(out[0] if both else out))
         if both: f.distilled = out[1]
         return f
@@ -349,7 +379,8 @@ class Tapped(nn.Module):
             with torch.no_grad(): f = self(x)
         finally:
             for m,mode in modes: m.training = mode
-        self.widths, self.tokens, self.grids = [t.shape[-1] for t in f.tokens], [t.shape[-2] for t in f.tokens], list(f.grids)
+        self.widths, self.tokens, self.grids = ([t.shape[-1] for t in f.tokens], [t.shape[-2] for t in f.tokens],
+                                                list(f.grids))
         self.heads = [None if a is None else a.heads for a in f.attention]
         return f
 

@@ -46,12 +46,16 @@ def read_weights(
     "The weights in a file; refuses a missing or damaged one, and one that holds more than tensors"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        state = (load_file(path) if path.suffix == '.safetensors'
+                 else torch.load(path, map_location='cpu', weights_only=True))
     except Exception:                                            # a damaged pickle may raise anything
-        raise ValueError(f"{path.name} cannot be read as a checkpoint of tensors; it is truncated, damaged or holds something else") from None
+        raise ValueError(f"{path.name} cannot be read as a checkpoint of tensors; "
+                         "it is truncated, damaged or holds something else") from None
     for key in ('model', 'state_dict', 'teacher', 'model_ema', 'student'):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k,v in state.items()):
+    if (not isinstance(state, dict) or not state
+            or not all(isinstance(k, str) and isinstance(v, Tensor) for k,v in state.items())):
         raise ValueError(f"{path.name} holds no state dict; give a file with one tensor a parameter")
     return {k.removeprefix('module.').removeprefix('backbone.'): v for k,v in state.items()}
 
@@ -66,14 +70,20 @@ def load_weights(
     if isinstance(model, vision_transformer.VisionTransformer):
         state = _convert(state, model, path)
     own = model.state_dict()
-    if new_head: state |= {k: own[k] for k in _head(model) if k in own and k in state and state[k].shape != own[k].shape}
+    if new_head:
+        state |= {k: own[k] for k in _head(model) if k in own and k in state and state[k].shape != own[k].shape}
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k,v in own.items() if k in state and state[k].shape != v.shape]
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k,v in own.items()
+              if k in state and state[k].shape != v.shape]
     if missing or extra or shapes:
-        parts = [f"{len(l)} {what} such as {l[0]}" for l,what in ((missing, 'missing weights'), (extra, 'unknown weights'), (shapes, 'weights of another shape')) if l]
-        raise ValueError(f"{Path(path).name} is no checkpoint of {type(model).__name__} as built: {', '.join(parts)}; check the model's name and its arguments")
+        parts = [f"{len(l)} {what} such as {l[0]}" for l,what in
+                 ((missing, 'missing weights'), (extra, 'unknown weights'), (shapes, 'weights of another shape')) if l]
+        raise ValueError(f"{Path(path).name} is no checkpoint of {type(model).__name__} as built: {', '.join(parts)}; "
+                         "check the model's name and its arguments")
     bad = next((k for k,v in state.items() if not v.isfinite().all()), None)
-    if bad: raise ValueError(f"{Path(path).name} holds numbers that are not finite, in {bad}; the training that wrote it had failed, take an earlier checkpoint")
+    if bad:
+        raise ValueError(f"{Path(path).name} holds numbers that are not finite, in {bad}; "
+                         "the training that wrote it had failed, take an earlier checkpoint")
     model.load_state_dict(state)
     return model
 
@@ -86,7 +96,9 @@ def _head(model):
 def _convert(state, model, path):
     "timm's conversion of foreign key layouts, with resized position embeddings"
     try: return vision_transformer.checkpoint_filter_fn(state, model)
-    except Exception as e: raise ValueError(f"{Path(path).name} is no checkpoint of {type(model).__name__} as built: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+    except Exception as e:
+        raise ValueError(f"{Path(path).name} is no checkpoint of {type(model).__name__} as built: "
+                         f"{(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 # %% ../../nbs/models/41_teachers.ipynb #e41b3c9a
 def check_name(
@@ -95,7 +107,8 @@ def check_name(
     "Refuse a name that timm does not know, and suggest"
     if timm.is_model(model.split('.')[0]) or model.startswith(('hf_hub:', 'hf-hub:', 'local-dir:')): return
     near = difflib.get_close_matches(model.split('.')[0], timm.list_models(), 3)
-    raise ValueError(f"timm has no model {model!r}{'; did you mean ' + ', '.join(near) + '?' if near else ''} See timm.list_models()")
+    raise ValueError(f"timm has no model {model!r}{'; did you mean ' + ', '.join(near) + '?' if near else ''} "
+                     "See timm.list_models()")
 
 # %% ../../nbs/models/41_teachers.ipynb #a413c0e4
 def check_arguments(
@@ -104,9 +117,12 @@ def check_arguments(
     kwargs:dict, # of `timm.create_model`
 ):
     "Refuse arguments by which weights or files would come in or go out unseen"
-    closed = [k for k in ('checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'pretrained_strict', 'pretrained_filter_fn', 'cache_dir', 'features_only') if k in kwargs]
+    closed = [k for k in ('checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
+                          'pretrained_strict', 'pretrained_filter_fn', 'cache_dir', 'features_only') if k in kwargs]
     if closed: raise ValueError(f"{model} cannot be given {closed[0]}; name a checkpoint, or set pretrained")
-    if model.startswith(('hf_hub:', 'hf-hub:')) and not pretrained: raise ValueError(f"{model} is known to the hub alone, which is asked only where pretrained=true; set it, or name a model of timm")
+    if model.startswith(('hf_hub:', 'hf-hub:')) and not pretrained:
+        raise ValueError(f"{model} is known to the hub alone, which is asked only where pretrained=true; "
+                         "set it, or name a model of timm")
 
 # %% ../../nbs/models/41_teachers.ipynb #61a17125
 def check_patches(
@@ -116,8 +132,10 @@ def check_patches(
     "Refuse patches that do not tile the image"
     p = getattr(m, 'patch_embed', None)
     size, patch = (getattr(p, k, None) for k in ('img_size', 'patch_size'))
-    if isinstance(size, tuple) and isinstance(patch, tuple) and getattr(p, 'strict_img_size', False) and not getattr(p, 'dynamic_img_pad', False) and any(a % b for a,b in zip(size, patch)):
-        raise ValueError(f"{model}: an image of {size[0]} pixels is not tiled by patches of {patch[0]}; choose an img_size that is a multiple of the patch_size")
+    if (isinstance(size, tuple) and isinstance(patch, tuple) and getattr(p, 'strict_img_size', False)
+            and not getattr(p, 'dynamic_img_pad', False) and any(a % b for a,b in zip(size, patch))):
+        raise ValueError(f"{model}: an image of {size[0]} pixels is not tiled by patches of {patch[0]}; "
+                         "choose an img_size that is a multiple of the patch_size")
 
 # %% ../../nbs/models/41_teachers.ipynb #4cebed1b
 def build(
@@ -133,9 +151,14 @@ def build(
     except Exception as e:
         said, given = ' '.join(str(e).split())[:300], ', '.join(f'{k}={v}' for k,v in kwargs.items())[:300]
         if isinstance(e, TypeError):
-            if "'img_size'" in said and 'img_size' in kwargs: return build(model, pretrained, **{k: v for k,v in kwargs.items() if k != 'img_size'}) # any size will do
-            raise ValueError(f"{model} does not take these arguments: {said.split('.__init__() ')[-1]}; given {given or 'none'}") from None
-        if pretrained: raise ValueError(f"the weights of {model} cannot be fetched ({type(e).__name__}); connect to the network once, or give a checkpoint file and pretrained=false") from None
+            # any size will do
+            if "'img_size'" in said and 'img_size' in kwargs:
+                return build(model, pretrained, **{k: v for k,v in kwargs.items() if k != 'img_size'})
+            raise ValueError(f"{model} does not take these arguments: {said.split('.__init__() ')[-1]}; "
+                             f"given {given or 'none'}") from None
+        if pretrained:
+            raise ValueError(f"the weights of {model} cannot be fetched ({type(e).__name__}); "
+                             "connect to the network once, or give a checkpoint file and pretrained=false") from None
         raise ValueError(f"{model} cannot be built with {given}: {said or type(e).__name__}") from None
     check_patches(m, model)
     return m, kwargs
@@ -152,7 +175,9 @@ def create_teacher(
     **kwargs,                # of `timm.create_model`
 )->Teacher:
     "A frozen teacher by name"
-    if pretrained and checkpoint is not None: raise ValueError("a teacher's weights come from the hub (pretrained) or from a file (checkpoint), not from both; choose one")
+    if pretrained and checkpoint is not None:
+        raise ValueError("a teacher's weights come from the hub (pretrained) or from a file (checkpoint), "
+                         "not from both; choose one")
     m, args = build(model, pretrained, img_size=img_size, num_classes=num_classes, **kwargs)
     if checkpoint is not None: load_weights(m, checkpoint)
     config = resolve_model_data_config(m)
@@ -169,7 +194,9 @@ class Several(nn.Module):
     ):
         super().__init__()
         sizes = {tuple(t.input_size) for t in members}
-        if len(sizes) > 1: raise ValueError(f"teachers for images of {', '.join(str(s[-1]) for s in sorted(sizes))} pixels are shown one view; set their img_size alike")
+        if len(sizes) > 1:
+            raise ValueError(f"teachers for images of {', '.join(str(s[-1]) for s in sorted(sizes))} pixels are shown "
+                             "one view; set their img_size alike")
         self.members = nn.ModuleList(members)
         self.input_size, self.names = members[0].input_size, [f'{i}.{n}' for i,t in enumerate(members) for n in t.names]
 
