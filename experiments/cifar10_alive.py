@@ -27,7 +27,8 @@ def gather(run):
 
 
 if __name__ == "__main__":
-    found = {p.name: gather(p) for p in sorted(Path(sys.argv[1]).iterdir()) if (p/"result.json").is_file()}
     out = Path(__file__).parent/"results"/"cifar10_alive.json"
+    found = json.loads(out.read_text()) if out.is_file() else {}         # runs that are not in the folder stay as they were
+    found |= {p.name: gather(p) for p in sorted(Path(sys.argv[1]).iterdir()) if (p/"result.json").is_file()}
     out.write_text(json.dumps(rounded(found)))
     print(out.name, {k: v["result"]["test"][v["result"]["headline"]]["top1"] for k, v in found.items()})

@@ -23,7 +23,8 @@ def distances(
     dtype=torch.float32,
 )->Tensor:         # patches, symmetric with zero diagonal, (h·w, h·w)
     "Euclidean distances between patch centres, patches numbered row by row"
-    y, x = (c.flatten().to(dtype) for c in torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing='ij'))
+    y, x = (c.flatten().to(dtype) for c in torch.meshgrid(torch.arange(h, device=device),
+                                                          torch.arange(w, device=device), indexing='ij'))
     return torch.hypot(y[:, None] - y, x[:, None] - x)
 
 # %% ../../nbs/analysis/72_attention_distance.ipynb #d4566bac
@@ -40,9 +41,13 @@ def map_distance(
     delta:Tensor, # of `distances`, (N, N)
 )->Tensor:        # patches, (...)
     "How far a map looks, on average over its queries"
-    if A.shape[-2:] != delta.shape: raise ValueError(f"a map of shape {tuple(A.shape[-2:])} and distances between {len(delta)} patches; give the grid on which the tokens lie")
+    if A.shape[-2:] != delta.shape:
+        raise ValueError(f"a map of shape {tuple(A.shape[-2:])} and distances between {len(delta)} patches; "
+                         "give the grid on which the tokens lie")
     low, high = (v.item() for v in A.sum(-1).aminmax())
-    if not 1 - 3e-3 < low <= high < 1 + 3e-3: raise ValueError(f"rows of the attention sum to {low:.3g} to {high:.3g}; give distributions over patches, normalised again where prefix tokens were removed")
+    if not 1 - 3e-3 < low <= high < 1 + 3e-3:
+        raise ValueError(f"rows of the attention sum to {low:.3g} to {high:.3g}; give distributions over patches, "
+                         "normalised again where prefix tokens were removed")
     with no_autocast(A): return island(A).flatten(-2) @ delta.flatten().to(island(A).dtype) / len(delta)
 
 # %% ../../nbs/analysis/72_attention_distance.ipynb #67e950fd
@@ -59,13 +64,21 @@ def readable(
 )->tuple:       # positions of the layers that have attention, and their grid (h, w)
     "The layers whose attention lies on one grid"
     have = [i for i,a in enumerate(f.attention) if a is not None]
-    if not have: raise ValueError(f"none of the {len(names)} tapped layers ({names[0]} … {names[-1]}) has attention that can be read; attention distance is for transformers with global attention, tapped with attention=True")
+    if not have:
+        raise ValueError(f"none of the {len(names)} tapped layers ({names[0]} … {names[-1]}) has attention that "
+                         "can be read; attention distance is for transformers with global attention, "
+                         "tapped with attention=True")
     for i in have:
         if f.grids[i] is None or math.prod(f.grids[i]) != f.attention[i].tokens:
-            raise ValueError(f"the {f.attention[i].tokens} tokens of layer {names[i]} fill no rectangle of rows and columns that the model declares (grid {f.grids[i]}); attention distance needs one")
+            raise ValueError(f"the {f.attention[i].tokens} tokens of layer {names[i]} fill no rectangle of rows and "
+                             f"columns that the model declares (grid {f.grids[i]}); attention distance needs one")
     grids = {tuple(f.grids[i]): names[i] for i in have}
-    if len(grids) > 1: raise ValueError(f"layers lie on different grids ({', '.join(f'{h}×{w} at {n}' for (h, w), n in grids.items())}); tap layers of one grid")
-    if math.prod(*grids) < 2: raise ValueError(f"a grid of one patch ({names[have[0]]}) has no distances; use larger images or smaller patches")
+    if len(grids) > 1:
+        raise ValueError("layers lie on different grids "
+                         f"({', '.join(f'{h}×{w} at {n}' for (h, w), n in grids.items())}); tap layers of one grid")
+    if math.prod(*grids) < 2:
+        raise ValueError(f"a grid of one patch ({names[have[0]]}) has no distances; "
+                         "use larger images or smaller patches")
     return have, next(iter(grids))
 
 # %% ../../nbs/analysis/72_attention_distance.ipynb #e44b8777
@@ -96,14 +109,18 @@ def layer_sums(
 def attention_distance(
     model,   # `Tapped` with its layers and attention
     batches, # iterable of what `model` takes, on its device: as a rule uint8 images (B, 3, s, s)
-)->dict: # layers [L]; distance (patches), ratio (to uniform), entropy (share of log N), prefix (share), each [L][H]; grid [h, w]; uniform; n images
+    # layers [L]; distance (patches), ratio (to uniform), entropy (share of log N), prefix (share), each [L][H];
+    # grid [h, w]; uniform; n images
+)->dict:
     "How far each head of each layer looks, on average over queries and images"
     have, grid, sums, n = None, None, None, 0
     with torch.no_grad(), evaluating(model):
         for x in batches:
             f = model(x)
             have, now = readable(f, model.names)
-            if grid not in (None, now): raise ValueError(f"a batch on a grid of {now[0]}×{now[1]} patches after one of {grid[0]}×{grid[1]}; give images of one size")
+            if grid not in (None, now):
+                raise ValueError(f"a batch on a grid of {now[0]}×{now[1]} patches after one of {grid[0]}×{grid[1]}; "
+                                 "give images of one size")
             grid, B = now, len(f.tokens[0])
             delta = distances(*grid, f.tokens[0].device)
             each = [layer_sums(f.attention[i], delta, B) for i in have]
@@ -111,7 +128,8 @@ def attention_distance(
     if not n: raise ValueError("there are no images to measure attention on; give at least one batch")
     d, e, p = zip(*[(s/n).tolist() for s in sums])
     U = uniform_distance(*grid)
-    return dict(layers=[model.names[i] for i in have], distance=list(d), ratio=[[v/U for v in row] for row in d], entropy=list(e), prefix=list(p), grid=list(grid), uniform=U, n=n)
+    return dict(layers=[model.names[i] for i in have], distance=list(d), ratio=[[v/U for v in row] for row in d],
+                entropy=list(e), prefix=list(p), grid=list(grid), uniform=U, n=n)
 
 # %% ../../nbs/analysis/72_attention_distance.ipynb #3e4d5e4a
 def plot_heads(
@@ -123,13 +141,15 @@ def plot_heads(
 ):
     "The mean over heads as a line over layers, heads as dots"
     line, = ax.plot([sum(r)/len(r) for r in rows], **style)
-    if heads: ax.plot([i + shift for i,r in enumerate(rows) for _ in r], [v for r in rows for v in r], '.', ms=4, alpha=.45, color=line.get_color())
+    if heads:
+        ax.plot([i + shift for i,r in enumerate(rows) for _ in r], [v for r in rows for v in r], '.', ms=4, alpha=.45,
+                color=line.get_color())
     return line
 
 # %% ../../nbs/analysis/72_attention_distance.ipynb #647980e7
 def plot_attention(
     results:dict,        # name → what `attention_distance` returns
-    untrained:dict|None=None, # what it returns for an untrained model; or name → that, where runs differ in architecture
+    untrained:dict|None=None, # what it returns for an untrained model; or name → that, where architectures differ
     path=None,           # where to save it as PNG
 ):
     "Distance and entropy over layers, several runs side by side, with uniform attention and untrained models for reference"
@@ -142,12 +162,17 @@ def plot_attention(
     with plt.style.context('basd.page'):
         fig, axs = plt.subplots(1, 2, figsize=(7, 3))
         for ax,key,line in zip(axs, (what, 'entropy'), (U, 1.)):
-            for i,name in enumerate(names): plot_heads(results[name][key], ax, .07*(i - (len(names) - 1)/2), marker='o', ms=3, color=f'C{i}', label=name)
+            for i,name in enumerate(names):
+                plot_heads(results[name][key], ax, .07*(i - (len(names) - 1)/2),
+                           marker='o', ms=3, color=f'C{i}', label=name)
             for name,r in base.items():
-                colour, label = (f'C{names.index(name)}' if name in names else '.3'), ('untrained' if name is None else f'{name}, untrained')
+                colour, label = (f'C{names.index(name)}' if name in names else '.3',
+                                 'untrained' if name is None else f'{name}, untrained')
                 plot_heads(r[key], ax, heads=False, lw=5, alpha=.3, zorder=1, color=colour, label=label)
             ax.axhline(line, color='k', lw=1, ls=':', label='uniform attention')
-            ax.set(xlabel='layer', ylim=(0, 1.1*max(line, *(v for r in results.values() for row in r[key] for v in row))), xticks=range(0, depth, max(1, depth//12)))
+            ax.set(xlabel='layer',
+                   ylim=(0, 1.1*max(line, *(v for r in results.values() for row in r[key] for v in row))),
+                   xticks=range(0, depth, max(1, depth//12)))
         axs[0].set_ylabel('attention distance (patches)' if one_grid else 'attention distance ÷ uniform')
         axs[1].set_ylabel('row entropy ÷ log N')
         if one_grid: axs[0].secondary_yaxis('right', functions=(lambda v: v/U, lambda v: v*U)).set_ylabel('÷ uniform')

@@ -40,8 +40,10 @@ def check_setting(
     severity:int, # 1 to 5
 ):
     "Refuse a corruption that does not exist"
-    if name not in corruptions: raise ValueError(f"there is no corruption {name!r}; choose from {', '.join(corruptions)}")
-    if not isinstance(severity, int) or severity not in range(1, 6): raise ValueError(f"severity={severity!r}; give a whole number from 1, mild, to 5")
+    if name not in corruptions:
+        raise ValueError(f"there is no corruption {name!r}; choose from {', '.join(corruptions)}")
+    if not isinstance(severity, int) or severity not in range(1, 6):
+        raise ValueError(f"severity={severity!r}; give a whole number from 1, mild, to 5")
 
 # %% ../../nbs/analysis/71_corruptions.ipynb #66d8bd19
 def check_images(
@@ -49,11 +51,17 @@ def check_images(
     generators, # one an image
 ):
     "Refuse what is not a batch of images"
-    if x.dim() != 4 or x.shape[1] != 3 or not len(x): raise ValueError(f"images of shape {tuple(x.shape)}; give a batch (B, 3, h, w) with B ≥ 1")
-    if min(x.shape[-2:]) < 16: raise ValueError(f"images of {x.shape[-2]} × {x.shape[-1]} pixels are too small to be blurred by less than their width; enlarge them to 16 or more")
+    if x.dim() != 4 or x.shape[1] != 3 or not len(x):
+        raise ValueError(f"images of shape {tuple(x.shape)}; give a batch (B, 3, h, w) with B ≥ 1")
+    if min(x.shape[-2:]) < 16:
+        raise ValueError(f"images of {x.shape[-2]} × {x.shape[-1]} pixels are too small to be blurred by less "
+                         "than their width; enlarge them to 16 or more")
     if x.dtype != torch.uint8 and not (x.is_floating_point() and x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"{x.dtype} images from {x.min():g} to {x.max():g}; give uint8, or floating-point numbers in [0, 1]")
-    if len(generators) != len(x): raise ValueError(f"{len(generators)} generators for {len(x)} images; give one an image, or a single one for all")
+        raise ValueError(f"{x.dtype} images from {x.min():g} to {x.max():g}; "
+                         "give uint8, or floating-point numbers in [0, 1]")
+    if len(generators) != len(x):
+        raise ValueError(f"{len(generators)} generators for {len(x)} images; "
+                         "give one an image, or a single one for all")
 
 # %% ../../nbs/analysis/71_corruptions.ipynb #4323f005
 def corruption(
@@ -208,11 +216,15 @@ def zoom_blur(x, severity, gs):
 @corruption
 def snow(x, severity, gs):
     "Flakes fall, the scene turns pale"
-    mean, std, flake, low, reach, sigma, keep = ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
-                                                 (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))[severity - 1]
+    mean, std, flake, low, reach, sigma, keep = ((.1, .2, 1, .6, 8, 3, .95),
+                                                 (.1, .2, 1, .5, 10, 4, .9),
+                                                 (.15, .3, 1.75, .55, 10, 4, .9),
+                                                 (.25, .3, 2.25, .6, 12, 6, .85),
+                                                 (.3, .3, 1.25, .65, 14, 12, .8))[severity - 1]
     s = size_factor(x)**.5
     coarse = [math.ceil(v/max(1, flake*s)) for v in x.shape[-2:]]
-    flakes = F.interpolate(mean + std*draw('randn', (1, *coarse), gs, x.device), x.shape[-2:], mode='bilinear', align_corners=True)
+    flakes = F.interpolate(mean + std*draw('randn', (1, *coarse), gs, x.device), x.shape[-2:],
+                           mode='bilinear', align_corners=True)
     flakes = drag(flakes.where(flakes >= low, 0).clamp(max=1), 2*reach*s, sigma*s, (-135, -45), gs)
     pale = torch.maximum(x, 1.5*V.rgb_to_grayscale(x) + .5)
     return keep*x + (1 - keep)*pale + flakes + flakes.rot90(2, (-2, -1))
@@ -226,7 +238,9 @@ def cloud(
 )->Tensor: # (B, 1, h, w), from 0 to 1
     "Noise at all scales"
     octaves = math.ceil(math.log2(max(h, w)))
-    layers = [decay**-k*F.interpolate(draw('rand', (1, 2**k + 1, 2**k + 1), generators, device), (2**octaves, 2**octaves), mode='bilinear', align_corners=True) for k in range(octaves)]
+    layers = [decay**-k*F.interpolate(draw('rand', (1, 2**k + 1, 2**k + 1), generators, device),
+                                      (2**octaves, 2**octaves), mode='bilinear', align_corners=True)
+              for k in range(octaves)]
     c = sum(layers)[..., :h, :w]
     low, high = c.amin((-2, -1), keepdim=True), c.amax((-2, -1), keepdim=True)
     return (c - low)/(high - low)
@@ -250,7 +264,7 @@ def crystals(
     u, side = draw('rand', (4, n, 1, 1), generators, device), min(h, w)
     cx, cy, turn, r = u[:, 0]*w/side, u[:, 1]*h/side, u[:, 2]*math.pi/3, .3 + .5*u[:, 3]
     dx, dy = ((torch.arange(v, device=device) + .5)/side for v in (w, h))
-    dx, dy = dx - cx, dy[:, None] - cy                                                       # (B, n, 1, w), (B, n, h, 1)
+    dx, dy = dx - cx, dy[:, None] - cy                                                  # (B, n, 1, w), (B, n, h, 1)
     distance, sector = torch.hypot(dx, dy), (torch.atan2(dy, dx) - turn).remainder(math.pi/3) - math.pi/6
     a, b = distance*sector.cos(), distance*sector.sin().abs()
     arm = torch.exp(-(b/.02)**2)
@@ -287,7 +301,8 @@ def brightness(x, severity, gs):
 def contrast(x, severity, gs):
     "All values move towards their channel's mean"
     c = (.75, .5, .4, .3, .15)[severity - 1]
-    m = torch.stack([v.mean((1, 2), keepdim=True) for v in x])          # image by image: large sums depend on how they are divided
+    # image by image: large sums depend on how they are divided
+    m = torch.stack([v.mean((1, 2), keepdim=True) for v in x])
     return m + c*(x - m)
 
 # %% ../../nbs/analysis/71_corruptions.ipynb #8fde969a
@@ -311,7 +326,8 @@ def bend(
     "Bend each image at random; beyond its borders it is mirrored"
     (h, w), side = x.shape[-2:], min(x.shape[-2:])
     field = wobble*convolve(2*draw('rand', (2, 32, 32), generators, x.device) - 1, gaussian(32*smooth))
-    field = F.interpolate(field, (h, w), mode='bilinear') + tilt(spread*(2*draw('rand', (3, 2), generators, x.device) - 1), h, w)
+    field = (F.interpolate(field, (h, w), mode='bilinear')
+             + tilt(spread*(2*draw('rand', (3, 2), generators, x.device) - 1), h, w))
     X, Y = ((2*torch.arange(v, device=x.device) + 1)/v - 1 for v in (w, h))
     grid = torch.stack([X + 2*side/w*field[:, 0], Y[:, None] + 2*side/h*field[:, 1]], -1)
     return F.grid_sample(x, grid, padding_mode='reflection', align_corners=False)
@@ -360,7 +376,9 @@ def corrupt(
     "Spoil images; what is done to each depends on seed, name, severity and its position alone"
     check_setting(name, severity)
     positions = range(len(x)) if positions is None else positions
-    return corruptions[name](x, severity, [torch.Generator().manual_seed(stream(seed, name, severity, int(i)).getrandbits(63)) for i in positions])
+    return corruptions[name](x, severity,
+                             [torch.Generator().manual_seed(stream(seed, name, severity, int(i)).getrandbits(63))
+                              for i in positions])
 
 # %% ../../nbs/analysis/71_corruptions.ipynb #7fc971e8
 def robustness(
@@ -373,14 +391,20 @@ def robustness(
     seed:int=0,      # of the corrupted test set
     device='cpu',
     batch:int=256,   # images at a time; changes nothing but speed and memory
-)->dict: # clean, mean, and types: name → top-1 at each of `severities`, in %; fall and falls: name → relative fall in %, None if clean is 0; severities, seed, n
+    # clean, mean, and types: name → top-1 at each of `severities`, in %;
+    # fall and falls: name → relative fall in %, None if clean is 0; severities, seed, n
+)->dict:
     "Top-1 under each corruption, as `plot_robustness` shows it"
     types, severities = list(corruptions) if types is None else list(types), list(severities)
-    if not types or not severities: raise ValueError(f"types={types} and severities={severities} leave nothing to measure; give at least one of each")
+    if not types or not severities:
+        raise ValueError(f"types={types} and severities={severities} leave nothing to measure; "
+                         "give at least one of each")
     for name,n in product(types, severities): check_setting(name, n)
-    top1 = lambda change=None: (lambda said: accuracy(said['logits'], said['labels']))(predict(model, images, indices, size, device, batch, change))
+    top1 = lambda change=None: (lambda said: accuracy(said['logits'], said['labels']))(
+        predict(model, images, indices, size, device, batch, change))
     clean = top1()
     rows = {name: [top1(lambda x, at: corrupt(x, name, n, seed, at))['top1'] for n in severities] for name in types}
     fall = lambda v: 100*(1 - sum(v)/len(v)/clean['top1']) if clean['top1'] else None
     every = [v for row in rows.values() for v in row]
-    return dict(clean=clean['top1'], mean=sum(every)/len(every), types=rows, severities=severities, fall=fall(every), falls={name: fall(row) for name,row in rows.items()}, seed=seed, n=clean['n'])
+    return dict(clean=clean['top1'], mean=sum(every)/len(every), types=rows, severities=severities,
+                fall=fall(every), falls={name: fall(row) for name,row in rows.items()}, seed=seed, n=clean['n'])

@@ -48,7 +48,8 @@ def predict(
     size:int,         # pixels of the view
     device='cpu',
     batch:int=256,    # images at a time; changes nothing but speed and memory
-    change=None,      # (uint8 images (B, 3, size, size), their positions, a list of int) → uint8 images; None: leave them
+    # (uint8 images (B, 3, size, size), their positions, a list of int) → uint8 images; None: leave them
+    change=None,
 )->dict: # on the CPU: logits (n, C) or None without a head, features (n, D) or None without taps, labels (n,)
     "What a model says of clean images, in float32 and evaluation mode"
     data = ViewDataset(images, indices, Views(size, None, geometry='fixed'), train=False)
@@ -68,13 +69,18 @@ def check_logits(
     labels=None, # (n,), classes below C
 ):
     "Refuse what no accuracy can be computed of"
-    if logits is None: raise ValueError("the model has no classifier head for these classes; judge its features by `knn` or `linear_probe`")
+    if logits is None:
+        raise ValueError("the model has no classifier head for these classes; "
+                         "judge its features by `knn` or `linear_probe`")
     if logits.dim() != 2 or not len(logits) or not logits.isfinite().all():
-        raise ValueError(f"logits of shape {tuple(logits.shape)}, {int((~logits.isfinite()).sum())} of their numbers not finite; give finite logits of shape (n, C), n ≥ 1")
+        raise ValueError(f"logits of shape {tuple(logits.shape)}, {int((~logits.isfinite()).sum())} of their numbers "
+                         "not finite; give finite logits of shape (n, C), n ≥ 1")
     if labels is not None and labels.shape != logits.shape[:1]:
-        raise ValueError(f"{len(logits)} rows of logits and labels of shape {tuple(labels.shape)}; give one label a row")
+        raise ValueError(f"{len(logits)} rows of logits and labels of shape {tuple(labels.shape)}; "
+                         "give one label a row")
     if labels is not None and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}, but the model knows classes 0 to {logits.shape[1] - 1}; is it a model of this data set?")
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, but the model knows classes "
+                         f"0 to {logits.shape[1] - 1}; is it a model of this data set?")
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #3f9824ac
 def interval(
@@ -132,7 +138,9 @@ def name_ticks(
     names:list, # one a tick
 ):
     "Name the positions 0, 1, … where there is room; long names of an x axis stand upright"
-    if len(names) <= 20: axis.set_ticks(range(len(names)), names, fontsize=8, rotation=90 if axis.axis_name == 'x' and max(map(len, names)) > 3 else 0)
+    if len(names) <= 20:
+        axis.set_ticks(range(len(names)), names, fontsize=8,
+                       rotation=90 if axis.axis_name == 'x' and max(map(len, names)) > 3 else 0)
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #691bb524
 def plot_per_class(
@@ -174,7 +182,9 @@ def calibration(
     logits:Tensor, # (n, C)
     labels:Tensor, # (n,)
     bins:int=15,   # M, of equal width; 15 is the custom
-)->dict: # in [0, 1]: ece, floor, confidence and accuracy; nll in nats; bins: low, high, n, confidence, accuracy of each that is not empty
+    # in [0, 1]: ece, floor, confidence and accuracy; nll in nats;
+    # bins: low, high, n, confidence, accuracy of each that is not empty
+)->dict:
     "Expected calibration error with its bins, and what a perfectly calibrated model would show"
     check_logits(logits, labels)
     if bins < 1: raise ValueError(f"bins={bins}; give at least one")
@@ -188,7 +198,8 @@ def calibration(
     return dict(ece=counted.multiclass_calibration_error(p, labels, p.shape[1], bins).item(),
                 floor=(total(c*(1 - c))*2/torch.pi).sqrt().sum().item()/n, nll=F.nll_loss(logp, labels).item(),
                 confidence=c.mean().item(), accuracy=hit.mean().item(),
-                bins=[dict(zip(('low', 'high', 'n', 'confidence', 'accuracy'), (v.item() for v in r))) for r in rows if r[2]])
+                bins=[dict(zip(('low', 'high', 'n', 'confidence', 'accuracy'), (v.item() for v in r)))
+                      for r in rows if r[2]])
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #2dd040e7
 def plot_calibration(
@@ -204,7 +215,8 @@ def plot_calibration(
     ax.plot([0, 1], [0, 1], 'k--', lw=1)
     ax.vlines(conf, *ci, lw=1)
     ax.plot(conf, acc, 'o', ms=4)
-    ax.set(xlabel='confidence', ylabel='accuracy; share of images (grey)', xlim=(0, 1), ylim=(0, 1.02), title=f"ECE {data['ece']:.3f}, floor {data['floor']:.3f}")
+    ax.set(xlabel='confidence', ylabel='accuracy; share of images (grey)', xlim=(0, 1), ylim=(0, 1.02),
+           title=f"ECE {data['ece']:.3f}, floor {data['floor']:.3f}")
     return ax
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #ab4f3a5b
@@ -217,7 +229,9 @@ def nearest(
 )->Tensor:                 # classes, (n,)
     "What the nearest training images vote for, by cosine distance"
     check_features(train_features, features)
-    if not 1 <= k <= len(train_features): raise ValueError(f"k={k} neighbours among {len(train_features)} training images; give a number from 1 to {len(train_features)}")
+    if not 1 <= k <= len(train_features):
+        raise ValueError(f"k={k} neighbours among {len(train_features)} training images; "
+                         f"give a number from 1 to {len(train_features)}")
     weights = 'uniform' if temperature is None else lambda d: torch.as_tensor(-d/temperature).exp().numpy()
     knn = KNeighborsClassifier(k, metric='cosine', weights=weights).fit(train_features.numpy(), train_labels.numpy())
     return torch.as_tensor(knn.predict(features.numpy()))
@@ -228,8 +242,12 @@ def check_features(
 ):
     "Refuse features that are missing or not finite"
     for x in features:
-        if x is None: raise ValueError("there are no features; tap a layer of the model (points=[-1]) and give training images, too")
-        if x.dim() != 2 or not x.isfinite().all(): raise ValueError(f"features of shape {tuple(x.shape)}, {int((~x.isfinite()).sum())} of their numbers not finite; give finite features of shape (n, D)")
+        if x is None:
+            raise ValueError("there are no features; tap a layer of the model (points=[-1]) "
+                             "and give training images, too")
+        if x.dim() != 2 or not x.isfinite().all():
+            raise ValueError(f"features of shape {tuple(x.shape)}, {int((~x.isfinite()).sum())} of their numbers "
+                             "not finite; give finite features of shape (n, D)")
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #3793d304
 def knn(
@@ -255,13 +273,15 @@ def linear_probe(
 )->dict:                   # of `score`, with train_n and whether the optimizer converged
     "Accuracy of logistic regression on frozen, standardised features"
     check_features(train_features, features)
-    if len(train_labels.unique()) < 2: raise ValueError(f"all {len(train_labels)} training labels are of one class; a probe needs two")
+    if len(train_labels.unique()) < 2:
+        raise ValueError(f"all {len(train_labels)} training labels are of one class; a probe needs two")
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=max_iter))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                                    # that it did not converge is said below
         probe.fit(train_features.double().numpy(), train_labels.numpy())
     hits = int((torch.as_tensor(probe.predict(features.double().numpy())) == labels).sum())
-    return score(hits, len(labels)) | dict(train_n=len(train_labels), converged=bool(probe[-1].n_iter_.max() < max_iter))
+    return score(hits, len(labels)) | dict(train_n=len(train_labels),
+                                           converged=bool(probe[-1].n_iter_.max() < max_iter))
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #5b3208cf
 def agreement(
@@ -272,11 +292,16 @@ def agreement(
     check_logits(logits)
     soft = teacher is None or teacher.dim() == 2
     if soft: check_logits(teacher)
-    if len(teacher) != len(logits): raise ValueError(f"{len(logits)} answers of the student and {len(teacher)} of the teacher; ask both about the same images")
-    if soft and teacher.shape != logits.shape: raise ValueError(f"{logits.shape[1]} classes of the student and {teacher.shape[1]} of the teacher are not the same classes; give the votes of the teacher's neighbours (`nearest`)")
+    if len(teacher) != len(logits):
+        raise ValueError(f"{len(logits)} answers of the student and {len(teacher)} of the teacher; "
+                         "ask both about the same images")
+    if soft and teacher.shape != logits.shape:
+        raise ValueError(f"{logits.shape[1]} classes of the student and {teacher.shape[1]} of the teacher are not "
+                         "the same classes; give the votes of the teacher's neighbours (`nearest`)")
     a, b = logits.argmax(1), teacher.argmax(1) if soft else teacher
     kappa = counted.multiclass_cohen_kappa(a, b, logits.shape[1]).item()
-    kl = F.kl_div(logits.double().log_softmax(-1), teacher.double().log_softmax(-1), reduction='batchmean', log_target=True).item() if soft else None
+    kl = F.kl_div(logits.double().log_softmax(-1), teacher.double().log_softmax(-1),
+                  reduction='batchmean', log_target=True).item() if soft else None
     return score((a == b).sum().item(), len(a)) | dict(kappa=kappa if kappa == kappa else None, kl=kl)
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #7fc7407c
@@ -292,11 +317,14 @@ def cost(
     from torch.utils.benchmark import Timer
     make = lambda n: torch.randint(256, (n, 3, size, size), dtype=torch.uint8, device=device)
     with evaluating(model):
-        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH): model.model(model.normalise(make(1)))
-        run = Timer('model.model(model.normalise(x))', globals=dict(model=model, x=make(batch)), num_threads=torch.get_num_threads())
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+            model.model(model.normalise(make(1)))
+        run = Timer('model.model(model.normalise(x))', globals=dict(model=model, x=make(batch)),
+                    num_threads=torch.get_num_threads())
         t = run.blocked_autorange(min_run_time=seconds).median
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else torch.device(device).type
-    return dict(parameters=sum(p.numel() for p in model.model.parameters()), flops=flops.get_total_flops(), images_per_s=batch/t, batch=batch, device=name, threads=torch.get_num_threads())
+    return dict(parameters=sum(p.numel() for p in model.model.parameters()), flops=flops.get_total_flops(),
+                images_per_s=batch/t, batch=batch, device=name, threads=torch.get_num_threads())
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #09094951
 def report(
@@ -309,8 +337,13 @@ def report(
     "Everything about a model's answers that does not need the model any more"
     z, y, seen = said['logits'], said['labels'], seen or dict(features=None, labels=None)
     frozen = seen['features'], seen['labels'], said['features'], y
-    parts = dict(accuracy=lambda: accuracy(z, y), per_class=lambda: per_class(z, y, classes), confusion=lambda: confusion(z, y), calibration=lambda: calibration(z, y),
-                 knn=lambda: knn(*frozen), linear_probe=lambda: linear_probe(*frozen), agreement=lambda: agreement(z, answers(said_t, seen_t, z)))
+    parts = dict(accuracy=lambda: accuracy(z, y),
+                 per_class=lambda: per_class(z, y, classes),
+                 confusion=lambda: confusion(z, y),
+                 calibration=lambda: calibration(z, y),
+                 knn=lambda: knn(*frozen),
+                 linear_probe=lambda: linear_probe(*frozen),
+                 agreement=lambda: agreement(z, answers(said_t, seen_t, z)))
     out = {}
     for name,f in parts.items():
         try: out[name] = f()
@@ -325,8 +358,11 @@ def answers(
 )->Tensor:          # the teacher's logits (n, C), or its neighbours' votes (n,)
     "What a teacher is taken to say: its logits, if they are of the same classes"
     if said is None: raise ValueError("there is no teacher to agree with; give what it says of the test images")
-    if logits is None or said['logits'] is not None and said['logits'].shape[1] == logits.shape[1]: return said['logits']
-    if seen is None: raise ValueError("the teacher has no head of these classes; give what it says of training images, too, and its neighbours will vote")
+    if logits is None or said['logits'] is not None and said['logits'].shape[1] == logits.shape[1]:
+        return said['logits']
+    if seen is None:
+        raise ValueError("the teacher has no head of these classes; give what it says of training images, too, "
+                         "and its neighbours will vote")
     return nearest(seen['features'], seen['labels'], said['features'])
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #497b5b13
@@ -336,13 +372,16 @@ def plot_scores(
 ):
     "Head, neighbours, probe and agreement on one scale"
     import matplotlib.pyplot as plt
-    ax, wanted = ax or plt.subplots()[1], dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe', agreement='agreement')
-    rows = [(label, result[part]['top1'], result[part]['top1_ci']) for part,label in wanted.items() if 'top1' in result.get(part, {})]
+    ax, wanted = ax or plt.subplots()[1], dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe',
+                                               agreement='agreement')
+    rows = [(label, result[part]['top1'], result[part]['top1_ci'])
+            for part,label in wanted.items() if 'top1' in result.get(part, {})]
     for i,(_,v,ci) in enumerate(rows):
         ax.plot(ci, [i, i], color='C0')
         ax.plot(v, i, 'o', color='C0', ms=4)
         ax.annotate(f'{v:.1f}', (v, i), (0, 4), textcoords='offset points', ha='center', fontsize=7)
-    if 'confusion' in result and isinstance(result['confusion'], list): ax.axvline(100/len(result['confusion']), color='.5', ls='--', lw=1)
+    if 'confusion' in result and isinstance(result['confusion'], list):
+        ax.axvline(100/len(result['confusion']), color='.5', ls='--', lw=1)
     ax.set(xlabel='images (%); dashed: chance', xlim=(0, 102), ylim=(len(rows) - .5, -.7))
     name_ticks(ax.yaxis, [r[0] for r in rows])
     return ax
@@ -356,7 +395,8 @@ def plot_robustness(
     import matplotlib.pyplot as plt
     ax, m = ax or plt.subplots()[1], torch.tensor([[data['clean'], *row] for row in data['types'].values()])
     im = ax.imshow(m.numpy(), aspect='auto', vmin=0, vmax=100)
-    for (i, j), v in zip(torch.ones_like(m).nonzero().tolist(), m.flatten().tolist()): ax.text(j, i, f'{v:.0f}', ha='center', va='center', fontsize=6, color='k' if v > 55 else 'w')
+    for (i, j), v in zip(torch.ones_like(m).nonzero().tolist(), m.flatten().tolist()):
+        ax.text(j, i, f'{v:.0f}', ha='center', va='center', fontsize=6, color='k' if v > 55 else 'w')
     name_ticks(ax.yaxis, [name.replace('_', ' ') for name in data['types']])
     name_ticks(ax.xaxis, ['0', *map(str, data['severities'])])
     ax.set(xlabel='severity', title=f"clean {data['clean']:.1f} %, corrupted {data['mean']:.1f} %")
@@ -372,16 +412,21 @@ def sheet(
     "One figure about a model; a panel that has nothing to show says why"
     import matplotlib.pyplot as plt
     classes = [c['name'] for c in result.get('per_class', {}).get('classes', [])]
-    panels = dict(scores=plot_scores, per_class=plot_per_class, calibration=plot_calibration, robustness=plot_robustness,
-                  confusion=lambda data, ax: plot_confusion(data, ax, classes))
+    panels = dict(scores=plot_scores, per_class=plot_per_class, calibration=plot_calibration,
+                  robustness=plot_robustness, confusion=lambda data, ax: plot_confusion(data, ax, classes))
     with plt.style.context('basd.page'):
-        fig, axs = plt.subplot_mosaic([['scores', 'robustness'], ['per_class', 'robustness'], ['calibration', 'confusion']], figsize=(7, 7), height_ratios=(2, 2, 2.7))
+        fig, axs = plt.subplot_mosaic([['scores', 'robustness'],
+                                       ['per_class', 'robustness'],
+                                       ['calibration', 'confusion']], figsize=(7, 7), height_ratios=(2, 2, 2.7))
         for name,draw in panels.items():
             data = result if name == 'scores' else result.get(name, dict(skipped='not measured'))
             if 'skipped' not in data: draw(data, axs[name]); continue
             axs[name].set_axis_off()
-            axs[name].text(.5, .5, f"{name.replace('_', ' ')}: {data['skipped']}", ha='center', va='center', wrap=True, fontsize=7, transform=axs[name].transAxes)
-        if c := result.get('cost'): fig.suptitle(f"{c['parameters']/1e6:.3g} M parameters, {c['flops']/1e9:.3g} GFLOPs an image, {c['images_per_s']:.0f} images/s ({c['device']}, batch {c['batch']})", fontsize=8)
+            axs[name].text(.5, .5, f"{name.replace('_', ' ')}: {data['skipped']}", ha='center', va='center', wrap=True,
+                           fontsize=7, transform=axs[name].transAxes)
+        if c := result.get('cost'):
+            fig.suptitle(f"{c['parameters']/1e6:.3g} M parameters, {c['flops']/1e9:.3g} GFLOPs an image, "
+                         f"{c['images_per_s']:.0f} images/s ({c['device']}, batch {c['batch']})", fontsize=8)
         if path is not None: fig.savefig(path)
         plt.close(fig)
     return fig

@@ -73,24 +73,33 @@ def by_image(
 def spectra(
     model,   # `Tapped` with its layers; attention is not needed
     batches, # iterable of what `model` takes, on its device: as a rule uint8 images (B, 3, s, s)
-)->dict: # layers [L]; pooled over images: spectrum [L][D] of unit norm, effective_rank [L]; means over images: image_spectrum [L][min(N, D)], image_rank [L]; tokens [L]; n images
+    # layers [L]; pooled over images: spectrum [L][D] of unit norm, effective_rank [L];
+    # means over images: image_spectrum [L][min(N, D)], image_rank [L]; tokens [L]; n images
+)->dict:
     "Normalised singular values of the centred tokens of each layer, descending"
-    if not model.names: raise ValueError("the model is tapped at no layer; tap those whose spectra are wanted, or layers='all'")
+    if not model.names:
+        raise ValueError("the model is tapped at no layer; tap those whose spectra are wanted, or layers='all'")
     pool, own, sizes, n = [Scatter() for _ in model.names], None, None, 0
     with torch.no_grad(), evaluating(model):
         for x in batches:
             xs = model(x).tokens
-            if bad := [name for name,t in zip(model.names, xs) if not t.isfinite().all()]: raise ValueError(f"tokens of {', '.join(bad)} are not finite, so they have no spectrum; has the run diverged?")
+            if bad := [name for name,t in zip(model.names, xs) if not t.isfinite().all()]:
+                raise ValueError(f"tokens of {', '.join(bad)} are not finite, so they have no spectrum; "
+                                 "has the run diverged?")
             now = [t.shape[1] for t in xs]
-            if sizes not in (None, now): raise ValueError(f"a batch of images with {now} tokens after one with {sizes}; give images of one size")
+            if sizes not in (None, now):
+                raise ValueError(f"a batch of images with {now} tokens after one with {sizes}; "
+                                 "give images of one size")
             for s,t in zip(pool, xs): s.add(t.flatten(0, 1))
             p = [by_image(t) for t in xs]
             sums = [torch.cat([q.sqrt(), rank_of(q)[:, None]], 1).sum(0) for q in p]
             own, sizes, n = sums if own is None else [a + b for a,b in zip(own, sums)], now, n + len(xs[0])
     if not n: raise ValueError("there are no images to take spectra of; give at least one batch")
     p = [pooled(s) for s in pool]
-    return dict(layers=list(model.names), spectrum=[q.sqrt().tolist() for q in p], effective_rank=[rank_of(q).item() for q in p],
-                image_spectrum=[(v[:-1]/n).tolist() for v in own], image_rank=[v[-1].item()/n for v in own], tokens=sizes, n=n)
+    return dict(layers=list(model.names),
+                spectrum=[q.sqrt().tolist() for q in p], effective_rank=[rank_of(q).item() for q in p],
+                image_spectrum=[(v[:-1]/n).tolist() for v in own], image_rank=[v[-1].item()/n for v in own],
+                tokens=sizes, n=n)
 
 # %% ../../nbs/analysis/75_spectra.ipynb #dc583208
 def plot_spectrum(
@@ -102,7 +111,8 @@ def plot_spectrum(
     L = len(result['layers'])
     for i,s in enumerate(result['spectrum']):
         there = [v for v in s if v > 1e-4]
-        ax.loglog(range(1, len(there) + 1), there, color=plt.get_cmap('viridis')(.9*i/max(L - 1, 1)), lw=1.2, label=result['layers'][i] if i in (0, L - 1) else None)
+        ax.loglog(range(1, len(there) + 1), there, color=plt.get_cmap('viridis')(.9*i/max(L - 1, 1)), lw=1.2,
+                  label=result['layers'][i] if i in (0, L - 1) else None)
     D = max(map(len, result['spectrum']))
     ax.plot([1, D], [D**-.5]*2, color='k', lw=1, ls=':')
     ax.set(xlabel='direction', ylim=(1e-3, 1.5))
@@ -116,7 +126,8 @@ def plot_ranks(
     "Effective ranks over layers as a share of the width; solid: pooled, dashed: by image"
     for i,(name,r) in enumerate(results.items()):
         for key,style in (('effective_rank', 'o-'), ('image_rank', '.--')):
-            ax.plot([v/len(s) for v,s in zip(r[key], r['spectrum'])], style, ms=4, color=f'C{i}', label=name if key == 'effective_rank' else None)
+            ax.plot([v/len(s) for v,s in zip(r[key], r['spectrum'])], style, ms=4, color=f'C{i}',
+                    label=name if key == 'effective_rank' else None)
     ax.axhline(1, color='k', lw=1, ls=':')
     ax.set(xlabel='layer', ylabel='effective rank ÷ width', yscale='log')
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -147,15 +158,23 @@ def plot_spectra(
 # %% ../../nbs/analysis/75_spectra.ipynb #209aa65d
 def mixing(
     run_dir, # of a run, also of one that is still going
-)->dict: # step [T]; weights [T][P][L]; entropy [T][P] as a share of log L; layer [T][P], the mean teacher layer, counted from 0
+    # step [T]; weights [T][P][L]; entropy [T][P] as a share of log L;
+    # layer [T][P], the mean teacher layer, counted from 0
+)->dict:
     "Mixing weights of a run over its training, as logged"
     log = Path(run_dir)/'metrics.jsonl'
-    if not log.is_file(): raise FileNotFoundError(f"{run_dir} holds no metrics.jsonl; give the directory of a run that has begun to train")
+    if not log.is_file():
+        raise FileNotFoundError(f"{run_dir} holds no metrics.jsonl; "
+                                "give the directory of a run that has begun to train")
     rows = [r for r in map(json.loads, log.read_text().rpartition('\n')[0].splitlines()) if 'mixing' in r]
-    if not rows: raise ValueError(f"{run_dir} has logged no mixing weights; its method selects no teacher layers, or it has not come to its first logged step")
-    w = torch.tensor([r['mixing'] for r in rows], dtype=torch.float64)                          # (T, P, L)
-    own = (torch.special.entr(w).sum(-1)/math.log(max(w.shape[-1], 2))).tolist()                # where a method does not report it
-    return dict(step=[r['step'] for r in rows], weights=w.tolist(), entropy=[r.get('entropy', e) for r,e in zip(rows, own)], layer=(w @ torch.arange(w.shape[-1]).double()).tolist())
+    if not rows:
+        raise ValueError(f"{run_dir} has logged no mixing weights; its method selects no teacher layers, "
+                         "or it has not come to its first logged step")
+    w = torch.tensor([r['mixing'] for r in rows], dtype=torch.float64)              # (T, P, L)
+    own = (torch.special.entr(w).sum(-1)/math.log(max(w.shape[-1], 2))).tolist()    # where a method does not report it
+    return dict(step=[r['step'] for r in rows], weights=w.tolist(),
+                entropy=[r.get('entropy', e) for r,e in zip(rows, own)],
+                layer=(w @ torch.arange(w.shape[-1]).double()).tolist())
 
 # %% ../../nbs/analysis/75_spectra.ipynb #b5c611c9
 def plot_weights(
@@ -167,7 +186,8 @@ def plot_weights(
     im = ax.imshow(w.numpy(), aspect='auto', vmin=0, vmax=top)
     for (p, l), v in zip(torch.ones_like(w).nonzero().tolist() if w.shape[1] <= 8 else [], w.flatten().tolist()):
         ax.text(l, p, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=6, color='k' if v > .6*top else 'w')
-    ax.set(xlabel='teacher layer', ylabel='extraction point', xticks=range(0, w.shape[1], max(1, w.shape[1]//6)), yticks=range(len(w)))
+    ax.set(xlabel='teacher layer', ylabel='extraction point',
+           xticks=range(0, w.shape[1], max(1, w.shape[1]//6)), yticks=range(len(w)))
     ax.grid(False)
     ax.figure.colorbar(im, ax=ax).ax.axhline(1/w.shape[1], color='C1', lw=2)
 
@@ -186,8 +206,10 @@ def plot_mixing(
         for (heat, layer, entropy),(name,r) in zip(axs, results.items()):
             plot_weights(last[name], heat, top)
             heat.set_title(name)
-            for ax,key,reference,label in ((layer, 'layer', (last[name].shape[1] - 1)/2, 'mean teacher layer'), (entropy, 'entropy', 1., 'entropy ÷ log L')):
-                for p,values in enumerate(zip(*r[key])): ax.plot(r['step'], values, marker='.', ms=3, label=f'point {p}')
+            for ax,key,reference,label in ((layer, 'layer', (last[name].shape[1] - 1)/2, 'mean teacher layer'),
+                                           (entropy, 'entropy', 1., 'entropy ÷ log L')):
+                for p,values in enumerate(zip(*r[key])):
+                    ax.plot(r['step'], values, marker='.', ms=3, label=f'point {p}')
                 ax.axhline(reference, color='k', lw=1, ls=':')
                 ax.set(xlabel='optimizer step', ylabel=label)
             layer.set_ylim(0, last[name].shape[1] - 1)

@@ -59,10 +59,13 @@ class Opened:
     ):
         "Clean images on the device: tensors, pairs of views, or pairs of images and labels"
         source, indices = (self.train, self.fit) if train else (self.test, range(len(self.test)))
-        data = ViewDataset(source, sample(indices, self.images), Views(input_size(self.student), None if other is None else input_size(other), geometry='fixed'), train=False)
+        data = ViewDataset(source, sample(indices, self.images),
+                           Views(input_size(self.student), None if other is None else input_size(other),
+                                 geometry='fixed'), train=False)
         for b in DataLoader(data, batch):
             x = b['student'].to(self.device)
-            yield (x, b['label'].to(self.device)) if train else x if other is None else (x, b['teacher'].to(self.device))
+            yield ((x, b['label'].to(self.device)) if train
+                   else x if other is None else (x, b['teacher'].to(self.device)))
 
 # %% ../../nbs/training/78_analyze.ipynb #f4cc2185
 def open_run(
@@ -76,7 +79,8 @@ def open_run(
     run = Path(run)
     recipe, found = read_run(run), saved_weights(run)
     train, fit, _, test = open_data(recipe)
-    return Opened(name or run.name, run, recipe, found[chosen(found, weights, recipe, run)], train, fit, test, images, device)
+    return Opened(name or run.name, run, recipe, found[chosen(found, weights, recipe, run)],
+                  train, fit, test, images, device)
 
 # %% ../../nbs/training/78_analyze.ipynb #21955e71
 def attempt(
@@ -89,7 +93,8 @@ def attempt(
 # %% ../../nbs/training/78_analyze.ipynb #a4599113
 def of_attention(runs:list)->dict: # name → measured and untrained
     "Attention distance of each student, trained and not"
-    return {o.name: attempt(lambda: attention_distance(o.student, o.batches()) | dict(untrained=attention_distance(o.untrained(), o.batches()))) for o in runs}
+    return {o.name: attempt(lambda: attention_distance(o.student, o.batches())
+                            | dict(untrained=attention_distance(o.untrained(), o.batches()))) for o in runs}
 
 # %% ../../nbs/training/78_analyze.ipynb #ddee3efa
 def draw_attention(results:dict, path):
@@ -104,9 +109,12 @@ def of_cka(runs:list)->dict: # title → map
     out = {}
     for o in runs:
         out[o.name] = attempt(lambda: cka_map(o.student, o.student, o.batches(), names=(o.name, o.name)))
-        out[f'{o.name} × teacher'] = attempt(lambda: cka_map(o.student, o.teacher, o.batches(o.teacher), names=(o.name, 'its teacher')))
+        out[f'{o.name} × teacher'] = attempt(lambda: cka_map(o.student, o.teacher, o.batches(o.teacher),
+                                                             names=(o.name, 'its teacher')))
     first = runs[0] if runs else None
-    for o in runs[1:]: out[f'{first.name} × {o.name}'] = attempt(lambda: cka_map(first.student, o.student, first.batches(o.student), names=(first.name, o.name)))
+    for o in runs[1:]:
+        out[f'{first.name} × {o.name}'] = attempt(lambda: cka_map(first.student, o.student, first.batches(o.student),
+                                                                  names=(first.name, o.name)))
     return out
 
 # %% ../../nbs/training/78_analyze.ipynb #5029547e
@@ -141,7 +149,8 @@ def analyze(
     "Measure runs and draw them side by side"
     if not run_dirs: raise ValueError("there are no runs to analyse; name at least one run directory")
     out, folder = dict(problems=[]), Path(output_dir)
-    for name in [m for m in wanted or [] if m not in metrics]: out['problems'].append(f"metric {name!r} does not exist; known: {', '.join(metrics)}")
+    for name in [m for m in wanted or [] if m not in metrics]:
+        out['problems'].append(f"metric {name!r} does not exist; known: {', '.join(metrics)}")
     with processes(device) as here:
         opened = []
         for run,name in zip(run_dirs, distinct(run_dirs)):
@@ -170,7 +179,8 @@ def told(
     folder,          # where the figures are
 )->tuple:            # lines about what was done, lines about what was not
     "What to say about it in a terminal"
-    done = [f"{m}: {', '.join(n for n,r in results.items() if 'skipped' not in r)} → {Path(folder)/f'{m}.png'}" for m,results in out.items()
-            if m != 'problems' and any('skipped' not in r for r in results.values())]
-    left = [f"{m} of {n} is left out: {r['skipped']}" for m,results in out.items() if m != 'problems' for n,r in results.items() if 'skipped' in r]
+    done = [f"{m}: {', '.join(n for n,r in results.items() if 'skipped' not in r)} → {Path(folder)/f'{m}.png'}"
+            for m,results in out.items() if m != 'problems' and any('skipped' not in r for r in results.values())]
+    left = [f"{m} of {n} is left out: {r['skipped']}"
+            for m,results in out.items() if m != 'problems' for n,r in results.items() if 'skipped' in r]
     return done, out['problems'] + left

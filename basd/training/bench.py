@@ -30,7 +30,8 @@ from ..geometry.statistics import step_generator
 from ..methods.objective import Progress, Target, find_objective
 from ..models.records import RecordForm, from_record, to_record
 from .checkpoints import environment
-from .lesson import Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, hold_memory, input_size, make_optimizer
+from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, hold_memory,
+                                  input_size, make_optimizer)
 from .recipes import Recipe, load_recipe
 
 # %% ../../nbs/training/66_bench.ipynb #7d62723d
@@ -43,20 +44,24 @@ class Bench:
         cached:bool=False, # read what the teacher says from a cache, as from a run's second epoch on
         hold:bool=True,    # keep freed memory, as the trainer does on a CPU
     ):
-        if recipe.teacher.run is not None: raise ValueError("teacher.run names a finished run, which a bench has no use for; give teacher.model")
+        if recipe.teacher.run is not None:
+            raise ValueError("teacher.run names a finished run, which a bench has no use for; give teacher.model")
         r, self.device = recipe, torch.device(device)
         if hold and self.device.type == 'cpu': hold_memory()
         method = find_objective(r.method.name)
         needs = method.needs(r.method.options)
         torch.manual_seed(r.train.seed)
-        student = build_student(replace(r, student=replace(r.student, pretrained=False, checkpoint=None)), classes, needs).to(self.device).train()
+        student = build_student(replace(r, student=replace(r.student, pretrained=False, checkpoint=None)),
+                                classes, needs).to(self.device).train()
         teacher = build_teacher(replace(r, teacher=replace(r.teacher, pretrained=False, checkpoint=None)), needs)
         self.recipe, self.classes, self.step, self.B = r, classes, 0, r.data.batch_size//r.train.accumulate
         self.teacher = teacher and teacher.to(self.device)
-        objective = method(r.method.options, dry_run(student, self.device), teacher and dry_run(self.teacher, self.device), classes).to(self.device)
+        objective = method(r.method.options, dry_run(student, self.device),
+                           teacher and dry_run(self.teacher, self.device), classes).to(self.device)
         self.plain, self.plain_teacher = copy.deepcopy(student), copy.deepcopy(self.teacher)
         self.lesson = Lesson(student, objective)
-        self.optimizer, self.plain_optimizer = make_optimizer(self.lesson, r), torch.optim.AdamW(self.plain.parameters(), 1e-4, fused=True)
+        self.optimizer, self.plain_optimizer = (make_optimizer(self.lesson, r),
+                                                torch.optim.AdamW(self.plain.parameters(), 1e-4, fused=True))
         self.model = self.lesson
         self.made_up()
         self.records = self.keep() if cached else None
@@ -87,7 +92,8 @@ def bound(self:Bench):
     "The least: plain teacher, plain student, optimizer"
     with autocast(self.device, self.recipe.train.precision):
         if self.teacher is not None:
-            with record_function('bound/teacher'), torch.no_grad(): self.plain_teacher.model(self.plain_teacher.normalise(self.clean))
+            with record_function('bound/teacher'), torch.no_grad():
+                self.plain_teacher.model(self.plain_teacher.normalise(self.clean))
         with record_function('bound/student'): z = self.plain.model(self.plain.normalise(self.x))
         loss = F.cross_entropy(z.float(), self.y)
     with record_function('bound/backward'): loss.backward()
@@ -102,7 +108,8 @@ def drawn(self:Bench)->tuple: # images, target, progress
     v, t = self.recipe.views, self.recipe.train
     blend = draw_blend(step_generator(t.seed, self.step), self.B, v.mixup, v.cutmix, v.blend_prob, self.device)
     target = Target(blend_labels(self.y, self.classes, blend, v.smoothing), blend)
-    progress = self.lesson.objective.prepare(Progress(self.step + 10**6, 2*10**6, t.seed), self.B, self.device)   # after all ramps
+    # after all ramps
+    progress = self.lesson.objective.prepare(Progress(self.step + 10**6, 2*10**6, t.seed), self.B, self.device)
     self.step += 1
     return blend_images(self.x.float()/255, blend), target, progress
 
@@ -123,7 +130,9 @@ def learn(self:Bench, x, target, progress):
     del taught                                                                  # the graph holds what it needs
     with record_function('full/backward'): out['loss'].backward()
     with record_function('full/optimizer'):
-        _, self.optimizer.found_inf = clip_and_flag([list(self.lesson.student.parameters()), [p for p in self.lesson.objective.parameters() if p.requires_grad]], t.clip)
+        _, self.optimizer.found_inf = clip_and_flag(
+            [list(self.lesson.student.parameters()),
+             [p for p in self.lesson.objective.parameters() if p.requires_grad]], t.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.lesson.objective.after_step()
@@ -139,7 +148,7 @@ def keep(self:Bench):
     layout = Layout({k: v.shape[1:] for k,v in record.items()})
     cache = Cache(folder.name, layout, self.B, {}, shard=8)
     cache.build(lambda which: {k: v[which[0]:which[-1] + 1] for k,v in record.items()}, batch=self.B)
-    return cache, form, torch.arange(self.B), folder                                  # the folder goes when the bench goes
+    return cache, form, torch.arange(self.B), folder                             # the folder goes when the bench goes
 
 # %% ../../nbs/training/66_bench.ipynb #021ca99e
 @patch
@@ -147,7 +156,8 @@ def features(self:Bench):
     "What the teacher says of the clean images"
     if self.records is None: return None if self.teacher is None else self.teacher(self.clean)
     cache, form, which, _ = self.records
-    return from_record(cache.layout.unpack(cache.read(which, pin=self.device.type == 'cuda').to(self.device, non_blocking=True)), form)
+    return from_record(cache.layout.unpack(cache.read(which, pin=self.device.type == 'cuda')
+                                           .to(self.device, non_blocking=True)), form)
 
 # %% ../../nbs/training/66_bench.ipynb #11f6ca46
 def seconds(
@@ -175,7 +185,8 @@ def race(
     pairs = [(seconds(bound, device), seconds(full, device)) for _ in range(warm + reps)][warm:]
     ratios = sorted(b/a for a,b in pairs)
     low, mid, high = statistics.quantiles(ratios, n=4) if reps > 1 else ratios*3
-    return dict(bound=statistics.median(a for a,_ in pairs), full=statistics.median(b for _,b in pairs), ratio=mid, low=low, high=high, reps=reps)
+    return dict(bound=statistics.median(a for a,_ in pairs), full=statistics.median(b for _,b in pairs),
+                ratio=mid, low=low, high=high, reps=reps)
 
 # %% ../../nbs/training/66_bench.ipynb #968c97c2
 @patch
@@ -188,7 +199,8 @@ def parts(self:Bench,
         for _ in range(steps): self.bound(); self.full()
         if gpu: torch.cuda.synchronize()
     wanted = ('bound/', 'full/', 'part/')
-    return {e.key: (e.device_time_total if gpu else e.cpu_time_total)/1e6/steps for e in p.key_averages() if e.key.startswith(wanted) and (e.device_time_total if gpu else e.cpu_time_total)}
+    return {e.key: (e.device_time_total if gpu else e.cpu_time_total)/1e6/steps for e in p.key_averages()
+            if e.key.startswith(wanted) and (e.device_time_total if gpu else e.cpu_time_total)}
 
 # %% ../../nbs/training/66_bench.ipynb #cbf84ac2
 def additions(
@@ -207,9 +219,11 @@ def kernels(self:Bench,
     "The kernels of a full step that take most of a GPU's time"
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
         self.full(); torch.cuda.synchronize()
-    on_device = [e for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA and not e.key.startswith(('bound/', 'full/', 'part/'))]
+    on_device = [e for e in p.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA
+                 and not e.key.startswith(('bound/', 'full/', 'part/'))]
     total = sum(e.self_device_time_total for e in on_device)
-    return [(e.key, e.self_device_time_total/total) for e in sorted(on_device, key=lambda e: -e.self_device_time_total)[:n]]
+    return [(e.key, e.self_device_time_total/total)
+            for e in sorted(on_device, key=lambda e: -e.self_device_time_total)[:n]]
 
 # %% ../../nbs/training/66_bench.ipynb #70ab2ad8
 @patch
@@ -226,7 +240,8 @@ def without_waiting(self:Bench,
 # %% ../../nbs/training/66_bench.ipynb #712105a5
 class Waits(TorchDispatchMode):
     "Collects the operations for which the host would wait for a GPU"
-    names = ('_local_scalar_dense', 'equal', 'is_nonzero', 'nonzero', 'masked_select', 'unique', '_unique2', '_linalg_eigh', '_linalg_svd', 'linalg_eig', '_linalg_check_errors', 'linalg_cholesky', 'linalg_inv')
+    names = ('_local_scalar_dense', 'equal', 'is_nonzero', 'nonzero', 'masked_select', 'unique', '_unique2',
+             '_linalg_eigh', '_linalg_svd', 'linalg_eig', '_linalg_check_errors', 'linalg_cholesky', 'linalg_inv')
 
     def __init__(self):
         super().__init__()
@@ -234,7 +249,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in self.names or name == 'index' and any(t is not None and t.dtype == torch.bool for t in args[1]): self.found.append(name)
+        if (name in self.names
+            or name == 'index' and any(t is not None and t.dtype == torch.bool for t in args[1])):
+            self.found.append(name)
         return func(*args, **(kwargs or {}))
 
 # %% ../../nbs/training/66_bench.ipynb #93e9e994
@@ -251,7 +268,8 @@ def peak_memory(
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
     held, most = 0, 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'),
+                    key=lambda e: e.start_ns()):
         held += e.nbytes()
         most = max(most, held)
     return most
@@ -260,8 +278,10 @@ def peak_memory(
 @patch
 def memory(self:Bench)->dict: # bytes at the peak: of both steps, and what stays between steps of each
     "Peak memory of both kinds of steps"
-    size = lambda *modules: sum(t.numel()*t.element_size() for m in modules if m is not None for t in [*m.parameters(), *m.buffers()])
-    state = lambda opt: sum(v.numel()*v.element_size() for s in opt.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    size = lambda *modules: sum(t.numel()*t.element_size() for m in modules if m is not None
+                                for t in [*m.parameters(), *m.buffers()])
+    state = lambda opt: sum(v.numel()*v.element_size() for s in opt.state.values()
+                            for v in s.values() if isinstance(v, torch.Tensor))
     bound = size(self.plain, self.plain_teacher) + state(self.plain_optimizer) + peak_memory(self.bound, self.device)
     full = size(self.lesson, self.teacher) + state(self.optimizer) + peak_memory(self.full, self.device)
     return dict(bound=bound, full=full, ratio=full/bound)
@@ -273,7 +293,8 @@ class Noise:
         n:int,     # images
         size:int,  # pixels
     ):
-        self.images, self.labels = torch.randint(256, (n, 3, size, size), dtype=torch.uint8), torch.zeros(n, dtype=torch.long)
+        self.images, self.labels = (torch.randint(256, (n, 3, size, size), dtype=torch.uint8),
+                                    torch.zeros(n, dtype=torch.long))
 
     def __len__(self): return len(self.images)
 
@@ -286,9 +307,11 @@ def pipeline(self:Bench,
 )->float: # images/s
     "How many images a second the loader delivers"
     v, student = self.recipe.views, input_size(self.lesson.student)
-    views = Views(student, None if self.clean is None else self.clean.shape[-1], geometry=v.geometry, crop_scale=tuple(v.crop_scale), flip=v.flip, photometry=v.photometry, erase=v.erase)
+    views = Views(student, None if self.clean is None else self.clean.shape[-1], geometry=v.geometry,
+                  crop_scale=tuple(v.crop_scale), flip=v.flip, photometry=v.photometry, erase=v.erase)
     noise = Noise(self.B*(batches + 4), student if student <= 64 else 256)
-    batch, start = iter(build_loader(noise, None, views, self.B, workers=min(self.recipe.data.workers, os.cpu_count()))), None
+    batch, start = iter(build_loader(noise, None, views, self.B,
+                                     workers=min(self.recipe.data.workers, os.cpu_count()))), None
     for i in range(batches + 4):
         next(batch)
         if i == 3: start = time.perf_counter()       # workers have started by now
@@ -334,7 +357,9 @@ def growth(
             b = Bench(varied(recipe, what, value), device)
             b.bound(); b.full()
             parts = b.parts(steps)
-            out.setdefault(what, []).append(dict(value=value, bound=sum(v for k,v in parts.items() if k.startswith('bound/')), **additions(parts)))
+            out.setdefault(what, []).append(dict(value=value,
+                                                 bound=sum(v for k,v in parts.items() if k.startswith('bound/')),
+                                                 **additions(parts)))
     return out
 
 # %% ../../nbs/training/66_bench.ipynb #4591c6c1
@@ -347,7 +372,7 @@ def bench(
     sizes=None,           # for `growth`, or a function from the recipe to them; left out if None
     cached:bool=False,    # the teacher's answers come from a disk
     hold:bool=True,       # keep freed memory, as the trainer does on a CPU
-    gpu_checks:bool=True, # on a GPU: name the largest kernels, and make 20 steps in which waiting for the device is an error
+    gpu_checks:bool=True, # on a GPU: name the largest kernels, and make 20 steps in which waiting for it is an error
 )->dict:
     "Measure a recipe's step beside its lower bound"
     chosen = load_recipe(recipe, overrides)
@@ -355,9 +380,11 @@ def bench(
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     b = Bench(r, device, cached=cached, hold=hold)
     timed, parts = race(b.bound, b.full, device, reps), b.parts()
-    result = dict(recipe=recipe, overrides=list(overrides), cached=cached, hold=hold, B=b.B, precision=r.train.precision, compile=r.train.compile, time=timed, parts=parts, additions=additions(parts),
-                  memory=b.memory(), images_per_s=dict(step=b.B/timed['full'], pipeline=b.pipeline()), date=time.strftime('%Y-%m-%d'),
-                  environment=environment() | dict(cpu=_cpu()))
+    result = dict(recipe=recipe, overrides=list(overrides), cached=cached, hold=hold, B=b.B,
+                  precision=r.train.precision, compile=r.train.compile,
+                  time=timed, parts=parts, additions=additions(parts), memory=b.memory(),
+                  images_per_s=dict(step=b.B/timed['full'], pipeline=b.pipeline()),
+                  date=time.strftime('%Y-%m-%d'), environment=environment() | dict(cpu=_cpu()))
     if device == 'cuda' and gpu_checks: result |= dict(kernels=b.kernels(), without_waiting=_checked(b))
     if sizes: result['growth'] = growth(r, sizes(r) if callable(sizes) else sizes, device)
     if out is not None: write(result, out)
@@ -432,7 +459,10 @@ def table(
 )->str:
     "The numbers as lines of text"
     t, m, i = result['time'], result['memory'], result['images_per_s']
-    rows = [('lower bound', f"{t['bound']:.3f} s"), ('full step', f"{t['full']:.3f} s"), ('ratio', f"{t['ratio']:.2f} (quartiles {t['low']:.2f} to {t['high']:.2f})")]
+    rows = [('lower bound', f"{t['bound']:.3f} s"),
+            ('full step', f"{t['full']:.3f} s"),
+            ('ratio', f"{t['ratio']:.2f} (quartiles {t['low']:.2f} to {t['high']:.2f})")]
     rows += [(f'  {k}', f"{v:.3f} s") for k,v in result['additions'].items()]
-    rows += [('peak memory', f"{m['full']/2**20:.0f} MiB, {m['ratio']:.2f} of the bound's {m['bound']/2**20:.0f} MiB"), ('images/s', f"{i['step']:.0f} used, {i['pipeline']:.0f} delivered")]
+    rows += [('peak memory', f"{m['full']/2**20:.0f} MiB, {m['ratio']:.2f} of the bound's {m['bound']/2**20:.0f} MiB"),
+             ('images/s', f"{i['step']:.0f} used, {i['pipeline']:.0f} delivered")]
     return '\n'.join(f'{a:<14} {b}' for a,b in rows)

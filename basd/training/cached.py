@@ -23,8 +23,12 @@ def refuse_moving(
 ):
     "A cache is of one view; say so where there are many"
     moving = views.geometry == 'shared' and (views.flip > 0 or tuple(views.crop_scale) != (1., 1.))
-    if moving: raise ValueError("teacher.cache with views.geometry='shared': crops and flips show the teacher another view in every epoch; set views.geometry to 'fixed' or 'independent', or leave the cache out")
-    if blended: raise ValueError("teacher.cache with views.teacher_sees_blend=true: the teacher sees other images in every epoch; set it to false, or leave the cache out")
+    if moving:
+        raise ValueError("teacher.cache with views.geometry='shared': crops and flips show the teacher another view "
+                         "in every epoch; set views.geometry to 'fixed' or 'independent', or leave the cache out")
+    if blended:
+        raise ValueError("teacher.cache with views.teacher_sees_blend=true: the teacher sees other images "
+                         "in every epoch; set it to false, or leave the cache out")
 
 # %% ../../nbs/training/64_cached.ipynb #3becd63e
 class CachedTeacher:
@@ -46,12 +50,17 @@ class CachedTeacher:
         features = self.ask([0])
         self.form = RecordForm.of(features)
         self.layout = Layout({k: v.shape[1:] for k,v in to_record(features, self.form).items()}, dtype)
-        self.rows = torch.full((len(images),), -1).scatter_(0, torch.as_tensor(indices), torch.arange(len(indices)))  # image → record
+        # image → record
+        self.rows = torch.full((len(images),), -1).scatter_(0, torch.as_tensor(indices), torch.arange(len(indices)))
         weights = teacher.state_dict() | {n: b for n,b in teacher.named_buffers() if n in ('mean', 'std')}
-        parts = dict(teacher=fingerprint(weights), layers=fingerprint([teacher.names, self.form.forms]), view=fingerprint([views.size_t, views.interpolation, views.geometry]), images=fingerprint([images.fingerprint(), list(indices)]))
+        parts = dict(teacher=fingerprint(weights),
+                     layers=fingerprint([teacher.names, self.form.forms]),
+                     view=fingerprint([views.size_t, views.interpolation, views.geometry]),
+                     images=fingerprint([images.fingerprint(), list(indices)]))
         self.cache = Cache(folder, self.layout, len(indices), parts, shard)
 
-    def __repr__(self): return f'CachedTeacher({self.cache!r}, attention as {", ".join(sorted(set(self.form.forms) - {""})) or "none"})'
+    def __repr__(self):
+        return f'CachedTeacher({self.cache!r}, attention as {", ".join(sorted(set(self.form.forms) - {""})) or "none"})'
 
 # %% ../../nbs/training/64_cached.ipynb #980a4553
 @patch

@@ -32,7 +32,8 @@ def save(
 ):
     "Write a checkpoint atomically, with a digest of its content"
     def write(p):
-        with open(p, 'wb') as f: torch.save({'state': state, 'digest': digest(state)}, f)   # a file of ours tells why it could not be written
+        # a file of ours tells why it could not be written
+        with open(p, 'wb') as f: torch.save({'state': state, 'digest': digest(state)}, f)
     write_atomic(path, write, keep)
 
 # %% ../../nbs/training/61_checkpoints.ipynb #173f27ea
@@ -51,10 +52,16 @@ def load(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
     try: content = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError: raise ValueError(f"{path.name} is damaged, or holds more than tensors and plain data and is no checkpoint of this trainer; it was not opened") from None
-    except Exception as e: raise ValueError(f"{path.name} cannot be read as a checkpoint ({_first_line(e)}); it is truncated, damaged or not one") from None
-    if not isinstance(content, dict) or content.keys() != {'state', 'digest'}: raise ValueError(f"{path.name} is not a checkpoint of this trainer")
-    if digest(content['state']) != content['digest']: raise ValueError(f"{path.name} is damaged: its content does not match its checksum")
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path.name} is damaged, or holds more than tensors and plain data and is no checkpoint "
+                         "of this trainer; it was not opened") from None
+    except Exception as e:
+        raise ValueError(f"{path.name} cannot be read as a checkpoint ({_first_line(e)}); "
+                         "it is truncated, damaged or not one") from None
+    if not isinstance(content, dict) or content.keys() != {'state', 'digest'}:
+        raise ValueError(f"{path.name} is not a checkpoint of this trainer")
+    if digest(content['state']) != content['digest']:
+        raise ValueError(f"{path.name} is damaged: its content does not match its checksum")
     return _to(content['state'], device)
 
 def _to(x, device):
@@ -99,32 +106,43 @@ def start_run(
     path,
     recipe:Recipe,
     resume:bool=False, # go on with the run that `path` holds, or begin it if `path` is empty
-    images:dict|None=None, # fingerprints of the images, "train" and "test"; None: they are not recorded, and not compared
+    images:dict|None=None, # fingerprints of the images, "train" and "test"; None: neither recorded nor compared
 )->Path:
     "Make the run directory, or check that the one there holds a run of the same recipe"
     path = Path(path)
     if resume and path.is_dir(): sweep(path)
     if resume and (path/'recipe.yaml').is_file(): return _same_images(_same_recipe(path, recipe), images)
-    there = [p.name for p in path.iterdir() if p.name != 'environment.json' and p.name[0] != '.'] if path.is_dir() else []  # more than a killed start leaves
-    if resume and there: raise FileNotFoundError(f"{path} is not a run directory: it holds {there[0]} and no recipe.yaml")
-    if there or path.exists() and not path.is_dir(): raise ValueError(f"{path} is not empty and will not be written over; resume it with --resume, or choose another --run-dir")
+    # more than a killed start leaves
+    there = ([p.name for p in path.iterdir() if p.name != 'environment.json' and p.name[0] != '.']
+             if path.is_dir() else [])
+    if resume and there:
+        raise FileNotFoundError(f"{path} is not a run directory: it holds {there[0]} and no recipe.yaml")
+    if there or path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is not empty and will not be written over; resume it with --resume, "
+                         "or choose another --run-dir")
     path.mkdir(parents=True, exist_ok=True)
-    write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(environment() | ({} if images is None else dict(data=images)), indent=1)))
+    write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(
+        environment() | ({} if images is None else dict(data=images)), indent=1)))
     write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
     return path
 
 def _same_recipe(path, recipe):
     changed = differences(as_tree(read_run(path)), as_tree(recipe))
-    if changed: raise ValueError(f"{path} holds a run of another recipe; {changed[0]} (there, here); resume with the same recipe or begin a new run")
+    if changed:
+        raise ValueError(f"{path} holds a run of another recipe; {changed[0]} (there, here); "
+                         "resume with the same recipe or begin a new run")
     return path
 
 def _same_images(path, images):
     try: there = dict(json.loads((path/'environment.json').read_text()).get('data') or {})
     except FileNotFoundError: there = {}
-    except (ValueError, TypeError, AttributeError, RecursionError): raise ValueError(f"{path}/environment.json is damaged and does not say what images the run began with; delete it to resume without asking") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path}/environment.json is damaged and does not say what images the run began with; "
+                         "delete it to resume without asking") from None
     for split, mark in (images or {}).items():
         if there.get(split, mark) != mark:
-            raise ValueError(f"{path} holds a run of other {dict(train='training').get(split, split)} images (fingerprint {there[split]} there, {mark} here); put those back, or begin a new run")
+            raise ValueError(f"{path} holds a run of other {dict(train='training').get(split, split)} images "
+                             f"(fingerprint {there[split]} there, {mark} here); put those back, or begin a new run")
     return path
 
 # %% ../../nbs/training/61_checkpoints.ipynb #a67beb9d
@@ -133,7 +151,8 @@ def read_run(
 )->Recipe:
     "The recipe of the run in `path`"
     path = Path(path)
-    if not (path/'recipe.yaml').is_file(): raise FileNotFoundError(f"{path} is not a run directory: it holds no recipe.yaml")
+    if not (path/'recipe.yaml').is_file():
+        raise FileNotFoundError(f"{path} is not a run directory: it holds no recipe.yaml")
     return load_recipe(str(path/'recipe.yaml'))['']
 
 # %% ../../nbs/training/61_checkpoints.ipynb #1479ebc3
@@ -141,7 +160,8 @@ def environment()->dict:
     "Versions, hardware and git state under which a run is made"
     names = ['basd', 'torch', 'torchvision', 'timm', 'numpy', 'scikit-learn', 'pydantic']
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(versions={n: _version(n) for n in names}, python=platform.python_version(), system=platform.system(), machine=platform.machine(),
+    return dict(versions={n: _version(n) for n in names}, python=platform.python_version(),
+                system=platform.system(), machine=platform.machine(),
                 cpus=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, ranks=world(), git=_git())
 
 def _version(name):
@@ -150,7 +170,8 @@ def _version(name):
 
 def _git():
     "Commit of the package's checkout and whether it is clean; None outside of a checkout"
-    run = lambda *a: subprocess.run(['git', '-C', str(Path(basd.__file__).parent), *a], capture_output=True, text=True, timeout=10)
+    run = lambda *a: subprocess.run(['git', '-C', str(Path(basd.__file__).parent), *a],
+                                    capture_output=True, text=True, timeout=10)
     try: commit, dirty = run('rev-parse', 'HEAD'), run('status', '--porcelain')
     except (OSError, subprocess.TimeoutExpired): return None
     return dict(commit=commit.stdout.strip(), clean=not dirty.stdout) if commit.returncode == 0 else None
@@ -163,7 +184,10 @@ def hold_run(
     try: import fcntl
     except ImportError: return None                         # a system without such locks
     lock = open(Path(path)/'.lock', 'w')
-    try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # not shared with reader processes, which may outlive a killed trainer
+    # not shared with reader processes, which may outlive a killed trainer
+    try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        if e.errno in (errno.EACCES, errno.EAGAIN): raise ValueError(f"another process is training in {path}; end it first, or choose another --run-dir") from None
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(f"another process is training in {path}; "
+                             "end it first, or choose another --run-dir") from None
     return lock

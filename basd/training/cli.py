@@ -27,8 +27,10 @@ from .trainer import NonFiniteLoss, Trainer
 # %% ../../nbs/training/79_cli.ipynb #e84727cb
 def recipes()->list: # (name, about, paper) triples
     "Packaged recipes, with one line about each and where its method is published"
-    short = lambda paper: paper.replace('https://arxiv.org/abs/', 'arXiv:').replace('https://doi.org/', 'doi:').removeprefix('https://')
-    return [(name, r.get('about', ''), short(r.get('paper', ''))) for name in recipe_names() if (r := read_recipe(name))]
+    short = lambda paper: (paper.replace('https://arxiv.org/abs/', 'arXiv:').replace('https://doi.org/', 'doi:')
+                           .removeprefix('https://'))
+    return [(name, r.get('about', ''), short(r.get('paper', '')))
+            for name in recipe_names() if (r := read_recipe(name))]
 
 # %% ../../nbs/training/79_cli.ipynb #d3d991b5
 def train(
@@ -52,7 +54,8 @@ def train(
                 if rank() == 0: start_run(place, r, resume=True) # of the same recipe?
                 results[stage] = read_result(place)
                 continue
-            results[stage] = Trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars).train()
+            results[stage] = Trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()),
+                                     bars=bars).train()
             if results[stage] is None: break
         if rank() == 0: summarise(run, results)
     return results
@@ -68,7 +71,8 @@ def connect(
     if (r.teacher.run or '').startswith('stage:'): r.teacher.run = str(run/earlier(r.teacher.run, stages, stage))
     for o in r.teacher.others:
         if (o.get('run') or '').startswith('stage:'): o['run'] = str(run/earlier(o['run'], stages, stage))
-    if (r.student.checkpoint or '').startswith('stage:'): r.student.checkpoint = str(run/earlier(r.student.checkpoint, stages, stage)/'student.safetensors')
+    if (r.student.checkpoint or '').startswith('stage:'):
+        r.student.checkpoint = str(run/earlier(r.student.checkpoint, stages, stage)/'student.safetensors')
     for model in (r.student.model, r.teacher.model, *(o.get('model') for o in r.teacher.others)):
         if model is not None: check_name(model)
 
@@ -80,7 +84,9 @@ def earlier(
 )->str:
     "The stage that `reference` names, which must come before `stage`"
     name, before = reference.removeprefix('stage:'), list(stages)[:list(stages).index(stage)]
-    if name not in before: raise ValueError(f"{reference!r} in stage {stage!r} must name an earlier stage; allowed: {', '.join(before) or 'none'}")
+    if name not in before:
+        raise ValueError(f"{reference!r} in stage {stage!r} must name an earlier stage; "
+                         f"allowed: {', '.join(before) or 'none'}")
     return name
 
 # %% ../../nbs/training/79_cli.ipynb #d26189ce
@@ -100,7 +106,8 @@ def check_device(
 ):
     "Refuse a device that is not there"
     if device not in (None, 'cpu', 'cuda'): raise ValueError(f"--device {device}: choose cpu or cuda")
-    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError("--device cuda: there is no GPU here that torch can use; choose cpu")
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU here that torch can use; choose cpu")
 
 # %% ../../nbs/training/79_cli.ipynb #a0042e0c
 def default_run_dir(
@@ -122,8 +129,10 @@ def summarise(
     for stage,r in results.items():
         if r is None: print(f"{run/stage}: stopped on request and saved; go on with --resume --run-dir {run}"); continue
         rest = ', '.join(f"{k} {v['top1']:.2f}" for k,v in r['test'].items() if k != r['headline'])
-        print(f"{run/stage}: test top-1 {r['test'][r['headline']]['top1']:.2f} % ({r['headline']} weights; {rest}), {r['seconds']:.0f} s")
-    if len(results) > 1 and all(results.values()): print('accuracy ' + ' · '.join(f"{k} {v['test'][v['headline']]['top1']:.2f} %" for k,v in results.items()))
+        print(f"{run/stage}: test top-1 {r['test'][r['headline']]['top1']:.2f} % "
+              f"({r['headline']} weights; {rest}), {r['seconds']:.0f} s")
+    if len(results) > 1 and all(results.values()):
+        print('accuracy ' + ' · '.join(f"{k} {v['test'][v['headline']]['top1']:.2f} %" for k,v in results.items()))
 
 # %% ../../nbs/training/79_cli.ipynb #772dcd2b
 class Parser(argparse.ArgumentParser):
@@ -139,7 +148,8 @@ def number(
     def read(text):
         try: n = int(text)
         except ValueError: n = None
-        if n is None or not least <= n <= most: raise argparse.ArgumentTypeError(f"{text!r} should be a number from {least} to {most}")
+        if n is None or not least <= n <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} should be a number from {least} to {most}")
         return n
     return read
 
@@ -153,32 +163,48 @@ def parser()->argparse.ArgumentParser:
     t.add_argument('overrides', nargs='*', metavar='key=value', help='change the recipe, as in train.epochs=3')
     t.add_argument('--run-dir', help='where the run goes (default runs/<recipe>-<time>)')
     t.add_argument('--resume', action='store_true', help='go on with the run in --run-dir')
-    e = sub.add_parser('evaluate', help="measure a run's weights on its test split", description='Accuracy of every set of weights; then, for one of them, report.json and report.png in the run directory.')
+    e = sub.add_parser('evaluate', help="measure a run's weights on its test split",
+                       description='Accuracy of every set of weights; then, for one of them, '
+                                   'report.json and report.png in the run directory.')
     e.add_argument('run_dir')
-    e.add_argument('--weights', default='all', help='last, best, ema, headline or all (default); the report is about the headline unless one is named')
-    e.add_argument('--on', metavar='SOURCE', help="judge on other images, in the words of data.source, as torch/cifar10 or a folder")
+    e.add_argument('--weights', default='all',
+                   help='last, best, ema, headline or all (default); '
+                        'the report is about the headline unless one is named')
+    e.add_argument('--on', metavar='SOURCE',
+                   help="judge on other images, in the words of data.source, as torch/cifar10 or a folder")
     e.add_argument('--quick', action='store_true', help='accuracy only: no report.json and no figure sheet')
-    e.add_argument('--corrupted', type=number(0), default=1000, metavar='N', help='test images for robustness (default 1000; 0: leave it out)')
-    a = sub.add_parser('analyze', help='attention, CKA, curvature, spectra and mixing of runs, side by side', description='Metrics: attention, cka, hessian, spectrum, mixing.')
+    e.add_argument('--corrupted', type=number(0), default=1000, metavar='N',
+                   help='test images for robustness (default 1000; 0: leave it out)')
+    a = sub.add_parser('analyze', help='attention, CKA, curvature, spectra and mixing of runs, side by side',
+                       description='Metrics: attention, cka, hessian, spectrum, mixing.')
     a.add_argument('run_dirs', nargs='+', metavar='run_dir')
     a.add_argument('--metrics', help='which of them, with commas (default: all)')
     a.add_argument('--output-dir', default='analysis', help='gets analysis.json and the figures (default analysis)')
     a.add_argument('--weights', default='headline', help='last, best, ema or headline (default)')
     a.add_argument('--images', type=number(1), default=512, help='images shown (default 512)')
-    c = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure', description='Resumes what was interrupted. Labels alone are added as the baseline. One teacher a seed is trained for all.')
+    c = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure',
+                       description='Resumes what was interrupted. Labels alone are added as the baseline. '
+                                   'One teacher a seed is trained for all.')
     c.add_argument('recipes', nargs='+', metavar='recipe', help='names of packaged recipes or .yaml files')
     c.add_argument('--seeds', type=number(1, 1000), default=3, help='how many (default 3)')
     c.add_argument('--set', nargs='*', default=[], dest='overrides', metavar='key=value', help='change all recipes')
     c.add_argument('--jobs', type=number(1, 1000), default=1, help='runs side by side (default 1)')
-    c.add_argument('--folder', default='runs/compare', help='runs, table.md, table.csv, results.json and race.png (default runs/compare)')
-    b = sub.add_parser('bench', help="time a recipe's step beside its lower bound", description='Needs neither data nor weights. For a CPU, choose a batch it can hold: data.batch_size=16')
-    b.add_argument('recipe', nargs='?', default='basd_imagenet', help='name of a packaged recipe or a .yaml file (default basd_imagenet)')
+    c.add_argument('--folder', default='runs/compare',
+                   help='runs, table.md, table.csv, results.json and race.png (default runs/compare)')
+    b = sub.add_parser('bench', help="time a recipe's step beside its lower bound",
+                       description='Needs neither data nor weights. '
+                                   'For a CPU, choose a batch it can hold: data.batch_size=16')
+    b.add_argument('recipe', nargs='?', default='basd_imagenet',
+                   help='name of a packaged recipe or a .yaml file (default basd_imagenet)')
     b.add_argument('overrides', nargs='*', metavar='key=value', help='change the recipe, as in data.batch_size=16')
     b.add_argument('--out', help='folder for bench.json and bench.png')
     b.add_argument('--reps', type=number(1), default=7, help='pairs of steps (default 7)')
-    b.add_argument('--cached', action='store_true', help="read the teacher's answers from a cache, as from the second epoch on")
-    b.add_argument('--release', action='store_true', help='let freed memory go back to the system, which a CPU run otherwise keeps')
-    b.add_argument('--growth', action='store_true', help='also with other batch sizes, token counts, widths, layers and points')
+    b.add_argument('--cached', action='store_true',
+                   help="read the teacher's answers from a cache, as from the second epoch on")
+    b.add_argument('--release', action='store_true',
+                   help='let freed memory go back to the system, which a CPU run otherwise keeps')
+    b.add_argument('--growth', action='store_true',
+                   help='also with other batch sizes, token counts, widths, layers and points')
     for s in (t, e, a, c, b): s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
     r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
     r.add_argument('name', nargs='?', help='print this recipe')
@@ -191,7 +217,8 @@ def parse(
     "Read the command line"
     p = parser()
     args, rest = p.parse_known_args(argv)
-    if args.command in ('train', 'bench') and all('=' in w and not w.startswith('-') for w in rest): args.overrides += rest
+    if args.command in ('train', 'bench') and all('=' in w and not w.startswith('-') for w in rest):
+        args.overrides += rest
     elif rest: p.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
@@ -201,7 +228,8 @@ def run(
 ):
     "Do what the command line says"
     check_device(getattr(args, 'device', None))
-    for option in ('out', 'output_dir', 'folder'): check_folder('--' + option.replace('_', '-'), getattr(args, option, None))
+    for option in ('out', 'output_dir', 'folder'):
+        check_folder('--' + option.replace('_', '-'), getattr(args, option, None))
     if args.command == 'train':
         if args.resume and not args.run_dir: raise ValueError("--resume needs --run-dir, the run to go on with")
         train(args.recipe, *args.overrides, run_dir=args.run_dir, resume=args.resume, device=args.device)
@@ -209,16 +237,20 @@ def run(
         judge(args)
     elif args.command == 'analyze':
         from basd.training.analyze import analyze, told
-        done, left = told(analyze(*args.run_dirs, wanted=args.metrics and args.metrics.split(','), output_dir=args.output_dir, weights=args.weights, images=args.images, device=args.device), args.output_dir)
+        done, left = told(analyze(*args.run_dirs, wanted=args.metrics and args.metrics.split(','),
+                                  output_dir=args.output_dir, weights=args.weights, images=args.images,
+                                  device=args.device), args.output_dir)
         for line in done: print(line)
         for line in left: print(f'basd: {line}', file=sys.stderr)
         if not done: raise ValueError("nothing could be analysed; the lines above say why")
     elif args.command == 'compare':
         from basd.training import compare as race
-        print(race.told(race.compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder, jobs=args.jobs, device=args.device)))
+        print(race.told(race.compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder,
+                                     jobs=args.jobs, device=args.device)))
     elif args.command == 'bench':
         from basd.training.bench import bench, sizes_around, table     # the profiler is not for everyday starts
-        print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device, cached=args.cached, hold=not args.release, sizes=sizes_around if args.growth else None)))
+        print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device,
+                          cached=args.cached, hold=not args.release, sizes=sizes_around if args.growth else None)))
     elif args.name: print(yaml.safe_dump(read_recipe(args.name), sort_keys=False, allow_unicode=True), end='')
     else:
         for name,about,paper in recipes(): print(f'{name:24} {about}' + f' [{paper}]'*bool(paper))
@@ -231,7 +263,8 @@ def check_folder(
     "Refuse to begin where the result could not be written"
     if path is None: return
     there = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK): raise ValueError(f"{option} {path}: {there} is not a folder in which one may write; choose another")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {path}: {there} is not a folder in which one may write; choose another")
 
 # %% ../../nbs/training/79_cli.ipynb #10b491ed
 def judge(
@@ -242,9 +275,12 @@ def judge(
     try: found = evaluate(args.run_dir, args.weights, args.device, args.on)
     except OtherClasses as e: found = print(f'basd: {e}', file=sys.stderr) or {}
     for name,r in found.items():
-        if rank() == 0: print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  cross-entropy {r['loss']:.4f}  ({r['n']} images)")
+        if rank() == 0:
+            print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  "
+                  f"cross-entropy {r['loss']:.4f}  ({r['n']} images)")
     if args.quick or 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1: return
-    print(summary(look(args.run_dir, 'headline' if args.weights == 'all' else args.weights, args.device, args.on, args.corrupted)))
+    print(summary(look(args.run_dir, 'headline' if args.weights == 'all' else args.weights, args.device, args.on,
+                       args.corrupted)))
 
 # %% ../../nbs/training/79_cli.ipynb #924f0bfb
 def main(
@@ -275,8 +311,10 @@ def complain(
 )->int: # exit status
     "Say what is wrong with the input in one sentence"
     lines = [l.strip() for l in str(error).splitlines() if l.strip()] or [type(error).__name__]
-    text = lines[-1] if lines[0].startswith('Caught ') else ' '.join(lines)     # an error from a reader process ends in its own message
+    # an error from a reader process ends in its own message
+    text = lines[-1] if lines[0].startswith('Caught ') else ' '.join(lines)
     for kind in ('ValueError: ', 'FileNotFoundError: ', 'OSError: '): text = text.removeprefix(kind)
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None: text = f"{error.filename}: {(error.strerror or 'cannot be used').lower()}"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        text = f"{error.filename}: {(error.strerror or 'cannot be used').lower()}"
     print(f"basd: {text.encode(errors='backslashreplace').decode()}", file=sys.stderr)
     return 2

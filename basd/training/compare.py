@@ -33,14 +33,15 @@ from ..methods.objective import find_objective
 from .checkpoints import environment, read_run, write_atomic
 from .lesson import processes
 from .metrics import read_log
-from .recipes import Recipe, TeacherRecipe, as_tree, differences, load_recipe, read_recipe, resolve, write_recipe
+from .recipes import (Recipe, TeacherRecipe, as_tree, differences, load_recipe, read_recipe, resolve,
+                                   write_recipe)
 from .trainer import Trainer, on_sigterm
 
 # %% ../../nbs/training/68_compare.ipynb #c2d16b21
 def paired(
     mine:dict, # seed → accuracy (%)
     base:dict, # of the baseline
-)->dict: # difference (mean, in points), half (of its 95 % interval), p; None where the seeds that both have do not give it
+)->dict: # difference (mean, in points), half (of its 95 % interval), p; None where the shared seeds do not give it
     "Paired t-test of a method against the baseline, over the seeds that both have"
     d = [mine[s] - base[s] for s in sorted(mine.keys() & base.keys())]
     n, out = len(d), dict(difference=None, half=None, p=None)
@@ -48,7 +49,9 @@ def paired(
     if n < 2: return out
     spread = statistics.stdev(d)
     out['half'] = float(stats.t.ppf(.975, n - 1))*spread/math.sqrt(n)
-    if spread > 1e-9: out['p'] = float(stats.ttest_rel([mine[s] for s in sorted(mine.keys() & base.keys())], [base[s] for s in sorted(mine.keys() & base.keys())]).pvalue)
+    if spread > 1e-9:
+        out['p'] = float(stats.ttest_rel([mine[s] for s in sorted(mine.keys() & base.keys())],
+                                         [base[s] for s in sorted(mine.keys() & base.keys())]).pvalue)
     return out
 
 # %% ../../nbs/training/68_compare.ipynb #1dba26f6
@@ -65,7 +68,8 @@ def references(
     recipe:Recipe,
 )->dict: # "teacher", "student" or the number of a further teacher → stage
     "The stages on which a recipe builds"
-    said = dict(teacher=recipe.teacher.run, student=recipe.student.checkpoint) | {i: o.get('run') for i,o in enumerate(recipe.teacher.others)}
+    said = (dict(teacher=recipe.teacher.run, student=recipe.student.checkpoint)
+            | {i: o.get('run') for i,o in enumerate(recipe.teacher.others)})
     return {k: v.removeprefix('stage:') for k,v in said.items() if (v or '').startswith('stage:')}
 
 # %% ../../nbs/training/68_compare.ipynb #73b9eb51
@@ -79,7 +83,8 @@ def frame(
     tree['train'] = {k: v for k,v in tree['train'].items() if k != 'seed'}
     for side, entry in (('teacher', 'run'), ('student', 'checkpoint')):
         if side in refs: tree[side] = tree[side] | {entry: None}
-    tree['teacher'] = tree['teacher'] | dict(others=[o | dict(run=None) if i in refs else o for i,o in enumerate(tree['teacher']['others'])])
+    tree['teacher'] = tree['teacher'] | dict(others=[o | dict(run=None) if i in refs else o
+                                                     for i,o in enumerate(tree['teacher']['others'])])
     return tree
 
 # %% ../../nbs/training/68_compare.ipynb #1e8e9978
@@ -102,10 +107,13 @@ def legs_of(
     used = {s for r in stages.values() for s in references(r).values()}
     for stage, r in stages.items():
         for s in references(r).values():
-            if s not in legs: raise ValueError(f"'stage:{s}' in stage {stage!r} of {recipe} must name an earlier stage; allowed: {', '.join(legs) or 'none'}")
+            if s not in legs:
+                raise ValueError(f"'stage:{s}' in stage {stage!r} of {recipe} must name an earlier stage; "
+                                 f"allowed: {', '.join(legs) or 'none'}")
         refs = {side: legs[s].place for side,s in references(r).items()}
         key = fingerprint([frame(r, refs), sorted((str(k), v) for k,v in refs.items())])
-        legs[stage] = Leg(f"{'teachers' if stage == 'teacher' else 'stages'}/{stage or Path(recipe).stem}-{key[:8]}", r, refs, key)
+        legs[stage] = Leg(f"{'teachers' if stage == 'teacher' else 'stages'}/{stage or Path(recipe).stem}-{key[:8]}",
+                          r, refs, key)
     return legs, [s for s in legs if s != 'teacher' and s not in used]
 
 # %% ../../nbs/training/68_compare.ipynb #5df8e615
@@ -125,14 +133,19 @@ def enter(
 ):
     "Add the rivals of a recipe"
     legs, ends = legs_of(recipe, overrides)
-    if not ends: raise ValueError(f"{recipe} has no stage besides its teacher, so there is nothing to compare; give it a stage for the student")
+    if not ends:
+        raise ValueError(f"{recipe} has no stage besides its teacher, so there is nothing to compare; "
+                         "give it a stage for the student")
     race.others |= {leg.place: leg for stage,leg in legs.items() if stage not in ends}
     for stage in ends:
         leg, stem = legs[stage], Path(recipe).stem
         twin = next((n for n,l in race.rivals.items() if l.key == leg.key), None)
         names = [n for n in (stem if len(ends) == 1 else stage, f'{stem}/{stage}') if n not in race.rivals]
-        if twin: race.notes += [f"{stage or stem} of {stem} is the same training as {twin} and was run once"]*(twin not in (stem, stage))
-        elif not names or not stage and stem in race.rivals: raise ValueError(f"two different rivals are called {stem!r}; rename one of the files")
+        if twin:
+            race.notes += ([f"{stage or stem} of {stem} is the same training as {twin} and was run once"]
+                           *(twin not in (stem, stage)))
+        elif not names or not stage and stem in race.rivals:
+            raise ValueError(f"two different rivals are called {stem!r}; rename one of the files")
         else: race.rivals[names[0]] = replace(leg, place=names[0])
 
 # %% ../../nbs/training/68_compare.ipynb #e795512b
@@ -152,7 +165,9 @@ def with_baseline(
 ):
     "Find the baseline among the rivals, or put it before them"
     if baseline not in race.rivals:
-        if baseline != 'ce': raise ValueError(f"baseline {baseline!r} is not among the rivals; allowed: {', '.join(dict.fromkeys(['ce', *race.rivals]))}")
+        if baseline != 'ce':
+            raise ValueError(f"baseline {baseline!r} is not among the rivals; "
+                             f"allowed: {', '.join(dict.fromkeys(['ce', *race.rivals]))}")
         plain = by_labels(next(iter(race.rivals.values())))
         twin = next((n for n,l in race.rivals.items() if l.key == plain.key), None)
         if twin is None: race.rivals = {'ce': plain} | race.rivals
@@ -164,16 +179,24 @@ def budget_notes(
     race:Field,
 )->list:
     "Where the rivals differ in more than the method"
-    out, shared, taught = [], lambda leg: {k: v for k,v in frame(leg.recipe, leg.refs).items() if k not in ('method', 'teacher')}, {}
+    out, shared, taught = [], lambda leg: {k: v for k,v in frame(leg.recipe, leg.refs).items()
+                                           if k not in ('method', 'teacher')}, {}
     base, groups = shared(race.rivals[race.baseline]), {}
     for name,leg in race.rivals.items():
         if text := '; '.join(differences(base, shared(leg))): groups.setdefault(text, []).append(name)
         stages = [race.others[p] for p in before(leg, race.others) if not p.startswith('teachers/')]
-        if stages: out.append(f"{name} is trained in {len(stages) + 1} stages of {' + '.join(str(l.recipe.train.epochs) for l in [*stages, leg])} epochs, all of whose time is counted")
+        if stages:
+            out.append(f"{name} is trained in {len(stages) + 1} stages of "
+                       f"{' + '.join(str(l.recipe.train.epochs) for l in [*stages, leg])} epochs, "
+                       "all of whose time is counted")
         t, method = leg.recipe.teacher, leg.recipe.method
-        if find_objective(method.name).needs(method.options).teacher: taught.setdefault(leg.refs.get('teacher') or t.run or t.model, []).append(name)
-    out = [f"{', '.join(names)}: not {race.baseline} in more than the method ({race.baseline}, here): {text}" for text,names in groups.items()] + out
-    return out + ([f"the teachers are not the same: {'; '.join(f'{t} for ' + ', '.join(names) for t,names in taught.items())}"] if len(taught) > 1 else [])
+        if find_objective(method.name).needs(method.options).teacher:
+            taught.setdefault(leg.refs.get('teacher') or t.run or t.model, []).append(name)
+    out = [f"{', '.join(names)}: not {race.baseline} in more than the method ({race.baseline}, here): {text}"
+           for text,names in groups.items()] + out
+    return out + (["the teachers are not the same: "
+                   f"{'; '.join(f'{t} for ' + ', '.join(names) for t,names in taught.items())}"]
+                  if len(taught) > 1 else [])
 
 # %% ../../nbs/training/68_compare.ipynb #8889f8b4
 def before(
@@ -197,7 +220,9 @@ def assemble(
     if seeds: raise ValueError(f"{seeds[0]!r}: the seed is what a race varies; give seeds instead")
     stages = {s for r in recipes for s in (read_recipe(r).get('stages') or {})}
     for o in overrides:
-        if o.startswith('stages.') and o.split('.')[1].split('=')[0] not in stages: raise ValueError(f"{o!r}: no recipe has a stage of that name; allowed: {', '.join(sorted(stages)) or 'none'}")
+        if o.startswith('stages.') and o.split('.')[1].split('=')[0] not in stages:
+            raise ValueError(f"{o!r}: no recipe has a stage of that name; "
+                             f"allowed: {', '.join(sorted(stages)) or 'none'}")
     race = Field()
     for recipe in recipes: enter(race, recipe, overrides)
     with_baseline(race, baseline)
@@ -237,7 +262,8 @@ def runs_of(
     "All runs of a race: seed by seed, teachers and stages before those who need them"
     legs, places = list(race.rivals.values()), {}
     for leg in legs: places |= dict.fromkeys(before(leg, race.others))
-    return [run_of(leg, seed, folder, race.others) for seed in seeds for leg in [*(race.others[p] for p in places), *legs]]
+    return [run_of(leg, seed, folder, race.others)
+            for seed in seeds for leg in [*(race.others[p] for p in places), *legs]]
 
 # %% ../../nbs/training/68_compare.ipynb #36d0ed23
 def sentence(
@@ -245,7 +271,8 @@ def sentence(
 )->str:
     "What an error says, in one line"
     lines = [l.strip() for l in str(error).splitlines() if l.strip()] or ['no message']
-    text = lines[-1].removeprefix('ValueError: ') if lines[0].startswith('Caught ') else lines[0]     # a reader process ends in its own message
+    # a reader process ends in its own message
+    text = lines[-1].removeprefix('ValueError: ') if lines[0].startswith('Caught ') else lines[0]
     return text if isinstance(error, (ValueError, RuntimeError, OSError)) else f'{type(error).__name__}: {text}'
 
 # %% ../../nbs/training/68_compare.ipynb #6404a047
@@ -273,7 +300,8 @@ def settle(
             trainer = Trainer(load_recipe(str(recipe))[''], run, here, resume=(run/'recipe.yaml').is_file(), bars=False)
             trainer.t.log_every = min(trainer.t.log_every, max(1, trainer.per_epoch//2))
             size = lambda params: sum(p.numel() for p in params)
-            (run/'price.json').write_text(json.dumps(dict(student=size(trainer.groups[0]), extra=size(trainer.groups[1]))))
+            (run/'price.json').write_text(json.dumps(dict(student=size(trainer.groups[0]),
+                                                          extra=size(trainer.groups[1]))))
             return trainer.train() is not None
     except Exception as e: fail(run, sentence(e), traceback.format_exc())
     return True
@@ -283,7 +311,8 @@ def step_seconds(
     rows:list, # of kind "step"
 )->float|None:
     "Seconds a step: the median over rows of the log with nothing but steps between them"
-    spans = [(a['step'], b['step'], b['seconds'], round(b['step']/b['epoch'])) for a,b in zip([dict(step=0), *rows], rows)]
+    spans = [(a['step'], b['step'], b['seconds'], round(b['step']/b['epoch']))
+             for a,b in zip([dict(step=0), *rows], rows)]
     inside = [s/(b - a) for a,b,s,per in spans if a % per and a//per == (b - 1)//per]
     every  = [s/(b - a) for a,b,s,_ in spans]
     return statistics.median(inside or every) if every else None
@@ -297,7 +326,9 @@ def refuse_others(
     for r in runs:
         if not (folder/r.name/'recipe.yaml').is_file(): continue
         changed = differences(as_tree(read_run(folder/r.name)), as_tree(r.recipe))
-        if changed: raise ValueError(f"{folder/r.name} holds a run of another recipe; {changed[0]} (there, here); choose another folder, or delete that run")
+        if changed:
+            raise ValueError(f"{folder/r.name} holds a run of another recipe; {changed[0]} (there, here); "
+                             "choose another folder, or delete that run")
 
 # %% ../../nbs/training/68_compare.ipynb #d0a490b3
 def blocked(
@@ -306,7 +337,8 @@ def blocked(
 )->str|None:
     "Why a run cannot begin: the failure of one on which it builds"
     for name in run.needs:
-        if (folder/name/'failed.txt').is_file(): return f"{name}, on which it builds, failed: {(folder/name/'failed.txt').read_text().splitlines()[0]}"
+        if (folder/name/'failed.txt').is_file():
+            return f"{name}, on which it builds, failed: {(folder/name/'failed.txt').read_text().splitlines()[0]}"
 
 # %% ../../nbs/training/68_compare.ipynb #d328f902
 def in_turn(
@@ -319,7 +351,8 @@ def in_turn(
     for r in runs:
         why = blocked(r, folder)
         if why: fail(folder/r.name, why)
-        elif not settle(recipe_file(folder, r), folder/r.name, device): raise KeyboardInterrupt(f'{r.name} was stopped on request and saved')
+        elif not settle(recipe_file(folder, r), folder/r.name, device):
+            raise KeyboardInterrupt(f'{r.name} was stopped on request and saved')
         ended(r)
 
 # %% ../../nbs/training/68_compare.ipynb #2fb2d27a
@@ -335,12 +368,15 @@ def launch(
     threads:int,     # of the process
 ):
     "Start a process that settles a run; what it prints goes to a file below `logs`"
-    code = 'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from basd.training.compare import settle; settle(*sys.argv[1:3], sys.argv[3] or None)'
+    code = ('import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); '
+            'from basd.training.compare import settle; settle(*sys.argv[1:3], sys.argv[3] or None)')
     path = os.pathsep.join(filter(None, [str(Path(basd.__file__).parent.parent), os.environ.get('PYTHONPATH')]))
     log = folder/'logs'/f'{run.name}.txt'
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'a') as f:
-        return subprocess.Popen([sys.executable, '-c', code, str(recipe_file(folder, run)), str(folder/run.name), device or ''], stdout=f, stderr=f,
+        return subprocess.Popen([sys.executable, '-c', code,
+                                 str(recipe_file(folder, run)), str(folder/run.name), device or ''],
+                                stdout=f, stderr=f,
                                 env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS=str(threads)))
 
 # %% ../../nbs/training/68_compare.ipynb #a57d255a
@@ -376,7 +412,8 @@ def checked(
 )->Run:
     "A process that died without a word is a failure, too"
     at = folder/run.name
-    if not any((at/f).is_file() for f in ('result.json', 'failed.txt')): fail(at, f'its process ended with status {status} before the run did; see {folder}/logs/{run.name}.txt')
+    if not any((at/f).is_file() for f in ('result.json', 'failed.txt')):
+        fail(at, f'its process ended with status {status} before the run did; see {folder}/logs/{run.name}.txt')
     return run
 
 # %% ../../nbs/training/68_compare.ipynb #2c01a9b4
@@ -390,7 +427,8 @@ def result_of(
     if not (run/'result.json').is_file(): return None
     read = lambda at, name='result': json.loads((Path(at)/f'{name}.json').read_text())
     r, test = read(run), read(run)['test'][read(run)['headline']]
-    return dict(top1=test['top1'], images=test['n'], val_top1=r['val_top1'], best_epoch=r['best_epoch'], seconds=r['seconds'] + sum(read(e)['seconds'] for e in extra),
+    return dict(top1=test['top1'], images=test['n'], val_top1=r['val_top1'], best_epoch=r['best_epoch'],
+                seconds=r['seconds'] + sum(read(e)['seconds'] for e in extra),
                 step=step_seconds(read_log(run, 'step')), extra=read(run, 'price')['extra'])
 
 # %% ../../nbs/training/68_compare.ipynb #4255d2c1
@@ -408,7 +446,8 @@ def gather(
         found = {s: result_of(folder/f'{leg.place}-{s}', [folder/f'{p}-{s}' for p in stages]) for s in seeds}
         of[name] = dict(method=leg.recipe.method.name, runs=[dict(seed=s, **r) for s,r in found.items() if r])
         for p in places:
-            if p.startswith('teachers/'): teachers[p] = [r['top1'] for s in seeds if (r := result_of(folder/f'{p}-{s}')) and 'top1' in r]
+            if p.startswith('teachers/'):
+                teachers[p] = [r['top1'] for s in seeds if (r := result_of(folder/f'{p}-{s}')) and 'top1' in r]
     out = dict(baseline=race.baseline, seeds=list(seeds), jobs=jobs, rivals=of, teachers=teachers, notes=race.notes)
     return out | dict(rows=rows_of(out))
 
@@ -424,10 +463,16 @@ def rows_of(
     for name, runs in good.items():
         acc, steps, base_steps = column(name, 'top1'), column(name, 'step'), column(base, 'step')
         versus = paired(acc, column(base, 'top1')) if name != base else dict(difference=None, half=None, p=None)
-        rows.append(dict(name=name, n=len(runs), mean=statistics.fmean(acc.values()) if acc else None, std=statistics.stdev(acc.values()) if len(acc) > 1 else None, best=False, **versus,
-                         step=middle(list(steps.values())), ratio=middle([steps[s]/base_steps[s] for s in steps.keys() & base_steps.keys()]),
-                         extra=max(column(name, 'extra').values(), default=None), seconds=statistics.fmean(column(name, 'seconds').values()) if runs else None,
-                         failed=[f"seed {r['seed']}: {r['failed']}" for r in results['rivals'][name]['runs'] if 'failed' in r]))
+        rows.append(dict(name=name, n=len(runs),
+                         mean=statistics.fmean(acc.values()) if acc else None,
+                         std=statistics.stdev(acc.values()) if len(acc) > 1 else None,
+                         best=False, **versus,
+                         step=middle(list(steps.values())),
+                         ratio=middle([steps[s]/base_steps[s] for s in steps.keys() & base_steps.keys()]),
+                         extra=max(column(name, 'extra').values(), default=None),
+                         seconds=statistics.fmean(column(name, 'seconds').values()) if runs else None,
+                         failed=[f"seed {r['seed']}: {r['failed']}"
+                                 for r in results['rivals'][name]['runs'] if 'failed' in r]))
     most = max(r['n'] for r in rows)
     top = max((round(r['mean'], 2) for r in rows if r['n'] == most and most), default=None)
     for r in rows: r['best'] = r['n'] == most > 0 and round(r['mean'], 2) == top
@@ -440,13 +485,23 @@ def cells(
     "The table as text"
     base, of = results['baseline'], len(results['seeds'])
     show = lambda x, form: '–' if x is None else form(x)
-    out = [['method', 'test top-1 (%)', f'minus {base}', 'p', 'ms/step', f'÷ {base}', 'extra parameters', 'training (s)', 'seeds']]
+    out = [['method', 'test top-1 (%)', f'minus {base}', 'p', 'ms/step', f'÷ {base}', 'extra parameters',
+            'training (s)', 'seeds']]
     for r in results['rows']:
-        if r['n'] == 0: out.append([r['name'], f"failed: {r['failed'][0]}" if r['failed'] else 'not yet run', *['–']*6, f'0 of {of}']); continue
+        if r['n'] == 0:
+            out.append([r['name'], f"failed: {r['failed'][0]}" if r['failed'] else 'not yet run',
+                        *['–']*6, f'0 of {of}'])
+            continue
         spread = lambda x, form: '' if x is None else f' ± {x:{form}}'
-        out.append([r['name'], f"{r['mean']:.2f}{spread(r['std'], '.2f')}", show(r['difference'], lambda d: f"{d:+.2f}{spread(r['half'], '.2f')}"),
-                    show(r['p'], lambda p: f'{p:.3f}' if p >= .001 else '< 0.001'), show(r['step'], lambda s: f'{1e3*s:.0f}' if s >= .1 else f'{1e3*s:.1f}'),
-                    show(r['ratio'], lambda x: f'{x:.2f}'), show(r['extra'], lambda n: f'{n:,}'), show(r['seconds'], lambda s: f'{s:.0f}'), str(of) if r['n'] == of else f"{r['n']} of {of}"])
+        out.append([r['name'],
+                    f"{r['mean']:.2f}{spread(r['std'], '.2f')}",
+                    show(r['difference'], lambda d: f"{d:+.2f}{spread(r['half'], '.2f')}"),
+                    show(r['p'], lambda p: f'{p:.3f}' if p >= .001 else '< 0.001'),
+                    show(r['step'], lambda s: f'{1e3*s:.0f}' if s >= .1 else f'{1e3*s:.1f}'),
+                    show(r['ratio'], lambda x: f'{x:.2f}'),
+                    show(r['extra'], lambda n: f'{n:,}'),
+                    show(r['seconds'], lambda s: f'{s:.0f}'),
+                    str(of) if r['n'] == of else f"{r['n']} of {of}"])
     return out
 
 # %% ../../nbs/training/68_compare.ipynb #a519b686
@@ -455,16 +510,24 @@ def remarks(
 )->list: # sentences
     "What must be read with the table"
     n, base = len(results['seeds']), results['baseline']
-    spread = "mean ± standard deviation over seeds (weights, order and augmentation; the split stays)" if n > 1 else "one seed: no spread, no test"
+    spread = ("mean ± standard deviation over seeds (weights, order and augmentation; the split stays)" if n > 1
+              else "one seed: no spread, no test")
     out = [f"accuracy: {spread}; the validation split chooses the epoch, the test split is read once"]
     if n > 1:
-        out.append(f"minus {base}: mean of the differences seed by seed ± half of their 95 % interval; p: paired t-test with {n - 1} degree{'s' if n > 2 else ''} of freedom, not corrected for the number of rivals")
-        out.append(f"with {n} seeds p < 0.05 takes a mean difference of {stats.t.ppf(.975, n - 1)/math.sqrt(n):.1f} times the spread of the differences, so a large p is no evidence of equality")
+        out.append(f"minus {base}: mean of the differences seed by seed ± half of their 95 % interval; "
+                   f"p: paired t-test with {n - 1} degree{'s' if n > 2 else ''} of freedom, "
+                   "not corrected for the number of rivals")
+        out.append(f"with {n} seeds p < 0.05 takes a mean difference of "
+                   f"{stats.t.ppf(.975, n - 1)/math.sqrt(n):.1f} times the spread of the differences, "
+                   "so a large p is no evidence of equality")
     images = {r['images'] for v in results['rivals'].values() for r in v['runs'] if 'images' in r}
     if len(images) == 1: out.append(f"one of the {min(images)} test images is {100/min(images):.2f} points")
-    out.append(f"÷ {base}: time of a step beside that of {base}, seed by seed; training: seconds for student and method, without the teacher" + f"; {results['jobs']} runs shared the machine"*(results['jobs'] > 1))
+    out.append(f"÷ {base}: time of a step beside that of {base}, seed by seed; "
+               "training: seconds for student and method, without the teacher"
+               + f"; {results['jobs']} runs shared the machine"*(results['jobs'] > 1))
     out += [f"{place}: test top-1 {statistics.fmean(a):.2f} %" for place,a in results['teachers'].items() if a]
-    return out + results['notes'] + [f"{r['name']}, {text}" for r in results['rows'] for text in r['failed'][0 if r['n'] else 1:]]
+    return out + results['notes'] + [f"{r['name']}, {text}" for r in results['rows']
+                                     for text in r['failed'][0 if r['n'] else 1:]]
 
 # %% ../../nbs/training/68_compare.ipynb #184b6829
 def escape(
@@ -481,8 +544,10 @@ def markdown(
     head, *body = cells(results)
     bold = [r['best'] for r in results['rows']]
     line = lambda row: '| ' + ' | '.join(row) + ' |'
-    rows = [[escape(name), f'**{escape(acc)}**' if b else escape(acc), *map(escape, rest)] for b,(name, acc, *rest) in zip(bold, body)]
-    return '\n'.join([line(map(escape, head)), '|---' + '|---:'*(len(head) - 1) + '|', *map(line, rows), '', *(f'- {escape(r)}' for r in remarks(results))]) + '\n'
+    rows = [[escape(name), f'**{escape(acc)}**' if b else escape(acc), *map(escape, rest)]
+            for b,(name, acc, *rest) in zip(bold, body)]
+    return '\n'.join([line(map(escape, head)), '|---' + '|---:'*(len(head) - 1) + '|', *map(line, rows), '',
+                      *(f'- {escape(r)}' for r in remarks(results))]) + '\n'
 
 # %% ../../nbs/training/68_compare.ipynb #f607b798
 def as_csv(
@@ -537,7 +602,9 @@ def record(
 )->dict: # the same
     "Write results.json, table.md, table.csv and race.png"
     import matplotlib.pyplot as plt
-    text = {'results.json': json.dumps(results | dict(environment=environment()), indent=1), 'table.md': markdown(results), 'table.csv': as_csv(results)}
+    text = {'results.json': json.dumps(results | dict(environment=environment()), indent=1),
+            'table.md': markdown(results),
+            'table.csv': as_csv(results)}
     for name, content in text.items(): write_atomic(folder/name, lambda p, content=content: p.write_text(content))
     with plt.style.context('basd.page'):
         ax = plot_race(results)
@@ -559,7 +626,9 @@ def compare(
     seeds, folder = list(range(seeds)) if isinstance(seeds, int) else list(seeds), Path(folder)
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds}: give at least one, and none twice")
     if jobs < 1: raise ValueError(f"jobs={jobs}: should be at least 1")
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ValueError("a race starts its own processes; run it without torchrun, and with jobs for several at a time")
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ValueError("a race starts its own processes; "
+                         "run it without torchrun, and with jobs for several at a time")
     race = assemble(recipes, overrides, baseline)
     runs = runs_of(race, seeds, folder)
     refuse_others(runs, folder)
@@ -570,9 +639,11 @@ def compare(
     for r in left: (folder/r.name/'failed.txt').unlink(missing_ok=True)           # tried again
     def ended(r):
         found = result_of(folder/r.name)
-        print(f"{r.name}: {'failed: ' + found['failed'] if 'failed' in found else format(found['top1'], '.2f') + ' %'}", flush=True)
+        print(f"{r.name}: {'failed: ' + found['failed'] if 'failed' in found else format(found['top1'], '.2f') + ' %'}",
+              flush=True)
         record(gather(race, seeds, folder, jobs), folder)
-    with on_sigterm(_interrupt): side_by_side(left, folder, device, ended, jobs) if jobs > 1 else in_turn(left, folder, device, ended)
+    with on_sigterm(_interrupt):
+        side_by_side(left, folder, device, ended, jobs) if jobs > 1 else in_turn(left, folder, device, ended)
     return record(gather(race, seeds, folder, jobs), folder)
 
 def _interrupt(): raise KeyboardInterrupt

@@ -60,12 +60,16 @@ def open_data(
 )->tuple: # (training images, training indices, validation indices, test images)
     "Training images with their split, and test images"
     d = recipe.data
-    opened = {split: Images(open_source(d.source, split, root=d.root, download=d.download), memory=d.memory, on_bad=d.on_bad) for split in (d.train_split, d.test_split)}
+    opened = {split: Images(open_source(d.source, split, root=d.root, download=d.download),
+                            memory=d.memory, on_bad=d.on_bad) for split in (d.train_split, d.test_split)}
     train, test = opened[d.train_split], opened[d.test_split]
-    if d.val_size >= len(train): raise ValueError(f"data.val_size={d.val_size:g} leaves none of the {len(train)} training images")
+    if d.val_size >= len(train):
+        raise ValueError(f"data.val_size={d.val_size:g} leaves none of the {len(train)} training images")
     fit, val = holdout(len(train), train.labels, d.val_size if d.val_size < 1 else int(d.val_size), d.split_seed)
     if d.train_size is not None:
-        if not 0 < d.train_size <= len(fit): raise ValueError(f"data.train_size={d.train_size}: should be between 1 and the {len(fit)} images that the validation split leaves")
+        if not 0 < d.train_size <= len(fit):
+            raise ValueError(f"data.train_size={d.train_size}: should be between 1 and the {len(fit)} images "
+                             "that the validation split leaves")
         keep = torch.randperm(len(fit), generator=torch.Generator().manual_seed(d.split_seed))[:d.train_size]
         fit = [fit[i] for i in sorted(keep.tolist())]
     return train, fit, val, test
@@ -78,13 +82,18 @@ def build_student(
 ):
     "The student of `recipe`, tapped where `needs` says"
     s = recipe.student
-    options = {k: getattr(s, k) for k in ('model', 'img_size', 'patch_size', 'depth', 'width', 'heads', 'drop_path', 'pretrained', 'checkpoint')}
-    points = {None: [], 'default': None}.get(needs.points, needs.points) if not isinstance(needs.points, list) else needs.points
+    options = {k: getattr(s, k) for k in ('model', 'img_size', 'patch_size', 'depth', 'width', 'heads', 'drop_path',
+                                          'pretrained', 'checkpoint')}
+    points = ({None: [], 'default': None}.get(needs.points, needs.points) if not isinstance(needs.points, list)
+              else needs.points)
     student = create_student(num_classes=classes, points=points, attention=needs.attention, **options, **s.kwargs)
     second = getattr(student.model, 'set_distilled_training', None)
-    if needs.distilled and second is None: raise ValueError(f"student.model={s.model!r} has no distillation head, which the method trains; use one that has, as deit_tiny_distilled_patch16_224")
+    if needs.distilled and second is None:
+        raise ValueError(f"student.model={s.model!r} has no distillation head, which the method trains; "
+                         "use one that has, as deit_tiny_distilled_patch16_224")
     if second is not None and not needs.distilled:
-        raise ValueError(f"student.model={s.model!r} has a distillation head that method {recipe.method.name!r} does not train, and evaluation averages both heads; use a model with one head")
+        raise ValueError(f"student.model={s.model!r} has a distillation head that method {recipe.method.name!r} "
+                         "does not train, and evaluation averages both heads; use a model with one head")
     if second is not None: second(True)
     return student
 
@@ -95,7 +104,9 @@ def build_teacher(
 ):
     "The frozen teacher of `recipe`, tapped where `needs` says; None if the method needs none"
     if not needs.teacher: return None
-    first, *others = [one_teacher(t, needs, recipe.method.name) for t in [recipe.teacher, *(check(TeacherRecipe, o, 'teacher.others.') for o in recipe.teacher.others)]]
+    first, *others = [one_teacher(t, needs, recipe.method.name)
+                      for t in [recipe.teacher,
+                                *(check(TeacherRecipe, o, 'teacher.others.') for o in recipe.teacher.others)]]
     return Several([first, *others]) if others else first
 
 # %% ../../nbs/training/63_lesson.ipynb #46fb239e
@@ -108,7 +119,8 @@ def one_teacher(
     layers = 'all' if needs.layers is None else needs.layers
     if t.run is not None: return teacher_from_run(t.run, layers, needs.attention)
     if t.model is None: raise ValueError(f"method {method!r} needs a teacher; set teacher.model or teacher.run")
-    return create_teacher(t.model, pretrained=t.pretrained, checkpoint=t.checkpoint, img_size=t.img_size, layers=layers, attention=needs.attention, **t.kwargs)
+    return create_teacher(t.model, pretrained=t.pretrained, checkpoint=t.checkpoint, img_size=t.img_size,
+                          layers=layers, attention=needs.attention, **t.kwargs)
 
 # %% ../../nbs/training/63_lesson.ipynb #a2c6c4c1
 def teacher_from_run(
@@ -169,10 +181,15 @@ def make_optimizer(
     t = recipe.train
     groups = param_groups_weight_decay(lesson, t.weight_decay, no_weight_decay_list=lesson.no_weight_decay())
     if t.momenta_apart is not None:
-        if t.optimizer != 'sgd': raise ValueError(f"train.momenta_apart={t.momenta_apart:g} belongs to train.optimizer=sgd, not to {t.optimizer}")
-        if t.compile: raise ValueError("train.momenta_apart walks the graph twice, which a compiled one does not allow; leave out train.compile")
+        if t.optimizer != 'sgd':
+            raise ValueError(f"train.momenta_apart={t.momenta_apart:g} belongs to train.optimizer=sgd, "
+                             f"not to {t.optimizer}")
+        if t.compile:
+            raise ValueError("train.momenta_apart walks the graph twice, which a compiled one does not allow; "
+                             "leave out train.compile")
         return ApartSGD(groups, t.lr, t.momenta_apart)
-    opt = create_optimizer_v2(groups, opt={'sgd': 'nesterov'}.get(t.optimizer, t.optimizer), lr=t.lr, weight_decay=t.weight_decay, fused=True)
+    opt = create_optimizer_v2(groups, opt={'sgd': 'nesterov'}.get(t.optimizer, t.optimizer), lr=t.lr,
+                              weight_decay=t.weight_decay, fused=True)
     if t.optimizer == 'sgd': # a skipped first step must find a buffer
         for g in opt.param_groups:
             for p in g['params']: opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
@@ -190,8 +207,9 @@ class ApartSGD(torch.optim.Optimizer):
         weight_decay:float=0.,
     ):
         super().__init__(params, dict(lr=lr, apart=apart, momentum=momentum, weight_decay=weight_decay))
-        self.found_inf, self.lonely = None, set()  # a flag that skips the step; ids of parameters that labels alone reach
-        for p in (p for g in self.param_groups for p in g['params']): self.state[p] = dict(taught=torch.zeros_like(p), labels=torch.zeros_like(p))
+        self.found_inf, self.lonely = None, set()  # flag that skips the step; ids of parameters that only labels reach
+        for p in (p for g in self.param_groups for p in g['params']):
+            self.state[p] = dict(taught=torch.zeros_like(p), labels=torch.zeros_like(p))
 
     @torch.no_grad()
     def step(self):
@@ -204,8 +222,10 @@ class ApartSGD(torch.optim.Optimizer):
         "Update one parameter"
         y, s, d = getattr(p, 'of_labels', None), self.state[p], g['apart']
         taught = p.grad if y is None else p.grad - y
-        memory = dict(taught=g['momentum'] + (0. if y is None else d), labels=g['momentum'] - (0. if id(p) in self.lonely else d))
-        new = {k: m*s[k] + v for (k, m), v in zip(memory.items(), (taught, (0. if y is None else y) + g['weight_decay']*p))}
+        memory = dict(taught=g['momentum'] + (0. if y is None else d),
+                      labels=g['momentum'] - (0. if id(p) in self.lonely else d))
+        new = {k: m*s[k] + v
+               for (k, m), v in zip(memory.items(), (taught, (0. if y is None else y) + g['weight_decay']*p))}
         if self.found_inf is not None: new = {k: torch.where(self.found_inf > 0, s[k], v) for k,v in new.items()}
         move = g['lr']*(new['taught'] + new['labels'])
         p.sub_(move if self.found_inf is None else torch.where(self.found_inf > 0, 0., move))
@@ -217,7 +237,8 @@ def clip_and_flag(
     limit:float|None,      # largest norm of each group's gradient; None: no limit
 )->tuple: # (norms (len(groups),), flag () that is 1 if any is not finite)
     "Clip each group's gradient by its norm and say whether the step is to be skipped, all on the device"
-    norms = torch.stack([torch.nn.utils.clip_grad_norm_(g, math.inf if limit is None else limit, foreach=True) for g in groups if g])
+    norms = torch.stack([torch.nn.utils.clip_grad_norm_(g, math.inf if limit is None else limit, foreach=True)
+                         for g in groups if g])
     return norms, (~torch.isfinite(norms).all()).float()
 
 # %% ../../nbs/training/63_lesson.ipynb #1d12aa3b
@@ -228,8 +249,10 @@ def part_gradients(
     "Gradient of each part of the loss on the student"
     out = {}
     for name,part in parts.items():
-        grads = torch.autograd.grad(part, params, retain_graph=True, allow_unused=True) if part.requires_grad else [None]*len(params)
-        out[name] = global_mean(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p,g in zip(params, grads)]))
+        grads = (torch.autograd.grad(part, params, retain_graph=True, allow_unused=True) if part.requires_grad
+                 else [None]*len(params))
+        out[name] = global_mean(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
+                                           for p,g in zip(params, grads)]))
     return out
 
 # %% ../../nbs/training/63_lesson.ipynb #822e034f
@@ -264,7 +287,9 @@ def evaluate(
         y = b['label'].to(device, non_blocking=True)
         with autocast(device, precision): z = model(b['student'].to(device, non_blocking=True)).logits
         hit = z.topk(min(5, z.shape[1])).indices == y[:, None]
-        sums += torch.stack([hit[:, 0].sum(), hit.any(1).sum(), nn.functional.cross_entropy(z.float(), y, reduction='sum'), torch.tensor(len(y), device=device)]).double()
+        sums += torch.stack([hit[:, 0].sum(), hit.any(1).sum(),
+                             nn.functional.cross_entropy(z.float(), y, reduction='sum'),
+                             torch.tensor(len(y), device=device)]).double()
     if world() > 1: dist.all_reduce(sums)
     model.train(was)
     top1, top5, loss, n = sums.tolist()
@@ -284,7 +309,8 @@ def logits_of(
     "What a model says of clean images, in the order of `indices`"
     was, out = model.training, []
     model.eval()
-    for b in torch.utils.data.DataLoader(ViewDataset(images, indices, Views(size, None, geometry='fixed'), train=False), batch):
+    for b in torch.utils.data.DataLoader(ViewDataset(images, indices, Views(size, None, geometry='fixed'), train=False),
+                                         batch):
         with autocast(device, precision): z = model(b['student'].to(device)).logits
         if z is None: break
         out.append(z.float().cpu())

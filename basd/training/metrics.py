@@ -82,7 +82,8 @@ class Log:
         with open(self.path, 'a') as f: f.write(json.dumps(row) + '\n')
         if self.board:
             for k,v in row.items():
-                if isinstance(v, (int, float)) and k != 'step': self.board.add_scalar(f"{row['kind']}/{k}", v, row['step'])
+                if isinstance(v, (int, float)) and k != 'step':
+                    self.board.add_scalar(f"{row['kind']}/{k}", v, row['step'])
 
     @property
     def offset(self)->int: return self.path.stat().st_size
@@ -142,7 +143,8 @@ def plot_matrix(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots()[1]
     im = ax.imshow(torch.as_tensor(x).numpy(), aspect='auto', vmin=limits[0], vmax=limits[1])
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xticks=range(0, x.shape[1], max(1, x.shape[1]//12)), yticks=range(x.shape[0]))
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title,
+           xticks=range(0, x.shape[1], max(1, x.shape[1]//12)), yticks=range(x.shape[0]))
     ax.grid(False)
     ax.figure.colorbar(im, ax=ax)
     return ax
@@ -186,25 +188,38 @@ def mark(
 def plot_run(
     run, # run directory
 ):
-    "One sheet about a run: accuracy, loss and its parts, what else its method reported, and what went wrong; saves `figures/run.png`"
+    "One sheet about a run: accuracy, loss and parts, what else was reported, what went wrong; saves `figures/run.png`"
     import matplotlib
     import matplotlib.pyplot as plt
     rows, epochs, complaints = (read_log(run, kind) for kind in ('step', 'epoch', 'symptom'))
     keys = dict.fromkeys(k for r in rows for k in r)
     named = lambda prefix: {k: k.removeprefix(prefix) for k in keys if k.startswith(prefix)}
-    ranks = {k: label for k,label in {'target/effective_rank': 'targets', 'student/effective_rank': 'student'}.items() if k in keys}
-    panels = [lambda ax: plot_series(epochs, {k: k.replace('_', ' ') for k in ('val_top1', 'val_top1_ema') if any(k in e for e in epochs)}, ax, 'validation top-1 (%)'),
-              lambda ax: mark(plot_series(rows, named('part/'), ax, 'part of the loss', log=True), complaints, *(() if named('share/') else ('dead',)))]
-    if named('share/'): panels.append(lambda ax: mark(plot_series(rows, named('share/'), ax, 'gradient norm ÷ that of ce', log=True), complaints, 'dead'))
-    if named('weight/'): panels.append(lambda ax: mark(plot_series(rows, named('weight/'), ax, 'UW-SO weight'), complaints, 'pinned').axhline(1/len(named('weight/')), color='.6', ls=':'))
-    if 'entropy' in keys: panels.append(lambda ax: (mark(plot_points(rows, dict(entropy='selector'), ax, 'selector entropy ÷ uniform'), complaints, 'uniform', 'saturated').axhline(1, color='.6', ls=':'), ax.set(ylim=(0, 1.05))))
-    if ranks: panels.append(lambda ax: mark(plot_points(rows, ranks, ax, 'effective rank'), complaints, 'collapsed'))
+    ranks = {k: label for k,label in {'target/effective_rank': 'targets', 'student/effective_rank': 'student'}.items()
+             if k in keys}
+    panels = [lambda ax: plot_series(epochs, {k: k.replace('_', ' ') for k in ('val_top1', 'val_top1_ema')
+                                              if any(k in e for e in epochs)}, ax, 'validation top-1 (%)'),
+              lambda ax: mark(plot_series(rows, named('part/'), ax, 'part of the loss', log=True),
+                              complaints, *(() if named('share/') else ('dead',)))]
+    if named('share/'):
+        panels.append(lambda ax: mark(plot_series(rows, named('share/'), ax, 'gradient norm ÷ that of ce', log=True),
+                                      complaints, 'dead'))
+    if named('weight/'):
+        panels.append(lambda ax: mark(plot_series(rows, named('weight/'), ax, 'UW-SO weight'),
+                                      complaints, 'pinned').axhline(1/len(named('weight/')), color='.6', ls=':'))
+    if 'entropy' in keys:
+        panels.append(lambda ax: (mark(plot_points(rows, dict(entropy='selector'), ax, 'selector entropy ÷ uniform'),
+                                       complaints, 'uniform', 'saturated').axhline(1, color='.6', ls=':'),
+                                  ax.set(ylim=(0, 1.05))))
+    if ranks:
+        panels.append(lambda ax: mark(plot_points(rows, ranks, ax, 'effective rank'), complaints, 'collapsed'))
     for key,title in {'mixing': 'mixing weights, last logged', 'distance': 'subspace distances, last logged'}.items():
-        if key in keys: panels.append(lambda ax, key=key, title=title: plot_matrix(series(rows, key)[1][-1], ax, title=title))
+        if key in keys:
+            panels.append(lambda ax, key=key, title=title: plot_matrix(series(rows, key)[1][-1], ax, title=title))
     said = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(complaints, 1)]
     height = 2.4*((len(panels) + 1)//2)
     with plt.style.context('basd.page'):
-        fig, axs = plt.subplots((len(panels) + 1)//2, 2, figsize=(7, height + .14*sum(len(s.splitlines()) for s in said)), squeeze=False)
+        fig, axs = plt.subplots((len(panels) + 1)//2, 2,
+                                figsize=(7, height + .14*sum(len(s.splitlines()) for s in said)), squeeze=False)
         for ax in axs.flat[len(panels):]: ax.set_axis_off()
         for ax,draw in zip(axs.flat, panels): draw(ax)
         if said: fig.supxlabel('\n'.join(said), x=.01, ha='left', fontsize=7.5)

@@ -34,14 +34,17 @@ def whole(x):
 # %% ../../nbs/training/60_recipes.ipynb #edc6faff
 Whole = Annotated[int, BeforeValidator(whole)]
 Count, Seed = Annotated[Whole, Field(ge=1, lt=2**31)], Annotated[Whole, Field(ge=0, lt=2**32)]
-Share, Positive, Amount = Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
+Share, Positive, Amount = (Annotated[float, Field(ge=0, le=1)],
+                           Annotated[float, Field(gt=0)],
+                           Annotated[float, Field(ge=0)])
 Pixels = Annotated[Whole, Field(ge=1, le=2**15)]
 
 # %% ../../nbs/training/60_recipes.ipynb #518efa4c
 @settings
 class DataRecipe:
     "Where images come from, how they are split and read"
-    source:str = 'digits'                 # "digits", "torch/<name>", "hfds/<hub id or folder>", or a folder of images in the ImageNet layout
+    # "digits", "torch/<name>", "hfds/<hub id or folder>", or a folder of images in the ImageNet layout
+    source:str = 'digits'
     root:str|None = None                  # folder for downloads, or of the data
     download:bool = False                 # may missing data be fetched
     train_split:str = 'train'
@@ -93,9 +96,10 @@ class TeacherRecipe:
     pretrained:bool = False
     checkpoint:str|None = None            # .pth or .safetensors, timm's or DINOv2's official key layout
     img_size:Pixels|None = None           # pixels of the teacher's view
-    cache:str|None = None                 # folder in which to keep what it says of each image; needs a view that does not move
+    cache:str|None = None                 # folder for what it says of each image; needs a view that does not move
     kwargs:dict[str, Any] = field(default_factory=dict)
-    others:list[dict[str, Any]] = field(default_factory=list) # further teachers, each in the words of this section, for methods that ask several
+    # further teachers, each in the words of this section, for methods that ask several
+    others:list[dict[str, Any]] = field(default_factory=list)
 
 # %% ../../nbs/training/60_recipes.ipynb #e5e08677
 @settings
@@ -104,7 +108,8 @@ class TrainRecipe:
     epochs:Count = 100
     seed:Seed = 0
     optimizer:Literal['adamw', 'adam', 'sgd'] = 'adamw'
-    momenta_apart:Annotated[float, Field(gt=0, lt=.1)]|None = None # of "sgd": labels keep a momentum of 0.9 less this, all else of 0.9 and this
+    # of "sgd": labels keep a momentum of 0.9 less this, all else of 0.9 and this
+    momenta_apart:Annotated[float, Field(gt=0, lt=.1)]|None = None
     lr:Positive = 1e-3
     min_lr:Amount = 1e-6
     weight_decay:Amount = .05
@@ -115,10 +120,11 @@ class TrainRecipe:
     compile:bool = False
     ema:Annotated[float, Field(ge=0, lt=1)]|None = None # decay of the averaged student; None: no average
     log_every:Count = 50                  # optimizer steps a row of metrics.jsonl
-    gradient_shares:bool = True           # measure at each logging step how hard each part pulls on the student; not in compiled runs
+    gradient_shares:bool = True           # measure at logging steps how hard parts pull on the student; not if compiled
     save_every:Count|None = None          # optimizer steps between checkpoints; None: at the end of each epoch
-    skip_nonfinite:Annotated[Whole, Field(ge=0)] = 0 # how many steps with a non-finite loss may be skipped before the run stops
-    headline:Literal['best', 'last', 'ema'] = 'best' # which weights are exported and named first; best and last of the student itself
+    skip_nonfinite:Annotated[Whole, Field(ge=0)] = 0 # steps of non-finite loss that may be skipped before the run stops
+    # which weights are exported and named first; best and last of the student itself
+    headline:Literal['best', 'last', 'ema'] = 'best'
 
 # %% ../../nbs/training/60_recipes.ipynb #418acadd
 @settings
@@ -149,14 +155,16 @@ def merge(
     "Merge two recipes recursively; a changed `method.name` drops the options of the old method"
     out = dict(base)
     for k,v in over.items():
-        if k == 'method' and isinstance(v, dict) and isinstance(base.get(k), dict) and v.get('name', base[k].get('name')) != base[k].get('name'): out[k] = v
+        if (k == 'method' and isinstance(v, dict) and isinstance(base.get(k), dict)
+            and v.get('name', base[k].get('name')) != base[k].get('name')): out[k] = v
         else: out[k] = merge(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
     return out
 
 # %% ../../nbs/training/60_recipes.ipynb #65033d7e
 class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node):
-        if any(k.tag == 'tag:yaml.org,2002:merge' for k,_ in node.value): raise yaml.YAMLError("'<<' merges sections in a way that recipes do not know; use extends")
+        if any(k.tag == 'tag:yaml.org,2002:merge' for k,_ in node.value):
+            raise yaml.YAMLError("'<<' merges sections in a way that recipes do not know; use extends")
 
 # %% ../../nbs/training/60_recipes.ipynb #41cac57a
 def parsed(
@@ -168,7 +176,8 @@ def parsed(
     if len(text) > 2**20: raise ValueError(f"{what} is too large for a recipe: {len(text)} characters, at most {2**20}")
     try: raw = _Loader(text.decode() if isinstance(text, bytes) else text).get_single_data()
     except RecursionError: raise ValueError(f"{what} is nested too deeply for a recipe") from None
-    except Exception as e: raise ValueError(f"{what} is not valid YAML: {' '.join(str(e).split())[:300] or type(e).__name__}") from None     # its readers of dates and numbers raise all sorts
+    except Exception as e:                    # its readers of dates and numbers raise all sorts
+        raise ValueError(f"{what} is not valid YAML: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
     return _plain(raw, what, [], [most])
 
 # %% ../../nbs/training/60_recipes.ipynb #f8862e7a
@@ -178,11 +187,15 @@ def _plain(x, what, path, left):
     name = '.'.join(map(str, path))
     if left[0] < 0: raise ValueError(f"{what} is too large for a recipe, counting what its aliases stand for")
     if len(path) > 20: raise ValueError(f"{what} is nested too deeply for a recipe, at {name[:60]}")
-    if isinstance(x, dict): return {_plain(k, what, [*path, str(k)[:60]], left): _plain(v, what, [*path, str(k)[:60]], left) for k,v in x.items()}
+    if isinstance(x, dict):
+        return {_plain(k, what, [*path, str(k)[:60]], left): _plain(v, what, [*path, str(k)[:60]], left)
+                for k,v in x.items()}
     if isinstance(x, list): return [_plain(v, what, [*path, i], left) for i,v in enumerate(x)]
-    if isinstance(x, str) and ('\0' in x or not _utf8(x)): raise ValueError(f"{name or what}={x[:60]!r} holds a character that no text has")
+    if isinstance(x, str) and ('\0' in x or not _utf8(x)):
+        raise ValueError(f"{name or what}={x[:60]!r} holds a character that no text has")
     if x is None or isinstance(x, (str, bool, int, float)): return x
-    raise ValueError(f"{name or what}={str(x)[:60]!r}: should be text, a number, true, false, null, a list or a section, not a {type(x).__name__}")
+    raise ValueError(f"{name or what}={str(x)[:60]!r}: should be text, a number, true, false, null, a list "
+                     f"or a section, not a {type(x).__name__}")
 
 def _utf8(text):
     try: return bool(text.encode()) or True
@@ -197,17 +210,25 @@ def read_recipe(
     above=(), # files that extend this one
 )->dict:
     "The recipe `name` as it is written, with whatever it extends merged in"
-    if not isinstance(name, str): raise ValueError(f"extends={name!r}: should be the name of a recipe or of a .yaml file")
+    if not isinstance(name, str):
+        raise ValueError(f"extends={name!r}: should be the name of a recipe or of a .yaml file")
     file = name.endswith(('.yaml', '.yml'))
-    if not file and name not in recipe_names(): raise ValueError(f"unknown recipe {name!r}{_close(name, recipe_names())}; allowed: {', '.join(recipe_names())}, or a .yaml file")
+    if not file and name not in recipe_names():
+        raise ValueError(f"unknown recipe {name!r}{_close(name, recipe_names())}; "
+                         f"allowed: {', '.join(recipe_names())}, or a .yaml file")
     path = Path(name) if file else packaged/f'{name}.yaml'
     if not path.is_file(): raise FileNotFoundError(f"no recipe file at {path}")
-    if path.resolve() in above: raise ValueError(f"{path.name} extends itself{', by way of ' + above[-1].name if len(above) > 1 else ''}")
-    if path.stat().st_size > 2**20: raise ValueError(f"{path.name} is too large for a recipe: {path.stat().st_size} bytes, at most {2**20}")
+    if path.resolve() in above:
+        raise ValueError(f"{path.name} extends itself{', by way of ' + above[-1].name if len(above) > 1 else ''}")
+    if path.stat().st_size > 2**20:
+        raise ValueError(f"{path.name} is too large for a recipe: {path.stat().st_size} bytes, at most {2**20}")
     raw = parsed(path.read_bytes(), path.name)
-    if not isinstance(raw, dict): raise ValueError(f"{path.name} must hold keys and values at its top level, not {type(raw).__name__}")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path.name} must hold keys and values at its top level, not {type(raw).__name__}")
     base = raw.pop('extends', None)
-    tree = {'name': path.stem, **(merge(read_recipe(base, (*above, path.resolve())), raw) if base is not None else raw)} | ({'name': raw.get('name', path.stem)} if base is not None else {})
+    tree = ({'name': path.stem,
+             **(merge(read_recipe(base, (*above, path.resolve())), raw) if base is not None else raw)}
+            | ({'name': raw.get('name', path.stem)} if base is not None else {}))
     _check_stages(tree.get('stages'))
     return tree
 
@@ -220,9 +241,12 @@ def recipe_names()->list:
 def _check_stages(stages):
     "Refuse stages that are no sections, or whose names are no names of a directory"
     if not stages: return
-    if not isinstance(stages, dict) or not all(s is None or isinstance(s, dict) for s in stages.values()): raise ValueError(f"stages={str(stages)[:60]}: should be sections, one a stage")
+    if not isinstance(stages, dict) or not all(s is None or isinstance(s, dict) for s in stages.values()):
+        raise ValueError(f"stages={str(stages)[:60]}: should be sections, one a stage")
     for name in stages:
-        if not isinstance(name, str) or not re.fullmatch(r'\w[\w.+-]{0,99}', name): raise ValueError(f"stage {name!r}: its name becomes a directory; use letters, digits, '_', '-', '+' and '.', and begin with a letter or digit")
+        if not isinstance(name, str) or not re.fullmatch(r'\w[\w.+-]{0,99}', name):
+            raise ValueError(f"stage {name!r}: its name becomes a directory; use letters, digits, "
+                             "'_', '-', '+' and '.', and begin with a letter or digit")
 
 # %% ../../nbs/training/60_recipes.ipynb #f605911d
 def _close(word, words):
@@ -235,7 +259,8 @@ def parse_override(
 )->dict:      # {'train': {'epochs': 3}}
     "One `key=value` from the command line as a nested dictionary"
     key, eq, value = text.partition('=')
-    if not eq or not all(key.split('.')): raise ValueError(f"cannot read {text!r}; write key=value with a dotted key, as in train.epochs=3")
+    if not eq or not all(key.split('.')):
+        raise ValueError(f"cannot read {text!r}; write key=value with a dotted key, as in train.epochs=3")
     try: tree = parsed(value, 'value')
     except ValueError as e: raise ValueError(f"cannot read {text[:100]!r}: {e}; quote it") from None
     if isinstance(tree, str) and _number(tree) is not None: tree = _number(tree)
@@ -250,7 +275,8 @@ def _number(text):
 def _section(kind):
     "The dataclass in a type such as `Loss|None`, or None"
     if is_dataclass(kind): return kind
-    return next((s for a in get_args(kind) if (s := _section(a))), None) if get_origin(kind) in (Union, UnionType, Annotated) else None
+    return (next((s for a in get_args(kind) if (s := _section(a))), None)
+            if get_origin(kind) in (Union, UnionType, Annotated) else None)
 
 def _keys(cls, path):
     "Names allowed below `path` of the dataclass `cls`"
@@ -265,8 +291,10 @@ def _sentence(error, cls, prefix=''):
     if e['type'] in ('unexpected_keyword_argument', 'extra_forbidden'):
         path = [p for p in loc[:-1] if p[:1].islower()]
         keys = _keys(cls, path)
-        return f"unknown key {prefix}{'.'.join([*path, loc[-1]])}{_close(loc[-1], keys)}; allowed: {', '.join(keys) or 'none'}"
-    return f"{prefix}{'.'.join(loc)}={_short(e['input'])}: {(m := e['msg'].removeprefix('Value error, '))[0].lower()}{m[1:]}"
+        return (f"unknown key {prefix}{'.'.join([*path, loc[-1]])}{_close(loc[-1], keys)}; "
+                f"allowed: {', '.join(keys) or 'none'}")
+    return (f"{prefix}{'.'.join(loc)}={_short(e['input'])}: "
+            f"{(m := e['msg'].removeprefix('Value error, '))[0].lower()}{m[1:]}")
 
 def _short(x): return text if len(text := repr(x)) <= 200 else text[:197] + '...'
 
@@ -281,7 +309,8 @@ def check(
     prefix:str='', # of the keys, for the message
 ):
     "Fill `cls` from `tree`, or say in one sentence what is wrong"
-    if not isinstance(tree, dict): raise ValueError(f"{prefix.rstrip('.') or 'recipe'}={_short(tree)}: should be a section")
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'recipe'}={_short(tree)}: should be a section")
     odd = [k for k in tree if not isinstance(k, str)]
     if odd: raise ValueError(f"unknown key {prefix}{odd[0]!r}; allowed: {', '.join(f.name for f in fields(cls))}")
     try: filled = _adapter(cls).validate_python(tree)
@@ -295,7 +324,8 @@ _adapter = cache(TypeAdapter)     # making one takes longer than using it
 # %% ../../nbs/training/60_recipes.ipynb #ab6d1644
 def _finite(x, path, default=None):
     "Refuse numbers that are not finite, unless they are the default"
-    if isinstance(x, float) and not math.isfinite(x) and x != default: raise ValueError(f"{'.'.join(path)}={x}: should be a finite number")
+    if isinstance(x, float) and not math.isfinite(x) and x != default:
+        raise ValueError(f"{'.'.join(path)}={x}: should be a finite number")
     if is_dataclass(x):
         for f in fields(x): _finite(getattr(x, f.name), [*path, f.name], f.default)
     elif isinstance(x, dict):
@@ -313,8 +343,10 @@ def resolve(
     name = method.get('name', 'ce')
     options = check(_objective(name).Options, {k: v for k,v in method.items() if k != 'name'}, 'method.')
     recipe = check(Recipe, {k: v for k,v in tree.items() if k != 'method'})
-    for section, own in (('student', ('num_classes', 'points', 'attention')), ('teacher', ('layers', 'attention'))): _keywords(section, getattr(recipe, section), own)
-    for o in recipe.teacher.others: _keywords('teacher.others', check(TeacherRecipe, o, 'teacher.others.'), ('layers', 'attention'))
+    for section, own in (('student', ('num_classes', 'points', 'attention')), ('teacher', ('layers', 'attention'))):
+        _keywords(section, getattr(recipe, section), own)
+    for o in recipe.teacher.others:
+        _keywords('teacher.others', check(TeacherRecipe, o, 'teacher.others.'), ('layers', 'attention'))
     for key in ('points', 'layers', 'layer_map', 'rule'): _layers(f'method.{key}', getattr(options, key, None))
     recipe.method = MethodRecipe(name, options)
     return recipe
@@ -324,18 +356,23 @@ def _objective(name):
     "The method called `name`; a recipe names methods, and nothing else that can be imported"
     if not isinstance(name, str): raise ValueError(f"method.name={_short(name)}: should be the name of a method")
     module, colon, attr = name.partition(':')
-    if colon and not (attr.isidentifier() and all(p.isidentifier() for p in module.split('.'))): raise ValueError(f"method.name={name!r}: should be written package.module:Class")
+    if colon and not (attr.isidentifier() and all(p.isidentifier() for p in module.split('.'))):
+        raise ValueError(f"method.name={name!r}: should be written package.module:Class")
     try: found = find_objective(name)
     except ValueError as e: raise ValueError(f"{e}{_close(name, objectives)}") from None
-    except Exception as e: raise ValueError(f"method.name={name!r} cannot be imported: {type(e).__name__}: {e}") from None
-    if not (isinstance(found, type) and issubclass(found, Objective)): raise ValueError(f"method.name={name!r} is no method; name a subclass of Objective")
+    except Exception as e:
+        raise ValueError(f"method.name={name!r} cannot be imported: {type(e).__name__}: {e}") from None
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(f"method.name={name!r} is no method; name a subclass of Objective")
     return found
 
 def _layers(key, x):
     "Refuse what cannot name layers: they are numbers or names, several in a list, or in pairs where layers are paired"
     one = lambda v: isinstance(v, (int, str)) and not isinstance(v, bool)
-    pair = lambda v: key.endswith(('layer_map', 'rule')) and isinstance(v, (list, tuple)) and len(v) == 2 and all(map(one, v))
-    if not (x is None or one(x) or isinstance(x, (list, tuple)) and all(one(v) or pair(v) for v in x)): raise ValueError(f"{key}={_short(x)}: should be a word, a layer's number or name, or a list of these")
+    pair = lambda v: (key.endswith(('layer_map', 'rule')) and isinstance(v, (list, tuple)) and len(v) == 2
+                      and all(map(one, v)))
+    if not (x is None or one(x) or isinstance(x, (list, tuple)) and all(one(v) or pair(v) for v in x)):
+        raise ValueError(f"{key}={_short(x)}: should be a word, a layer's number or name, or a list of these")
 
 def _keywords(section, s, own):
     "Refuse keyword arguments that the section, or the engine itself, gives already"
@@ -351,17 +388,21 @@ def load_recipe(
     "Read, merge, override and check a recipe"
     tree = read_recipe(name)
     for text in overrides:
-        key, known = text.partition('=')[0].split('.'), [k for k,v in (tree.get('stages') or {}).items() if v is not None]
-        if key[0] == 'stages' and len(key) > 1 and key[1] not in known: raise ValueError(f"{text[:100]!r}: {name} has no stage {key[1]!r}{_close(key[1], known)}; allowed: {', '.join(known) or 'none'}")
+        key, known = (text.partition('=')[0].split('.'),
+                      [k for k,v in (tree.get('stages') or {}).items() if v is not None])
+        if key[0] == 'stages' and len(key) > 1 and key[1] not in known:
+            raise ValueError(f"{text[:100]!r}: {name} has no stage {key[1]!r}{_close(key[1], known)}; "
+                             f"allowed: {', '.join(known) or 'none'}")
         tree = merge(tree, parse_override(text))
         _check_stages(tree.get('stages'))
     stages = tree.pop('stages', None)
-    if isinstance(stages, dict): stages = {k: v for k,v in stages.items() if v is not None}     # null leaves out a stage of the recipe that this one extends
+    # null leaves out a stage of the recipe that this one extends
+    if isinstance(stages, dict): stages = {k: v for k,v in stages.items() if v is not None}
     if not stages: return {'': resolve(tree)}
     out = {}
     for stage, over in stages.items():
         t = merge(tree, over)
-        for text in sorted(overrides, key=lambda o: o.startswith('stages.')):                  # what names this stage comes last
+        for text in sorted(overrides, key=lambda o: o.startswith('stages.')):       # what names this stage comes last
             given = parse_override(text)
             t = merge(t, (given['stages'] or {}).get(stage) or {} if 'stages' in given else given)
         out[stage] = resolve(t | {'name': f"{tree['name']}/{stage}"})
@@ -381,8 +422,10 @@ def write_recipe(
     path,        # .yaml file
 ):
     "Store `recipe` with every default filled in"
-    plain = lambda x: {k: plain(v) for k,v in x.items()} if isinstance(x, dict) else [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
-    Path(path).write_text(yaml.safe_dump(plain(as_tree(recipe)), sort_keys=False, allow_unicode=True, width=120), encoding='utf-8')
+    plain = lambda x: ({k: plain(v) for k,v in x.items()} if isinstance(x, dict)
+                       else [plain(v) for v in x] if isinstance(x, (list, tuple)) else x)
+    Path(path).write_text(yaml.safe_dump(plain(as_tree(recipe)), sort_keys=False, allow_unicode=True, width=120),
+                          encoding='utf-8')
 
 # %% ../../nbs/training/60_recipes.ipynb #715557da
 def differences(
@@ -395,5 +438,6 @@ def differences(
     for k in dict.fromkeys([*a, *b]):
         x, y = a.get(k), b.get(k)
         if isinstance(x, dict) and isinstance(y, dict): out += differences(x, y, f'{prefix}{k}.')
-        elif (list(x) if isinstance(x, tuple) else x) != (list(y) if isinstance(y, tuple) else y): out.append(f'{prefix}{k}: {x!r}, {y!r}')
+        elif (list(x) if isinstance(x, tuple) else x) != (list(y) if isinstance(y, tuple) else y):
+            out.append(f'{prefix}{k}: {x!r}, {y!r}')
     return out

@@ -19,7 +19,8 @@ from ..analysis.evaluation import cost, predict, report, sheet
 from ..data.sources import Images, open_source
 from ..methods.objective import find_objective
 from .checkpoints import load, read_run, write_atomic
-from .lesson import build_student, build_teacher, evaluate as measure, input_size, open_data, processes, rank
+from .lesson import (build_student, build_teacher, evaluate as measure, input_size, open_data, processes,
+                                  rank)
 from .trainer import best_weights
 
 # %% ../../nbs/training/77_reports.ipynb #f8437663
@@ -31,7 +32,8 @@ def saved_weights(
     state = load(run/'last.pt')
     found = {'last': {k[len(start):]: v for k,v in state['lesson'].items() if k.startswith(start)}}
     if (run/'best.pt').is_file(): found['best'] = best_weights(run)
-    if state['ema']: found['ema'] = {k.removeprefix('model.'): v for k,v in state['ema'].items() if k.startswith('model.')}
+    if state['ema']:
+        found['ema'] = {k.removeprefix('model.'): v for k,v in state['ema'].items() if k.startswith('model.')}
     return found
 
 # %% ../../nbs/training/77_reports.ipynb #e7708ae2
@@ -43,7 +45,8 @@ def chosen(
 )->str:          # a key of `found`
     "Which weights are meant"
     if name == 'headline': return recipe.train.headline if recipe.train.headline in found else 'last'
-    if name not in ('last', 'best', 'ema'): raise ValueError(f"weights={name!r}: should be 'last', 'best', 'ema', 'headline' or 'all'")
+    if name not in ('last', 'best', 'ema'):
+        raise ValueError(f"weights={name!r}: should be 'last', 'best', 'ema', 'headline' or 'all'")
     if name not in found: raise ValueError(f"{run} holds no {name!r} weights; it has {', '.join(found)}")
     return name
 
@@ -58,7 +61,8 @@ def run_student(
 ):
     "The student of a run, tapped and in evaluation mode"
     needs = replace(find_objective(recipe.method.name).needs(recipe.method.options), points=layers, attention=attention)
-    student = build_student(replace(recipe, student=replace(recipe.student, pretrained=False, checkpoint=None)), classes, needs)
+    student = build_student(replace(recipe, student=replace(recipe.student, pretrained=False, checkpoint=None)),
+                            classes, needs)
     if weights is not None: student.model.load_state_dict(weights)
     return student.to(device).eval()
 
@@ -85,7 +89,8 @@ def images_of(
         train, fit, _, test = open_data(recipe)
         return train, fit, test
     test = Images(open_source(on, d.test_split, root=d.root, download=d.download), memory=d.memory, on_bad=d.on_bad)
-    try: train = Images(open_source(on, d.train_split, root=d.root, download=d.download), memory=d.memory, on_bad=d.on_bad)
+    try: train = Images(open_source(on, d.train_split, root=d.root, download=d.download),
+                        memory=d.memory, on_bad=d.on_bad)
     except (ValueError, OSError): return None, [], test                      # a source of test images only
     return train, list(range(len(train))), test
 
@@ -108,12 +113,17 @@ def evaluate(
     with processes(device) as here:
         images, _, test = images_of(recipe, on)
         classes = test.num_classes if on is None else classes_of(run, recipe)
-        if classes != test.num_classes: raise OtherClasses(f"{on} has {test.num_classes} classes and the run's student knows {classes}, so there is no accuracy; its features are judged by k-NN and a linear probe in the report")
+        if classes != test.num_classes:
+            raise OtherClasses(f"{on} has {test.num_classes} classes and the run's student knows {classes}, "
+                               "so there is no accuracy; "
+                               "its features are judged by k-NN and a linear probe in the report")
         student = run_student(recipe, classes, layers=[], attention=False, device=here)
         for name in names:
             student.model.load_state_dict(found[name])
-            out[name] = measure(student, test, list(range(len(test))), input_size(student), here, workers=recipe.data.workers, precision=recipe.train.precision)
-        if rank() == 0: write_atomic(run/f'evaluation{suffix(on)}.json', lambda p: p.write_text(json.dumps(out, indent=1)))
+            out[name] = measure(student, test, list(range(len(test))), input_size(student), here,
+                                workers=recipe.data.workers, precision=recipe.train.precision)
+        if rank() == 0:
+            write_atomic(run/f'evaluation{suffix(on)}.json', lambda p: p.write_text(json.dumps(out, indent=1)))
     return out
 
 # %% ../../nbs/training/77_reports.ipynb #2fb99710
@@ -139,7 +149,8 @@ def sample(
 )->list:        # ascending
     "The same few, whoever asks"
     if len(indices) <= size: return list(indices)
-    return sorted(indices[i] for i in torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:size].tolist())
+    return sorted(indices[i]
+                  for i in torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:size].tolist())
 
 # %% ../../nbs/training/77_reports.ipynb #171021f1
 def taught_by(
@@ -165,7 +176,9 @@ def look(
     on:str|None=None,     # other images, in the words of `data.source`
     corrupted:int=1000,   # test images that are corrupted; 0: none
     seen:int=10000,       # training images for neighbours and probe
-)->dict:                  # of `report`, with robustness, cost, run, weights and images; also `report.json` and `report.png` in the run directory
+    # of `report`, with robustness, cost, run, weights and images;
+    # also `report.json` and `report.png` in the run directory
+)->dict:
     "Everything there is to say about a run's student; on one process"
     run = Path(run_dir)
     recipe, found = read_run(run), saved_weights(run)
@@ -176,12 +189,14 @@ def look(
         student = run_student(recipe, classes, found[name], [-1], False, here)
         size = input_size(student)
         said = predict(student, test, None, size, here)
-        if classes != test.num_classes: said['logits'] = None                # the head knows other classes; the features may still be good
+        # the head knows other classes; the features may still be good
+        if classes != test.num_classes: said['logits'] = None
         known = predict(student, train, fit, size, here) if train is not None else None
         said_t, known_t, why = taught_by(recipe, test, train, fit, here)
         out = report(said, known, said_t, known_t, test.classes)
         if why: out['agreement'] = dict(skipped=why)
-        if corrupted and said['logits'] is not None: out['robustness'] = robustness(student, test, sample(range(len(test)), corrupted), size, device=here)
+        if corrupted and said['logits'] is not None:
+            out['robustness'] = robustness(student, test, sample(range(len(test)), corrupted), size, device=here)
         out |= dict(cost=cost(student, size, device=here), run=run.name, weights=name, images=on or recipe.data.source)
     write_atomic(run/f'report{suffix(on)}.json', lambda p: p.write_text(json.dumps(out, indent=1)))
     sheet(out, run/f'report{suffix(on)}.png')
@@ -194,9 +209,13 @@ def summary(
     "A few lines about a report"
     rate = lambda s: f"{s['top1']:.2f} % [{s['top1_ci'][0]:.2f}, {s['top1_ci'][1]:.2f}]"
     lines = [f"{r['run']}: {r['weights']} weights on {r['images']}"]
-    for part,label in dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe', agreement='agreement with the teacher').items():
+    for part,label in dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe',
+                           agreement='agreement with the teacher').items():
         lines.append(f"  {label}: {rate(r[part]) if 'skipped' not in r[part] else 'left out, ' + r[part]['skipped']}")
     if 'skipped' not in r['calibration']: lines.append(f"  calibration error: {r['calibration']['ece']:.3f}")
-    if 'robustness' in r: lines.append(f"  under corruption: {r['robustness']['mean']:.2f} % (clean {r['robustness']['clean']:.2f} % on the same images)")
+    if 'robustness' in r:
+        lines.append(f"  under corruption: {r['robustness']['mean']:.2f} % "
+                     f"(clean {r['robustness']['clean']:.2f} % on the same images)")
     c = r['cost']
-    return '\n'.join(lines + [f"  {c['parameters']/1e6:.3g} M parameters, {c['flops']/1e9:.3g} GFLOPs an image, {c['images_per_s']:.0f} images/s ({c['device']}, batch {c['batch']})"])
+    return '\n'.join(lines + [f"  {c['parameters']/1e6:.3g} M parameters, {c['flops']/1e9:.3g} GFLOPs an image, "
+                              f"{c['images_per_s']:.0f} images/s ({c['device']}, batch {c['batch']})"])

@@ -35,8 +35,9 @@ from ..methods.symptoms import symptoms
 from ..models.students import save_student
 from .cached import CachedTeacher, refuse_moving
 from .checkpoints import hold_run, last_state, load, rng_state, save, set_rng_state, start_run
-from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate, hold_memory, input_size, logits_of, make_optimizer, open_data,
-                                  part_gradients, pulls, rank)
+from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate,
+                                  hold_memory, input_size, logits_of, make_optimizer, open_data, part_gradients,
+                                  pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
 from .recipes import Recipe, as_tree, resolve
 
@@ -73,11 +74,16 @@ def needs(self:Trainer)->Needs:
 def build_data(self:Trainer):
     "Open the images and count the steps"
     d, v = self.recipe.data, self.recipe.views
-    share, twice = world()*self.t.accumulate*(2 if self.needs.twins else 1), ', every image twice' if self.needs.twins else ''
-    if d.batch_size % share: raise ValueError(f"data.batch_size={d.batch_size} cannot be shared by {world()} ranks × {self.t.accumulate} accumulation steps{twice}; make it a multiple of {share}")
+    share, twice = (world()*self.t.accumulate*(2 if self.needs.twins else 1),
+                    ', every image twice' if self.needs.twins else '')
+    if d.batch_size % share:
+        raise ValueError(f"data.batch_size={d.batch_size} cannot be shared by {world()} ranks × "
+                         f"{self.t.accumulate} accumulation steps{twice}; make it a multiple of {share}")
     self.images, self.fit, self.val, self.test = open_data(self.recipe)
     self.classes = self.images.num_classes
-    if len(self.fit) < d.batch_size: raise ValueError(f"data.batch_size={d.batch_size} is larger than the training set of {len(self.fit)} images; lower it")
+    if len(self.fit) < d.batch_size:
+        raise ValueError(f"data.batch_size={d.batch_size} is larger than the training set of {len(self.fit)} images; "
+                         "lower it")
     self.per_epoch = len(self.fit)//d.batch_size
     self.total = self.per_epoch*self.t.epochs
 
@@ -92,9 +98,12 @@ def build_models(self:Trainer):
     if self.teacher is not None: self.teacher = self.teacher.to(self.device)
     self.size_s, self.size_t = input_size(student), None if self.teacher is None else input_size(self.teacher)
     torch.manual_seed(self.t.seed + 1)
-    objective = find_objective(r.method.name)(r.method.options, dry_run(student, self.device), None if self.teacher is None else dry_run(self.teacher, self.device), self.classes).to(self.device)
+    objective = find_objective(r.method.name)(r.method.options, dry_run(student, self.device),
+                                              None if self.teacher is None else dry_run(self.teacher, self.device),
+                                              self.classes).to(self.device)
     objective.meet(student, self.teacher)
-    make_views = lambda size_t: Views(self.size_s, size_t, geometry=v.geometry, crop_scale=tuple(v.crop_scale), flip=v.flip, photometry=v.photometry, erase=v.erase)
+    make_views = lambda size_t: Views(self.size_s, size_t, geometry=v.geometry, crop_scale=tuple(v.crop_scale),
+                                      flip=v.flip, photometry=v.photometry, erase=v.erase)
     self.whole_views = self.views = make_views(self.size_t)
     self.lesson, self.kept = Lesson(student, objective), None
     if self.teacher is not None and r.teacher.cache is not None:
@@ -102,7 +111,8 @@ def build_models(self:Trainer):
         self.kept = CachedTeacher(self.teacher, r.teacher.cache, self.images, self.fit, self.views, self.device)
         self.views = make_views(None)                                   # nobody looks at the teacher's view any more
     self.optimizer = make_optimizer(self.lesson, r)
-    self.scheduler = CosineLRScheduler(self.optimizer, t_initial=self.total, lr_min=self.t.min_lr, warmup_t=min(round(self.t.warmup_epochs*self.per_epoch), self.total - 1),
+    self.scheduler = CosineLRScheduler(self.optimizer, t_initial=self.total, lr_min=self.t.min_lr,
+                                       warmup_t=min(round(self.t.warmup_epochs*self.per_epoch), self.total - 1),
                                        warmup_lr_init=self.t.min_lr, warmup_prefix=False, t_in_epochs=False)
     self.ema = None if self.t.ema is None else ModelEmaV3(student, decay=self.t.ema, use_warmup=True)
     torch.manual_seed(self.t.seed*10_007 + rank()) # dropout may differ between ranks
@@ -117,7 +127,8 @@ def show(self:Trainer,
     "Blend a micro-batch and show the teacher its view"
     r, v = self.recipe, self.recipe.views
     x, y = (batch[k].to(self.device, non_blocking=True) for k in ('student', 'label'))
-    blend = draw_blend(step_generator(self.t.seed, self.step*self.t.accumulate + micro), len(y), v.mixup, v.cutmix, v.blend_prob, self.device)
+    blend = draw_blend(step_generator(self.t.seed, self.step*self.t.accumulate + micro), len(y),
+                       v.mixup, v.cutmix, v.blend_prob, self.device)
     x = blend_images(x.to(self.dtype)/255, blend)
     target = Target(blend_labels(y, self.classes, blend, v.smoothing), None if v.teacher_sees_blend else blend)
     taught = None
@@ -152,7 +163,8 @@ def optimize(self:Trainer,
         self.drawn[self.step, micro] = rng_state()
         with nullcontext() if last or world() == 1 else self.model.no_sync():
             out = self.forward(batch, micro, logging and last)
-            if logging and last and self.t.gradient_shares and not self.t.compile: self.observe_gradients(out['parts']) # compiled graphs cannot be walked twice
+            if logging and last and self.t.gradient_shares and not self.t.compile:
+                self.observe_gradients(out['parts'])                      # compiled graphs cannot be walked twice
             if self.t.momenta_apart is not None: self.keep_apart(out, len(batches))
             out['loss'].backward(share_of(out['loss'], len(batches)))
         self.observe(out)
@@ -209,7 +221,8 @@ def keep_apart(self:Trainer,
     params, ce = [p for g in self.groups for p in g], out['parts']['ce']
     if not self.optimizer.lonely:
         others = [v for k,v in out['parts'].items() if k != 'ce' and v.requires_grad]
-        rest = torch.autograd.grad(sum(others), params, retain_graph=True, allow_unused=True) if others else [None]*len(params)
+        rest = (torch.autograd.grad(sum(others), params, retain_graph=True, allow_unused=True) if others
+                else [None]*len(params))
         self.optimizer.lonely = {id(p) for p,g in zip(params, rest) if g is None} | {None}
     for p,g in zip(params, torch.autograd.grad(ce/share, params, retain_graph=True, allow_unused=True)):
         if g is not None: p.of_labels = getattr(p, 'of_labels', 0.) + global_mean(g)
@@ -222,7 +235,8 @@ def clip_labels(self:Trainer,
     "Shrink what labels want as the whole was shrunk; forget it after the step"
     for g,norm in zip([g for g in self.groups if g], norms):
         for p in g:
-            if hasattr(p, 'of_labels') and self.t.clip is not None: p.of_labels = p.of_labels*(self.t.clip/(norm + 1e-6)).clamp(max=1)
+            if hasattr(p, 'of_labels') and self.t.clip is not None:
+                p.of_labels = p.of_labels*(self.t.clip/(norm + 1e-6)).clamp(max=1)
 
 # %% ../../nbs/training/65_trainer.ipynb #17c5219c
 @patch
@@ -250,7 +264,8 @@ class NonFiniteLoss(RuntimeError):
 def log_step(self:Trainer):
     "Write a row of the log; stop if the loss was not finite too often"
     row, now = self.meter.read(), time.perf_counter()
-    row |= dict(kind='step', step=self.step, epoch=self.step/self.per_epoch, lr=self.optimizer.param_groups[-1]['lr'], skipped=self.skipped.item(), seconds=now - self.clock)
+    row |= dict(kind='step', step=self.step, epoch=self.step/self.per_epoch, lr=self.optimizer.param_groups[-1]['lr'],
+                skipped=self.skipped.item(), seconds=now - self.clock)
     self.clock = now
     if rank() == 0: self.log.write(row)
     self.comment = f"loss {row['loss']:.3f}"
@@ -274,8 +289,12 @@ def save(self:Trainer,
     states = everyone(rng_state())
     if rank() == 0:
         sync(self.log.path)             # rows before the checkpoint that counts on them
-        save(dict(step=self.step, done=self.done, lesson=self.lesson.state_dict(), ema=self.ema and self.ema.module.state_dict(), optimizer=self.optimizer.state_dict(), rng=states,
-                  best=self.best, meter=self.meter.state_dict(), sentinel=dict(first=self.sentinel.first, bad=self.sentinel.bad, skipped=self.skipped, fatal=self.fatal), offset=self.log.offset, elapsed=self.elapsed(), planned=self.planned),
+        save(dict(step=self.step, done=self.done, lesson=self.lesson.state_dict(),
+                  ema=self.ema and self.ema.module.state_dict(), optimizer=self.optimizer.state_dict(), rng=states,
+                  best=self.best, meter=self.meter.state_dict(),
+                  sentinel=dict(first=self.sentinel.first, bad=self.sentinel.bad,
+                                skipped=self.skipped, fatal=self.fatal),
+                  offset=self.log.offset, elapsed=self.elapsed(), planned=self.planned),
              self.run/name, keep='previous.pt' if name == 'last.pt' else None)
 
 # %% ../../nbs/training/65_trainer.ipynb #36ac7066
@@ -294,12 +313,20 @@ def restore(self:Trainer)->int: # bytes of the log that the checkpoint knows of
     state = last_state(self.run)
     if state is None: return 0
     log = self.run/'metrics.jsonl'
-    if (size := log.stat().st_size if log.is_file() else 0) < state['offset']: raise ValueError(f"{log} has {size} bytes and had {state['offset']} when last.pt was saved: rows are lost; put it back, or begin a new run")
+    if (size := log.stat().st_size if log.is_file() else 0) < state['offset']:
+        raise ValueError(f"{log} has {size} bytes and had {state['offset']} when last.pt was saved: rows are lost; "
+                         "put it back, or begin a new run")
     if state['best']['epoch'] >= 0:
         try: load(self.run/'best.pt')
-        except (ValueError, FileNotFoundError) as e: raise ValueError(f"{e}; copy last.pt over best.pt in {self.run} to go on with the weights of step {state['step']} in place of those of epoch {state['best']['epoch']}, or begin a new run") from None
-    if len(state['rng']) != world(): raise ValueError(f"{self.run} was trained on {len(state['rng'])} ranks and can be resumed exactly on as many only, not on {world()}")
-    self.step, self.done, self.best, self.before, self.planned = (state[k] for k in ('step', 'done', 'best', 'elapsed', 'planned'))
+        except (ValueError, FileNotFoundError) as e:
+            raise ValueError(f"{e}; copy last.pt over best.pt in {self.run} to go on with the weights of "
+                             f"step {state['step']} in place of those of epoch {state['best']['epoch']}, "
+                             "or begin a new run") from None
+    if len(state['rng']) != world():
+        raise ValueError(f"{self.run} was trained on {len(state['rng'])} ranks and can be resumed exactly "
+                         f"on as many only, not on {world()}")
+    self.step, self.done, self.best, self.before, self.planned = (
+        state[k] for k in ('step', 'done', 'best', 'elapsed', 'planned'))
     self.lesson.load_state_dict(state['lesson'])
     if self.ema is not None: self.ema.module.load_state_dict(state['ema'])
     self.optimizer.load_state_dict(state['optimizer'])
@@ -307,7 +334,8 @@ def restore(self:Trainer)->int: # bytes of the log that the checkpoint knows of
     on = lambda tree: {k: v.to(self.device) if isinstance(v, Tensor) else v for k,v in tree.items()}
     self.meter.load_state_dict({k: on(v) for k,v in state['meter'].items()})
     seen = on(state['sentinel'])
-    self.sentinel.first, self.sentinel.bad, self.skipped, self.fatal = on(seen['first']), seen['bad'], seen['skipped'], seen['fatal']
+    self.sentinel.first, self.sentinel.bad, self.skipped, self.fatal = (
+        on(seen['first']), seen['bad'], seen['skipped'], seen['fatal'])
     set_rng_state(state['rng'][rank()])
     return state['offset']
 
@@ -321,9 +349,12 @@ def start(self:Trainer,
         start_run(self.run, self.recipe, resume, dict(train=self.images.fingerprint(), test=self.test.fingerprint()))
         self.lock = hold_run(self.run)
     if world() > 1: dist.barrier()
-    self.step, self.done, self.best, self.before, self.comment = 0, 0, dict(top1=-1., epoch=-1), 0., ''  # `done`: epochs evaluated
-    self.meter, self.sentinel, self.stopping, self.planned = Meter(), Sentinel(self.device), False, {}       # `planned`: epoch → choice of its images, since the last row
-    self.skipped, self.fatal, self.drawn = *torch.tensor([0, -1], device=self.device), {}                    # bad steps, the one too many or −1, random states since the last row
+    # `done`: epochs evaluated
+    self.step, self.done, self.best, self.before, self.comment = 0, 0, dict(top1=-1., epoch=-1), 0., ''
+    # `planned`: epoch → choice of its images, since the last row
+    self.meter, self.sentinel, self.stopping, self.planned = Meter(), Sentinel(self.device), False, {}
+    # bad steps, the one too many or −1, random states since the last row
+    self.skipped, self.fatal, self.drawn = *torch.tensor([0, -1], device=self.device), {}
     if self.kept is not None:
         if rank() == 0 and not self.kept.cache.complete: print(f"{self.recipe.name or 'run'}: {self.kept}", flush=True)
         self.kept.build(progress=progress_bar if self.bars else None) # all ranks, as they wait for each other there
@@ -385,8 +416,12 @@ def in_words(self:Trainer):
     "Say what a full disk or a lost rank means for this run"
     try: yield
     except Exception as e:
-        if why := no_room(e): raise OSError(f"the disk refused a file of {self.run} ({why}); {left_in(self.run)}; make room and go on with --resume") from e
-        if why := lost(e): raise RankLost(f"rank {rank()} of {world()} has lost another rank ({why}): it has died, or its machine; {left_in(self.run)}; start all ranks again with --resume") from e
+        if why := no_room(e):
+            raise OSError(f"the disk refused a file of {self.run} ({why}); {left_in(self.run)}; "
+                          "make room and go on with --resume") from e
+        if why := lost(e):
+            raise RankLost(f"rank {rank()} of {world()} has lost another rank ({why}): it has died, or its machine; "
+                           f"{left_in(self.run)}; start all ranks again with --resume") from e
         raise
 
 # %% ../../nbs/training/65_trainer.ipynb #d84e8cf6
@@ -404,9 +439,11 @@ def lost(
 )->str|None: # in the words of the network; None if it is another kind of error
     "Does `error` say that a rank is gone?"
     text = next(iter(str(error).splitlines()), '')
-    signs = 'closed by peer', 'reset by peer', 'Broken pipe', 'Timed out waiting', 'Connection refused', 'Socket Timeout', 'remote process exited'
+    signs = ('closed by peer', 'reset by peer', 'Broken pipe', 'Timed out waiting', 'Connection refused',
+             'Socket Timeout', 'remote process exited')
     if world() == 1 or isinstance(error, (ValueError, FileNotFoundError)): return None
-    return text.rpartition('] ')[2].split('. ')[0][:120] if isinstance(error, dist.DistError) or any(s.lower() in text.lower() for s in signs) else None
+    return (text.rpartition('] ')[2].split('. ')[0][:120]
+            if isinstance(error, dist.DistError) or any(s.lower() in text.lower() for s in signs) else None)
 
 # %% ../../nbs/training/65_trainer.ipynb #c05528d5
 def handed_over(
@@ -417,8 +454,10 @@ def handed_over(
     "What a model said, by name"
     if features is None: return {}
     members = features.members or [features]
-    logits = {'logits' if features.members is None else f'{i}.logits': f.logits for i,f in enumerate(members) if f.logits is not None}
-    return {f"the {who}'s {k}": x for k,x in (dict(zip(names, (x for f in members for x in f.tokens))) | logits).items()}
+    logits = {'logits' if features.members is None else f'{i}.logits': f.logits
+              for i,f in enumerate(members) if f.logits is not None}
+    return {f"the {who}'s {k}": x
+            for k,x in (dict(zip(names, (x for f in members for x in f.tokens))) | logits).items()}
 
 # %% ../../nbs/training/65_trainer.ipynb #b19ff35b
 def not_finite(
@@ -432,7 +471,9 @@ def not_finite(
 def repeat(self:Trainer,
     batch:dict,
     micro:int=0, # accumulation step
-)->dict: # parts: numbers; of: "loss" or "gradient"; term: the part of which it is not finite, '' if there is none; layer: where that begins
+    # parts: numbers; of: "loss" or "gradient"; term: the part of which it is not finite, '' if there is none;
+    # layer: where that begins
+)->dict:
     "A lesson once more, watched from the images to the gradients"
     x, taught, target, progress = self.show(batch, micro, True)
     with autocast(self.device, self.t.precision):
@@ -443,8 +484,10 @@ def repeat(self:Trainer,
     term = not_finite({k: out['report'].get(f'raw/{k}', v) for k,v in parts.items()}) or not_finite(parts)
     if not term: term, of = ', '.join(k for k,g in gradients.items() if not g.norm().isfinite()), 'gradient'
     names = [] if taught is None else (self.teacher if self.kept is None else self.kept.teacher).names
-    said = {'the images': x} | handed_over('teacher', names, taught) | handed_over('student', self.lesson.student.names, seen)
-    return dict(parts={k: v.item() for k,v in parts.items()}, term=term, of=of, layer=not_finite(said) or 'the loss itself')
+    said = ({'the images': x} | handed_over('teacher', names, taught)
+            | handed_over('student', self.lesson.student.names, seen))
+    return dict(parts={k: v.item() for k,v in parts.items()}, term=term, of=of,
+                layer=not_finite(said) or 'the loss itself')
 
 # %% ../../nbs/training/65_trainer.ipynb #b8c18cac
 @patch
@@ -453,7 +496,8 @@ def give_up(self:Trainer,
 ):
     "End the run with a step that was one too many: save the weights before it, and what repeats it"
     path = self.run/'nonfinite.pt'
-    words = everyone(in_a_sentence(load(path), self.run, self.t.skip_nonfinite) if saved and rank() == 0 and path.is_file() else None)[0]
+    words = everyone(in_a_sentence(load(path), self.run, self.t.skip_nonfinite)
+                     if saved and rank() == 0 and path.is_file() else None)[0]
     if words is None:
         for b,old in self.statistics: b.copy_(old)
         if not saved: self.save('last.pt')
@@ -476,15 +520,18 @@ def look_again(self:Trainer)->dict: # what `replay` needs, and what was found
         if any(f['term'] for f in tried[-1][-1]): break
     else: tried = tried[:1]
     micro, batch, rng, told = tried[-1]
-    who = min(range(world()), key=lambda r: (not told[r]['term'], told[r]['layer'] == 'the loss itself'))  # the first rank that knows a layer
+    # the first rank that knows a layer
+    who = min(range(world()), key=lambda r: (not told[r]['term'], told[r]['layer'] == 'the loss itself'))
     found = {k: v for k,v in told[who].items() if k != 'parts'}
     if not found['term']:                       # finite this time: what the log knows
         first = agree(self.sentinel.read()[1])
         term = next((k for k,s in first.items() if s == self.step), next(iter(first), ''))
         found = dict(term=term, of='loss' if term else 'gradient', layer='')
     shares = everyone(batch)
-    return found | dict(rank=who, ranks=world(), step=self.step, micro=micro, epoch=epoch, seed=self.t.seed, rng=rng, batch={k: torch.cat([b[k] for b in shares]) for k in batch},
-                        lesson=state, recipe=as_tree(self.recipe), classes=self.classes, per_epoch=self.per_epoch, total=self.total)
+    return found | dict(rank=who, ranks=world(), step=self.step, micro=micro, epoch=epoch, seed=self.t.seed, rng=rng,
+                        batch={k: torch.cat([b[k] for b in shares]) for k in batch},
+                        lesson=state, recipe=as_tree(self.recipe), classes=self.classes,
+                        per_epoch=self.per_epoch, total=self.total)
 
 # %% ../../nbs/training/65_trainer.ipynb #db1df76c
 def agree(
@@ -504,9 +551,10 @@ def in_a_sentence(
 )->str:
     "What was not finite, where, and what to do"
     what = f"loss {found['term']!r}" if found['of'] == 'loss' else f"the gradient of {found['term'] or 'some loss'}"
-    where = f"first in {found['layer']}" + (f" on rank {found['rank']}" if found['ranks'] > 1 else '') if found['layer'] else "though not when the step was repeated"
-    return (f"{what} was not finite at step {found['step']}, {where}; the weights before it and the batch are in {run} (nonfinite.pt); "
-            f"lower train.lr, or allow train.skip_nonfinite > {allowed} such steps")
+    where = (f"first in {found['layer']}" + (f" on rank {found['rank']}" if found['ranks'] > 1 else '')
+             if found['layer'] else "though not when the step was repeated")
+    return (f"{what} was not finite at step {found['step']}, {where}; the weights before it and the batch are in "
+            f"{run} (nonfinite.pt); lower train.lr, or allow train.skip_nonfinite > {allowed} such steps")
 
 # %% ../../nbs/training/65_trainer.ipynb #31d42d15
 def replay(
@@ -563,7 +611,9 @@ def lessons(self:Trainer,
 def judge(self:Trainer)->dict: # labels (n,), student (n, C), teacher (n, C) or None
     "What student and teacher say of the clean training images"
     of = lambda model, size: logits_of(model, self.images, self.fit, size, self.device, precision=self.t.precision)
-    return dict(labels=torch.as_tensor(self.images.labels)[self.fit], student=of(self.lesson.student, self.size_s), teacher=of(self.teacher, self.size_t) if self.teacher is not None else None)
+    return dict(labels=torch.as_tensor(self.images.labels)[self.fit],
+                student=of(self.lesson.student, self.size_s),
+                teacher=of(self.teacher, self.size_t) if self.teacher is not None else None)
 
 # %% ../../nbs/training/65_trainer.ipynb #a6fe000f
 @patch
@@ -578,7 +628,8 @@ def train_epoch(self:Trainer,
         self.optimize([next(batches) for _ in range(self.t.accumulate)])
         if bar: bar.child.comment = self.comment
         stop = self.told_to_stop()
-        if stop or self.t.save_every and self.step % self.t.save_every == 0 and self.step % self.per_epoch: self.save('last.pt')
+        if stop or self.t.save_every and self.step % self.t.save_every == 0 and self.step % self.per_epoch:
+            self.save('last.pt')
         if stop: return False
     return True
 
@@ -593,8 +644,10 @@ def read(self:Trainer,
 ):
     "This rank's micro-batches of some steps"
     a, first = self.t.accumulate, epoch*self.per_epoch
-    return build_loader(self.images, self.lessons(epoch), views, self.recipe.data.batch_size//a, seed=self.t.seed, epoch=epoch, rank=rank(), world=world(), workers=workers,
-                        start=(start - first)*a, stop=(stop - first)*a, pin=self.device.type == 'cuda', twins=self.needs.twins)
+    return build_loader(self.images, self.lessons(epoch), views, self.recipe.data.batch_size//a,
+                        seed=self.t.seed, epoch=epoch, rank=rank(), world=world(), workers=workers,
+                        start=(start - first)*a, stop=(stop - first)*a,
+                        pin=self.device.type == 'cuda', twins=self.needs.twins)
 
 # %% ../../nbs/training/65_trainer.ipynb #03d3756a
 @patch
@@ -605,7 +658,8 @@ def end_epoch(self:Trainer,
     if world() > 1: distribute_bn(self.lesson.student, world(), reduce=True)
     row = dict(kind='epoch', step=self.step, epoch=epoch + 1, seconds=self.elapsed())
     models = {'': self.lesson.student} | ({'_ema': self.ema.module} if self.ema is not None else {})
-    for suffix,model in models.items() if self.val else (): row |= {f'val_{k}{suffix}': v for k,v in self.evaluate(model, self.images, self.val).items() if k != 'n'}
+    for suffix,model in models.items() if self.val else ():
+        row |= {f'val_{k}{suffix}': v for k,v in self.evaluate(model, self.images, self.val).items() if k != 'n'}
     if rank() == 0:
         self.log.write(row)
         print_row(self.recipe, row, self.t.epochs)
@@ -628,33 +682,40 @@ def tell_symptoms(self:Trainer):
 # %% ../../nbs/training/65_trainer.ipynb #99ccfad0
 def print_row(recipe, row, epochs):
     "One line on standard output an epoch"
-    acc = ''.join(f", {k.replace('val_top1', 'val top-1').replace('_', ' ')} {v:.2f} %" for k,v in row.items() if k.startswith('val_top1'))
+    acc = ''.join(f", {k.replace('val_top1', 'val top-1').replace('_', ' ')} {v:.2f} %"
+                  for k,v in row.items() if k.startswith('val_top1'))
     print(f"{recipe.name or 'run'}: epoch {row['epoch']}/{epochs}{acc}, {row['seconds']:.0f} s", flush=True)
 
 # %% ../../nbs/training/65_trainer.ipynb #bf209460
 @patch
 def evaluate(self:Trainer, model, images, indices)->dict:
     "`evaluate` with the run's own settings"
-    return evaluate(model, images, indices, self.size_s, self.device, workers=0 if self.recipe.data.memory else self.recipe.data.workers, precision=self.t.precision)
+    return evaluate(model, images, indices, self.size_s, self.device,
+                    workers=0 if self.recipe.data.memory else self.recipe.data.workers,
+                    precision=self.t.precision)
 
 # %% ../../nbs/training/65_trainer.ipynb #2c0f3e5b
 @patch
 def finish(self:Trainer)->dict:
     "Test last, best and averaged weights, export the headline, draw the figures"
     student, result = self.lesson.student, {}
-    weights = {'last': student.model.state_dict(), 'best': best_weights(self.run)} | ({'ema': self.ema.module.model.state_dict()} if self.ema is not None else {})
+    weights = ({'last': student.model.state_dict(), 'best': best_weights(self.run)}
+               | ({'ema': self.ema.module.model.state_dict()} if self.ema is not None else {}))
     last = {k: v.clone() for k,v in weights['last'].items()}
     for name,w in weights.items():
         student.model.load_state_dict(w)
         result[name] = self.evaluate(student, self.test, list(range(len(self.test))))
     headline = self.t.headline if self.t.headline in weights else 'last'
-    out = dict(headline=headline, test=result, best_epoch=self.best['epoch'], val_top1=self.best['top1'], seconds=self.elapsed(), skipped_images=len(self.images.skipped) + len(self.test.skipped))
+    out = dict(headline=headline, test=result, best_epoch=self.best['epoch'], val_top1=self.best['top1'],
+               seconds=self.elapsed(), skipped_images=len(self.images.skipped) + len(self.test.skipped))
     if rank() == 0:
         student.model.load_state_dict(weights[headline])
         save_student(student, self.run)
-        self.log.write(dict(kind='test', step=self.step, headline=headline) | {f'test_{k}_{n}': v[k] for n,v in result.items() for k in ('top1', 'top5', 'loss')})
+        self.log.write(dict(kind='test', step=self.step, headline=headline)
+                       | {f'test_{k}_{n}': v[k] for n,v in result.items() for k in ('top1', 'top5', 'loss')})
         plot_run(self.run)
-        write_atomic(self.run/'result.json', lambda p: p.write_text(json.dumps(out, indent=1))) # last: a run that has it has ended
+        # last: a run that has it has ended
+        write_atomic(self.run/'result.json', lambda p: p.write_text(json.dumps(out, indent=1)))
     student.model.load_state_dict(last)
     if world() > 1: dist.barrier()
     return out
