@@ -20,7 +20,7 @@ from basd.training.recipes import read_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = ["quickstart", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm"]
-FRAME = ["data.download=false", "data.val_size=1000", "data.train_size=4000", "data.batch_size=64", "views.flip=0.5",
+FRAME = ["data.download=false", "data.val_size=1000", "data.train_size=2000", "data.batch_size=64", "views.flip=0.5",
          "student.img_size=32", "student.patch_size=4", "student.depth=4", "student.width=96", "student.heads=3",
          "train.epochs=4", "train.warmup_epochs=1"]
 TEACHER = ["student.model=vit_tiny_patch16_224", "student.img_size=64", "student.patch_size=16", "student.depth=12", "student.width=192",
