@@ -33,10 +33,11 @@ CPU = {
     "small growth": [*SMALL, FP32, *SAMPLED, "--growth", "--reps", "3"],
 }
 GPU = {
-    "gpu exact": ["basd_imagenet", "data.batch_size=256", BF16, "train.compile=true", "method.selector.solver=track", "method.losses.spectral.form=moments"],
+    "gpu default eager": ["basd_imagenet", "data.batch_size=256", BF16],
+    "gpu 4 spectra eager": ["basd_imagenet", "data.batch_size=256", BF16, "method.losses.spectral.samples=4"],
     "gpu sampled": ["basd_imagenet_fast", "data.batch_size=256", BF16, "train.compile=true"],
+    "gpu exact": ["basd_imagenet", "data.batch_size=256", BF16, "train.compile=true", "method.selector.solver=track", "method.losses.spectral.form=moments"],
     "gpu exact eager": ["basd_imagenet", "data.batch_size=256", BF16, "method.selector.solver=track", "method.losses.spectral.form=moments"],
-    "gpu svd eager": ["basd_imagenet", "data.batch_size=256", BF16, "method.losses.spectral.samples=4"],
 }
 
 

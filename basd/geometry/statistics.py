@@ -8,6 +8,9 @@ __all__ = ['no_autocast', 'island', 'world', 'rank', 'global_mean', 'centre', 'c
            'draw_images']
 
 # %% ../../nbs/geometry/01_statistics.ipynb #ceaf54e7
+import math
+from functools import lru_cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -137,7 +140,7 @@ def steady(
 # %% ../../nbs/geometry/01_statistics.ipynb #25adcf1b
 def eigh_by_products(
     A:Tensor,      # symmetric, (..., d, d)
-    turns:int=60,  # of all axes, six products each; more than enough up to d = 192
+    turns:int|None=None, # of all axes, six products each; 4.5 √d if None
 )->tuple[Tensor, Tensor]: # eigenvalues, descending (..., d), and orthonormal eigenvectors (..., d, d)
     "Eigenvalues and eigenvectors by matrix products alone: a host never waits for them"
     d, A = A.shape[-1], A.detach()
@@ -145,7 +148,7 @@ def eigh_by_products(
     X = (torch.eye(d, dtype=A.dtype, device=A.device) - 2*v[:, None]*v/v.square().sum()).expand_as(A)
     above = torch.ones_like(A).triu(1)
     near = 100*torch.finfo(A.dtype).eps*A.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
-    for _ in range(turns):
+    for _ in range(math.ceil(4.5*d**.5) if turns is None else turns):
         S = X.mT @ A @ X
         lam = S.diagonal(dim1=-2, dim2=-1)
         gap = lam[..., None, :] - lam[..., None]                                    # S_jj − S_ii
@@ -159,6 +162,29 @@ def eigh_by_products(
     lam, order = (X * (A @ X)).sum(-2).sort(descending=True, stable=True)
     return lam, X.gather(-1, order[..., None, :].expand_as(X))
 
+# %% ../../nbs/geometry/01_statistics.ipynb #4bd1c0de
+@lru_cache(maxsize=32)
+def _record(shape, dtype, device, precision): # the graph, where it reads, where it writes
+    with torch.inference_mode(False), torch.no_grad():
+        A, side = torch.zeros(shape, dtype=dtype, device=device), torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side): eigh_by_products(A)               # libraries set themselves up before
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'): out = eigh_by_products(A)
+    return graph, A, out
+
+@torch.library.custom_op('basd::eigh', mutates_args=(), schema='(Tensor A) -> (Tensor, Tensor)')
+def _replay(A):
+    graph, given, out = _record(A.shape, A.dtype, A.device, torch.get_float32_matmul_precision())
+    given.copy_(A)
+    graph.replay()
+    return tuple(x.clone() for x in out)
+
+@_replay.register_fake
+def _(A): return A.new_empty(A.shape[:-1]), A.new_empty(A.shape)
+
+
 # %% ../../nbs/geometry/01_statistics.ipynb #1a63ce0e
 def remote(
     A:Tensor, # any tensor
@@ -166,12 +192,14 @@ def remote(
     "Must a host wait to read a number of `A`?"
     return A.is_cuda
 
+def _products(A): return (_replay if A.is_cuda else eigh_by_products)(A.detach())
+
 # %% ../../nbs/geometry/01_statistics.ipynb #20d0c89d
 def eigh(
     A:Tensor, # symmetric, (..., d, d)
 )->tuple[Tensor, Tensor]: # eigenvalues, descending (..., d), and orthonormal eigenvectors (..., d, d), constant
     "Decomposition by LAPACK on a CPU, by products on a GPU"
-    if remote(A): return eigh_by_products(A)
+    if remote(A): return _products(A)
     lam, X = torch.linalg.eigh(A.detach())
     return lam.flip(-1), X.flip(-1)
 
@@ -179,7 +207,7 @@ def eigh(
 class _Eigenvalues(torch.autograd.Function):
     @staticmethod
     def forward(ctx, A):
-        lam, X = eigh_by_products(A)
+        lam, X = _products(A)
         ctx.save_for_backward(X)
         return lam
 

@@ -276,7 +276,7 @@ def forward(self:POCL, student:Features, teacher:Features, target:Target, progre
     z, z_t, b = student.logits, teacher.logits, target.blend
     if z_t is None or z_t.shape[1] != z.shape[1]: log_probabilities(dict(student=z, teacher=z_t), 'teacher')
     at = self.stage.clamp(min=0)
-    T, alpha = self.Ts[at], self.alphas[at]                                    # read on the device
+    T, alpha = self.Ts.take(at), self.alphas.take(at)                          # read on the device
     kl = lambda z_t: logit_kl(z, z_t, T, self.options.direction)
     raw = kl(z_t) if b is None else torch.lerp(kl(z_t[b.partner]), kl(z_t), b.lam.to(z.dtype))
     return outcome(z, dict(ce=(1 - alpha)*cross_entropy(z, target.labels), logits=alpha*raw),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['paired', 'Leg', 'references', 'frame', 'staged', 'legs_of', 'Field', 'enter', 'by_labels', 'with_baseline',
            'budget_notes', 'before', 'assemble', 'Run', 'run_of', 'runs_of', 'sentence', 'fail', 'settle',
-           'step_seconds', 'refuse_others', 'blocked', 'in_turn', 'recipe_file', 'launch', 'side_by_side', 'checked',
-           'result_of', 'gather', 'rows_of', 'cells', 'remarks', 'escape', 'markdown', 'as_csv', 'told', 'plot_race',
-           'record', 'compare']
+           'step_seconds', 'refuse_others', 'blocked', 'in_turn', 'recipe_file', 'Worker', 'log_file', 'has_ended',
+           'serve', 'side_by_side', 'checked', 'result_of', 'gather', 'rows_of', 'cells', 'remarks', 'escape',
+           'markdown', 'as_csv', 'told', 'plot_race', 'record', 'compare']
 
 # %% ../../nbs/training/68_compare.ipynb #9664e969
 import copy
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -361,23 +362,69 @@ def recipe_file(folder:Path, run:Run)->Path:
     return folder/'recipes'/f'{run.name}.yaml'
 
 # %% ../../nbs/training/68_compare.ipynb #233d1362
-def launch(
-    run:Run,
+class Worker:
+    "A process that settles runs, one after the other"
+    def __init__(self,
+        run:Run,         # the first
+        folder:Path,     # of the race
+        device:str|None,
+        threads:int,     # of the process
+    ):
+        code = ('import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); '
+                'from basd.training.compare import serve; serve(sys.argv[1], sys.argv[2] or None)')
+        path = os.pathsep.join(filter(None, [str(Path(basd.__file__).parent.parent), os.environ.get('PYTHONPATH')]))
+        self.folder, self.run = folder, None
+        with open(log_file(folder, run.name), 'a') as f:
+            self.process = subprocess.Popen([sys.executable, '-c', code, str(folder), device or ''],
+                                            stdin=subprocess.PIPE, stdout=f, stderr=f, text=True,
+                                            env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS=str(threads)))
+        self.begin(run)
+
+    def begin(self, run):
+        "Hand over a run"
+        self.run = run
+        with suppress(BrokenPipeError): print(run.name, file=self.process.stdin, flush=True)
+
+    def ended(self)->Run|None: # None while it works, or has nothing to do
+        "The run that it has ended, once"
+        if self.run is None or self.process.poll() is None and not has_ended(self.folder/self.run.name): return None
+        run, self.run = self.run, None
+        return checked(run, self.folder, self.process.returncode)
+
+
+# %% ../../nbs/training/68_compare.ipynb #233d1363
+def log_file(
     folder:Path,
-    device:str|None,
-    threads:int,     # of the process
+    name:str, # of a run
+)->Path:
+    "Where a worker writes what a run prints"
+    path = folder/'logs'/f'{name}.txt'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+# %% ../../nbs/training/68_compare.ipynb #233d1364
+def has_ended(
+    run, # run directory
+)->bool:
+    "Has a run come to a result, or failed?"
+    return any((Path(run)/f).is_file() for f in ('result.json', 'failed.txt'))
+
+
+# %% ../../nbs/training/68_compare.ipynb #233d1365
+def serve(
+    folder,             # of the race
+    device:str|None=None,
 ):
-    "Start a process that settles a run; what it prints goes to a file below `logs`"
-    code = ('import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); '
-            'from basd.training.compare import settle; settle(*sys.argv[1:3], sys.argv[3] or None)')
-    path = os.pathsep.join(filter(None, [str(Path(basd.__file__).parent.parent), os.environ.get('PYTHONPATH')]))
-    log = folder/'logs'/f'{run.name}.txt'
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, 'a') as f:
-        return subprocess.Popen([sys.executable, '-c', code,
-                                 str(recipe_file(folder, run)), str(folder/run.name), device or ''],
-                                stdout=f, stderr=f,
-                                env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS=str(threads)))
+    "What a worker does: settle the runs whose names come in, until there are no more or it is asked to stop"
+    folder = Path(folder)
+    for name in map(str.strip, sys.stdin):
+        with open(log_file(folder, name), 'a') as f:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(f.fileno(), stream.fileno())
+        if not settle(folder/'recipes'/f'{name}.yaml', folder/name, device): return
+
 
 # %% ../../nbs/training/68_compare.ipynb #a57d255a
 def side_by_side(
@@ -388,31 +435,34 @@ def side_by_side(
     jobs:int,        # processes
 ):
     "Settle the runs, several at a time, each after those on which it builds"
-    waiting, busy, threads = list(runs), {}, max(1, torch.get_num_threads()//jobs)
+    waiting, workers, threads = list(runs), [], max(1, torch.get_num_threads()//jobs)
     try:
-        while waiting or busy:
-            for p in [p for p in busy if p.poll() is not None]: ended(checked(busy.pop(p), folder, p.returncode))
-            pending = {r.name for r in [*waiting, *busy.values()]}
-            ready = [r for r in waiting if not pending.intersection(r.needs)]
-            if ready and len(busy) < jobs:
+        while waiting or any(w.run for w in workers):
+            for run in filter(None, [w.ended() for w in workers]): ended(run)
+            workers = [w for w in workers if w.process.poll() is None]
+            pending = {r.name for r in [*waiting, *(w.run for w in workers if w.run)]}
+            ready, idle = ([r for r in waiting if not pending.intersection(r.needs)],
+                           [w for w in workers if w.run is None])
+            if ready and (idle or len(workers) < jobs):
                 r = ready[0]; waiting.remove(r)
-                why = blocked(r, folder)
-                if why: fail(folder/r.name, why); ended(r)
-                else: busy[launch(r, folder, device, threads)] = r
+                if why := blocked(r, folder): fail(folder/r.name, why); ended(r)
+                elif idle: idle[0].begin(r)
+                else: workers.append(Worker(r, folder, device, threads))
             else: time.sleep(.05)
     finally:
-        for p in busy: p.terminate()
-        for p in busy: p.wait()
+        for w in workers: w.process.terminate()
+        for w in workers: w.process.wait()
+
 
 # %% ../../nbs/training/68_compare.ipynb #f86f75da
 def checked(
     run:Run,
     folder:Path,
-    status:int, # of its process
+    status:int|None, # of its process, None if that goes on
 )->Run:
     "A process that died without a word is a failure, too"
     at = folder/run.name
-    if not any((at/f).is_file() for f in ('result.json', 'failed.txt')):
+    if not has_ended(at):
         fail(at, f'its process ended with status {status} before the run did; see {folder}/logs/{run.name}.txt')
     return run
 

@@ -1,0 +1,115 @@
+"On a GPU: no step waits for it, numbers are those of a CPU, and runs train, compile, stop and go on. Skipped where there is none."
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from test_ranks import BASD, FRAME, METHODS
+
+from basd.geometry.statistics import eigh, steady
+from basd.training.checkpoints import load
+from basd.training.recipes import load_recipe
+from basd.training.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+METHODS = METHODS | {"followed": [*BASD, "method.selector.solver=track", "method.selector.settle=3", "method.losses.spectral.form=moments"]}
+QUIET = ["train.log_every=1000", "train.gradient_shares=false"]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (5, 1, 33, 33), (64, 64)])
+def test_decomposition_is_replayed(shape):
+    "The recorded decomposition is that of LAPACK, for each new matrix, eager and compiled"
+    def values(A):
+        lam, X = eigh(A)
+        return lam, X @ (lam[..., None]*X.mT)
+    compiled = torch.compile(values, fullgraph=True)
+    for seed in range(3):
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        A, _ = steady(x @ x.mT)
+        for f in (values, compiled):
+            lam, again = f(A.cuda())
+            torch.testing.assert_close(lam.cpu(), torch.linalg.eigvalsh(A).flip(-1), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(again.cpu(), A, rtol=1e-4, atol=1e-4)
+
+
+def trainer(folder, *words, device="cuda"):
+    "A trainer of digits, about to make its first step"
+    t = Trainer(load_recipe("deit_cifar", [*FRAME, *words])[""], folder, device, bars=False)
+    t.lesson.train()
+    return t
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_step_waits(name, tmp_path):
+    "Twenty steps of the trainer in a mode in which waiting for the device is an error"
+    t = trainer(tmp_path/"run", *QUIET, "train.epochs=40", "train.precision=bf16", "views.blend_prob=0.7", *METHODS[name])
+    batches = [b for e in range(4) for b in t.read(e, e*t.per_epoch, (e + 1)*t.per_epoch, t.views)]
+    for b in batches[:12]: t.optimize([b])                              # what is made once is made: codes, resamplings, state of the optimizer
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for b in (batches*2)[12:32]: t.optimize([b])
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert t.step == 32 and t.skipped.item() == 0
+
+
+def moved(x, device):
+    "Everything in a nest of containers, on the device"
+    if isinstance(x, torch.Tensor): return x.to(device)
+    if isinstance(x, dict): return {k: moved(v, device) for k, v in x.items()}
+    return type(x)(moved(v, device) for v in x) if type(x) in (list, tuple) else x
+
+
+def outcome(folder, device, *words):
+    "Parts and gradients of one step in float64, with what is sampled drawn on the CPU"
+    t = trainer(folder, *QUIET, "train.seed=1", *words, device=device)
+    t.lesson.double()
+    if t.teacher is not None: t.teacher.double()
+    t.arrange()
+    prepare, t.step = t.lesson.objective.prepare, 20
+    t.lesson.objective.prepare = lambda p, n, d: (q := prepare(p, n, "cpu"))._replace(drawn=moved(q.drawn, d))
+    out = t.forward(next(iter(t.read(0, 0, 1, t.views))))
+    out["loss"].backward()
+    return ({k: v.detach().cpu() for k, v in out["parts"].items()},
+            {n: p.grad.cpu() for n, p in t.lesson.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("blend", ["views.mixup=0", "views.cutmix=0"])
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_are_those_of_a_cpu(name, blend, tmp_path, record_property):
+    "Parts to 1e-5, gradients to 1e-4 of each parameter's largest: decompositions are made of products there"
+    parts, grads = outcome(tmp_path/"gpu", "cuda", blend, *METHODS[name])
+    parts1, grads1 = outcome(tmp_path/"cpu", "cpu", blend, *METHODS[name])
+    assert parts.keys() == parts1.keys() and grads.keys() == grads1.keys()
+    size = lambda x: x.abs().max().clamp(min=1e-8)
+    record_property("parts", max((abs(parts[k] - parts1[k])/size(parts1[k])).item() for k in parts1))
+    record_property("gradients", max(((grads[k] - grads1[k]).abs().max()/size(grads1[k])).item() for k in grads1))
+    for k in parts1: assert abs(parts[k] - parts1[k]) < 1e-5*size(parts1[k]), k
+    for k in grads1: assert (grads[k] - grads1[k]).abs().max() < 1e-4*size(grads1[k]) + 1e-9, k
+
+
+@pytest.mark.parametrize("words", [[], ["train.precision=bf16", "train.accumulate=2"], ["train.precision=bf16", "train.compile=true"],
+                                   ["views.geometry=fixed", "teacher.cache=CACHE"]], ids=["float32", "bf16", "compiled", "cached"])
+def test_a_run_from_the_shell(words, basd, tmp_path):
+    "Train, evaluate; every logged number is finite"
+    run, words = tmp_path/"run", [w.replace("CACHE", str(tmp_path/"cache")) for w in words]
+    basd("train", "basd_cifar10", *TINY, "train.precision=float32", *words, "--run-dir", run)
+    rows = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in rows if r["kind"] == "epoch"] == [1, 2, 3]
+    assert all(v == v and abs(v) < 1e9 for r in rows for v in r.values() if isinstance(v, float))
+    top1 = json.loads((run/"result.json").read_text())["test"]["last"]["top1"]
+    assert f"{top1:.2f}" in basd("evaluate", run).stdout
+
+
+def test_stop_and_go_on(tmp_path):
+    "A run that is stopped in the middle of an epoch and taken up makes the steps of one that is not, and ends at its accuracy"
+    whole = trainer(tmp_path/"whole", "train.epochs=2", "train.warmup_epochs=0", *METHODS["basd"])
+    whole.train()
+    half = trainer(tmp_path/"half", "train.epochs=2", "train.warmup_epochs=0", *METHODS["basd"])
+    stop = lambda: half.step >= 11
+    half.told_to_stop = stop
+    assert half.train() is None
+    again = Trainer(half.recipe, tmp_path/"half", "cuda", resume=True, bars=False)
+    assert again.step == 11
+    again.train()
+    a, b = (load(tmp_path/r/"last.pt")["lesson"] for r in ("whole", "half"))
+    assert all(torch.allclose(a[k].float(), b[k].float(), rtol=1e-2, atol=1e-3) for k in a)
