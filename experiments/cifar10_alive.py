@@ -9,7 +9,8 @@ from pathlib import Path
 from basd.training.checkpoints import read_run
 from basd.training.metrics import read_log
 
-KEEP = ("step", "raw/", "normalised/", "weight/", "ramp/", "pull/", "share/", "conflict", "mixing", "distance", "entropy", "target/", "loss", "part/")
+KEEP = ("step", "raw/", "normalised/", "weight/", "ramp/", "pull/", "share/", "conflict", "mixing", "distance",
+        "entropy", "target/", "loss", "part/")
 
 
 def rounded(x):
@@ -21,14 +22,16 @@ def gather(run):
     recipe = read_run(run)
     environment = json.loads((run/"environment.json").read_text())
     evaluation = run/"evaluation.json"
-    return dict(seed=recipe.train.seed, steps=[{k: v for k, v in r.items() if k.startswith(KEEP)} for r in read_log(run, "step")], epochs=read_log(run, "epoch"),
-                result=json.loads((run/"result.json").read_text()), evaluation=json.loads(evaluation.read_text()) if evaluation.is_file() else None,
+    return dict(seed=recipe.train.seed,
+                steps=[{k: v for k, v in r.items() if k.startswith(KEEP)} for r in read_log(run, "step")],
+                epochs=read_log(run, "epoch"), result=json.loads((run/"result.json").read_text()),
+                evaluation=json.loads(evaluation.read_text()) if evaluation.is_file() else None,
                 environment=environment, warmup=recipe.method.options.balance.fraction)
 
 
 if __name__ == "__main__":
     out = Path(__file__).parent/"results"/"cifar10_alive.json"
-    found = json.loads(out.read_text()) if out.is_file() else {}         # runs that are not in the folder stay as they were
+    found = json.loads(out.read_text()) if out.is_file() else {}  # runs that are not in the folder stay as they were
     found |= {p.name: gather(p) for p in sorted(Path(sys.argv[1]).iterdir()) if (p/"result.json").is_file()}
     out.write_text(json.dumps(rounded(found)))
     print(out.name, {k: v["result"]["test"][v["result"]["headline"]]["top1"] for k, v in found.items()})

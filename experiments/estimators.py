@@ -1,4 +1,5 @@
-"""Do sampled losses teach worse? The quickstart over three seeds: labels alone, BASD with exact losses and with sampled ones.
+"""Do sampled losses teach worse? The quickstart over three seeds: labels alone, BASD with exact losses and with
+sampled ones.
 
     python experiments/estimators.py [RUNS]      # resumes where it was interrupted; experiments/results/estimators.json
 
@@ -16,14 +17,15 @@ from basd.training.recipes import load_recipe, write_recipe
 BOUND = "method.balance.u_max=2"           # the default when the results were made
 FORMS = {
     "exact": [BOUND],
-    "sampled": [BOUND, "method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9", "method.losses.spectral.samples=16",
-                "method.aligner.samples=16"],
+    "sampled": [BOUND, "method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9",
+                "method.losses.spectral.samples=16", "method.aligner.samples=16"],
 }
 
 
 def finished(run, recipe, *overrides):
     "Results of a run, made or taken up if need be"
-    if not (run/"result.json").is_file(): train(recipe, *overrides, run_dir=str(run), resume=(run/"recipe.yaml").is_file(), bars=False)
+    if not (run/"result.json").is_file():
+        train(recipe, *overrides, run_dir=str(run), resume=(run/"recipe.yaml").is_file(), bars=False)
     r = json.loads((run/"result.json").read_text())
     return dict(val=r["val_top1"], test=r["test"][r["headline"]]["top1"], seconds=r["seconds"])
 
@@ -36,10 +38,13 @@ if __name__ == "__main__":
         row = dict(seed=seed)
         for stage in ("teacher", "ce", "basd"):
             recipe = stages[stage]
-            if recipe.teacher.run: recipe = replace(recipe, teacher=replace(recipe.teacher, run=str(folder/f"{seed}-teacher")))
+            if recipe.teacher.run:
+                recipe = replace(recipe, teacher=replace(recipe.teacher, run=str(folder/f"{seed}-teacher")))
             write_recipe(recipe, file := folder/f"{seed}-{stage}.yaml")
             if stage != "basd": row[stage] = finished(folder/f"{seed}-{stage}", str(file))
-            else: row |= {form: finished(folder/f"{seed}-{form}", str(file), *overrides) for form, overrides in FORMS.items()}
+            else:
+                row |= {form: finished(folder/f"{seed}-{form}", str(file), *overrides)
+                        for form, overrides in FORMS.items()}
             out = dict(rows=[*rows, row], forms=FORMS, environment=environment())
             (Path(__file__).parent/"results"/"estimators.json").write_text(json.dumps(out, indent=1))
         rows.append(row)

@@ -1,7 +1,9 @@
-"""Kill training runs with SIGKILL at 50 moments, resume each time, and compare what is left with undisturbed runs, bit for bit.
+"""Kill training runs with SIGKILL at 50 moments, resume each time, and compare what is left with undisturbed runs, \
+bit for bit.
 
-A run is killed again and again until it ends; then its weights, average, whole checkpoints (but for the clock), rows of the log, exported student and result
-must be those of an undisturbed run of the same words. Moments are drawn from a seed: at any time, and inside what is dangerous (tests/kills.py has the list).
+A run is killed again and again until it ends; then its weights, average, whole checkpoints (but for the clock), rows of
+the log, exported student and result must be those of an undisturbed run of the same words. Moments are drawn from a
+seed: at any time, and inside what is dangerous (tests/kills.py has the list).
 
     python experiments/kill.py [--seed 0] [--minutes 12] [--out experiments/results/kill.json]
 """
@@ -24,7 +26,8 @@ from conftest import TINY
 from basd.data.cache import write_atomic
 from basd.training.checkpoints import environment
 
-TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=4", "train.save_every=3", "train.precision=float32"]
+TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=4",
+         "train.save_every=3", "train.precision=float32"]
 CONFIGURATIONS = {                          # name → words, ranks
     "one process": ([], 1),
     "a reader process": (["data.workers=1"], 1),
@@ -35,7 +38,8 @@ CONFIGURATIONS = {                          # name → words, ranks
     "torchrun": ([], 2),
     "teacher cache": (["data.train_size=1100", "data.batch_size=256", "views.geometry=fixed", "views.flip=0"], 1),
 }
-SHARES = {"any time": 12, "start": 2, "cache": 5, "step": 10, "checkpoint": 10, "epoch": 4, "evaluation": 4, "end": 3}    # 50 kills
+SHARES = {"any time": 12, "start": 2, "cache": 5, "step": 10, "checkpoint": 10, "epoch": 4, "evaluation": 4,
+          "end": 3}    # 50 kills
 
 
 def draw(chance):
@@ -46,25 +50,37 @@ def draw(chance):
         moments = [m for m in kills.MOMENTS if m.startswith(kind)] or [kind]
         chosen = [m for _ in range(-(-count//len(moments))) for m in chance.sample(moments, len(moments))][:count]
         for i, m in enumerate(chosen):
-            name = "teacher cache" if kind == "cache" else "torchrun" if kind in ("step", "checkpoint", "evaluation") and i == 0 else chance.choice(several)
-            n = chance.randint(1, 4) if kind == "step" else chance.randint(1, 2) if kind in ("checkpoint", "evaluation") else 1
-            plan[name].append(dict(configuration=name, kind=kind, moment=m, n=n, rank=chance.randrange(CONFIGURATIONS[name][1]) if kind == "step" and "row" not in m else 0)) # the first rank writes
+            name = ("teacher cache" if kind == "cache"
+                    else "torchrun" if kind in ("step", "checkpoint", "evaluation") and i == 0
+                    else chance.choice(several))
+            n = (chance.randint(1, 4) if kind == "step"
+                 else chance.randint(1, 2) if kind in ("checkpoint", "evaluation") else 1)
+            plan[name].append(dict(configuration=name, kind=kind, moment=m, n=n,    # the first rank writes
+                                   rank=chance.randrange(CONFIGURATIONS[name][1])
+                                   if kind == "step" and "row" not in m else 0))
     order = {"start": 0, "cache": 1, "end": 4}
-    for rows in plan.values(): chance.shuffle(rows); rows.sort(key=lambda r: order.get(r["kind"], 2 if "best" in r["moment"] else 3))
+    for rows in plan.values():
+        chance.shuffle(rows)
+        rows.sort(key=lambda r: order.get(r["kind"], 2 if "best" in r["moment"] else 3))
     return plan
 
 
 class Race:
     "Rows of kills, written as they come"
-    def __init__(self, out, seed): self.out, self.began, self.about, self.rows, self.unequal = Path(out), time.time(), dict(seed=seed, **environment()), [], []
+    def __init__(self, out, seed):
+        self.out, self.began, self.about, self.rows, self.unequal = (
+            Path(out), time.time(), dict(seed=seed, **environment()), [], [])
 
     def write(self):
         counts = {}
         for r in self.rows:
-            c = counts.setdefault(r["kind"], dict(kills=0, equal=0)); c["kills"] += 1; c["equal"] += bool(r.get("equal"))
+            c = counts.setdefault(r["kind"], dict(kills=0, equal=0))
+            c["kills"] += 1; c["equal"] += bool(r.get("equal"))
         names = [r["configuration"] for r in self.rows]
-        found = dict(asked=sum(SHARES.values()), kills=len(self.rows), equal=sum(bool(r.get("equal")) for r in self.rows), seconds=round(time.time() - self.began), kinds=counts,
-                     configurations={n: names.count(n) for n in dict.fromkeys(names)}, rows=self.rows, environment=self.about)
+        found = dict(asked=sum(SHARES.values()), kills=len(self.rows),
+                     equal=sum(bool(r.get("equal")) for r in self.rows), seconds=round(time.time() - self.began),
+                     kinds=counts, configurations={n: names.count(n) for n in dict.fromkeys(names)}, rows=self.rows,
+                     environment=self.about)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.out, lambda p: p.write_text(json.dumps(found, indent=1)))
         return found
@@ -92,7 +108,9 @@ def settle(run, whole, rows, race):
     wrong = kills.different(run, whole)
     for r in rows: r.update(equal=not wrong) if not wrong else r.update(equal=False, different=wrong)
     race.write()
-    if rows or wrong: print(f"{run.parent.parent.name}: {len(rows)} kills, {'equal' if not wrong else 'NOT EQUAL: ' + ', '.join(wrong)}", flush=True)
+    if rows or wrong:
+        print(f"{run.parent.parent.name}: {len(rows)} kills, "
+              f"{'equal' if not wrong else 'NOT EQUAL: ' + ', '.join(wrong)}", flush=True)
 
 
 def main():
@@ -105,30 +123,36 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         for name, plan in draw(chance).items():
             more, ranks = CONFIGURATIONS[name]
-            fresh = lambda what: (folder := Path(tmp)/name.replace(" ", "-").replace(",", "")/what/"run").mkdir(parents=True) or folder
-            words = lambda run: [*TRAIN, *more, *([f"teacher.cache={run.parent/'cache'}"] if name == "teacher cache" else [])]
+            fresh = lambda what: (folder := Path(tmp)/name.replace(" ", "-").replace(",", "")/what/"run").mkdir(
+                parents=True) or folder
+            words = lambda run: [*TRAIN, *more,
+                                 *([f"teacher.cache={run.parent/'cache'}"] if name == "teacher cache" else [])]
             calm, start = fresh("calm"), time.time()
-            status = kills.end(kills.launch([*words(calm), "--run-dir", calm, "--resume"], calm.parent/"out.txt", ranks=ranks))
+            status = kills.end(kills.launch([*words(calm), "--run-dir", calm, "--resume"], calm.parent/"out.txt",
+                                            ranks=ranks))
             assert not any(status), (calm.parent/"out.txt").read_text()
             whole, span, count = kills.left(calm), time.time() - start, 0
             run, mine = fresh("0"), []
             if name == "torchrun":
-                status = kills.torchrun([*words(run), "--run-dir", run, "--resume"], [[r["moment"], r["n"], r["rank"]] for r in plan], run.parent/"out.txt")
+                status = kills.torchrun([*words(run), "--run-dir", run, "--resume"],
+                                        [[r["moment"], r["n"], r["rank"]] for r in plan], run.parent/"out.txt")
                 assert status == 0, (run.parent/"out.txt").read_text()
                 starts = (run.parent/"out.txt").read_text().count("exitcode: -9")
                 race.rows += plan[:starts]
                 settle(run, whole, plan[:starts], race)
                 continue
             for row in plan:
-                for _ in range(5):                                      # a run that ends before its moment comes is followed by another
+                for _ in range(5):  # a run that ends before its moment comes is followed by another
                     if time.time() - race.began > 60*args.minutes: break
-                    if attempt(words(run), run, row, ranks, span, chance): race.rows.append(row); mine.append(row); race.write(); break
+                    if attempt(words(run), run, row, ranks, span, chance):
+                        race.rows.append(row); mine.append(row); race.write(); break
                     if any(row["status"]): raise AssertionError((run.parent/"out.txt").read_text())
                     settle(run, whole, mine, race)
                     run, mine, count = fresh(str(count + 1)), [], count + 1
             finish(words(run), run, ranks, whole, mine, race)
     found = race.write()
-    print(f"{found['kills']} kills of {found['asked']} in {found['seconds']} s, {found['equal']} of them followed by an end equal to the undisturbed one")
+    print(f"{found['kills']} kills of {found['asked']} in {found['seconds']} s, {found['equal']} of them followed by "
+          "an end equal to the undisturbed one")
     return found["equal"] != found["asked"]
 
 

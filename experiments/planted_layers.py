@@ -1,7 +1,7 @@
 """Can a layer selector find a planted layer among the real features of a vision transformer?
 
-For each block `l` of a ViT-Tiny the student is that block's tokens in other channels (a random rotation) plus Gaussian noise.
-Every form of the selector then has to name `l`. One JSON holds the distances of all forms.
+For each block `l` of a ViT-Tiny the student is that block's tokens in other channels (a random rotation) plus Gaussian
+noise. Every form of the selector then has to name `l`. One JSON holds the distances of all forms.
 
     python experiments/planted_layers.py --data DIR_OF_PARQUET --weights vit_tiny_patch16_224.augreg.safetensors
 """
@@ -61,7 +61,8 @@ def measure(xs, options, args, seed):
     selector = GrassmannSelector(widths[:1], widths, rank=args.rank, dim=args.dim, max_rows=args.rows, **options)
     generator = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad(): mixes = [selector([turned(x, args.noise, generator)], xs) for x in xs]
-    return torch.cat([m.report["distances"] for m in mixes]), torch.cat([m.report["entropy"] for m in mixes]).mean().item()
+    return (torch.cat([m.report["distances"] for m in mixes]),
+            torch.cat([m.report["entropy"] for m in mixes]).mean().item())
 
 
 def main():
@@ -83,16 +84,18 @@ def main():
     for name, options in FORMS.items():
         runs = [measure(xs, options, args, seed) for seed in range(args.seeds)]
         hits = [int((d.argmin(1) == torch.arange(len(xs))).sum()) for d, _ in runs]
-        forms[name] = dict(found=sum(hits), planted=len(xs)*args.seeds, found_by_seed=hits, entropy=float(np.mean([e for _, e in runs])),
+        forms[name] = dict(found=sum(hits), planted=len(xs)*args.seeds, found_by_seed=hits,
+                           entropy=float(np.mean([e for _, e in runs])),
                            distances=[[round(v, 4) for v in row] for row in runs[0][0].tolist()])
         print(name, hits, f"entropy {forms[name]['entropy']:.4f}", flush=True)
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    result = dict(model="vit_tiny_patch16_224 (augreg, ImageNet)", data="first CIFAR-10 test images, 224 px bicubic", images=args.images,
-                  rows=args.rows, rank=args.rank, dim=args.dim, noise=args.noise, seeds=args.seeds, layers=len(xs), forms=forms,
+    result = dict(model="vit_tiny_patch16_224 (augreg, ImageNet)", data="first CIFAR-10 test images, 224 px bicubic",
+                  images=args.images, rows=args.rows, rank=args.rank, dim=args.dim, noise=args.noise, seeds=args.seeds,
+                  layers=len(xs), forms=forms,
                   effective_rank=[round(effective_rank(x.flatten(0, 1)).item(), 1) for x in xs],
-                  commit=git.stdout.strip(), torch=torch.__version__, timm=timm.__version__, hardware=f"{platform.machine()} CPU, {os.cpu_count()} cores",
-                  seconds=round(time.time() - start, 1))
+                  commit=git.stdout.strip(), torch=torch.__version__, timm=timm.__version__,
+                  hardware=f"{platform.machine()} CPU, {os.cpu_count()} cores", seconds=round(time.time() - start, 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

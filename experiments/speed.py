@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-LARGE = ["basd_imagenet", "data.batch_size=16", "data.workers=2"]                      # 224 px, patch 16; teacher 224 px
-SMALL = ["basd_cifar10", "data.batch_size=64", "data.workers=2", "teacher.img_size=98", "student.drop_path=0"]  # 32 px, patch 4; teacher 98 px
+ALL = "method.losses.spectral.samples=null"                                             # spectra of all images
+LARGE = ["basd_imagenet", "data.batch_size=16", "data.workers=2", ALL]                 # 224 px, patch 16; teacher 224 px
+SMALL = ["basd_cifar10", "data.batch_size=64", "data.workers=2", "teacher.img_size=98", "student.drop_path=0", ALL]  # 32 px, patch 4; teacher 98 px
 SAMPLED = ["method.selector.max_rows=1024", "method.losses.rsd.max_rows=1024", "method.losses.attn.rows=16",
            "method.losses.spectral.samples=2", "method.aligner.samples=4"]
 FP32, BF16 = "train.precision=float32", "train.precision=bf16"
@@ -32,12 +33,14 @@ CPU = {
     "large bf16 sampled released": [*LARGE, BF16, *SAMPLED, "--release"],
     "small growth": [*SMALL, FP32, *SAMPLED, "--growth", "--reps", "3"],
 }
+LENT = ["data.batch_size=256", BF16]
+FOLLOWED = ["method.selector.solver=track", "method.losses.spectral.form=moments", ALL]
 GPU = {
-    "gpu default eager": ["basd_imagenet", "data.batch_size=256", BF16],
-    "gpu 4 spectra eager": ["basd_imagenet", "data.batch_size=256", BF16, "method.losses.spectral.samples=4"],
-    "gpu sampled": ["basd_imagenet_fast", "data.batch_size=256", BF16, "train.compile=true"],
-    "gpu exact": ["basd_imagenet", "data.batch_size=256", BF16, "train.compile=true", "method.selector.solver=track", "method.losses.spectral.form=moments"],
-    "gpu exact eager": ["basd_imagenet", "data.batch_size=256", BF16, "method.selector.solver=track", "method.losses.spectral.form=moments"],
+    "gpu all spectra eager": ["basd_imagenet", *LENT, ALL],
+    "gpu eager": ["basd_imagenet", *LENT],
+    "gpu sampled": ["basd_imagenet_fast", *LENT, "train.compile=true"],
+    "gpu exact": ["basd_imagenet", *LENT, "train.compile=true", *FOLLOWED],
+    "gpu exact eager": ["basd_imagenet", *LENT, *FOLLOWED],
 }
 
 

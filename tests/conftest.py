@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.train_size=256", "data.val_size=50", "views.flip=0",
-        "student.img_size=16", "student.patch_size=4", "student.depth=2", "student.width=32", "student.heads=2", "student.drop_path=0.1",
-        "teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.img_size=32", "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}",
-        "method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4", "train.epochs=3", "train.warmup_epochs=1", "train.log_every=4", "train.ema=0.9"]
+TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.train_size=256", "data.val_size=50",
+        "views.flip=0", "student.img_size=16", "student.patch_size=4", "student.depth=2", "student.width=32",
+        "student.heads=2", "student.drop_path=0.1", "teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false",
+        "teacher.img_size=32", "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}",
+        "method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4", "train.epochs=3",
+        "train.warmup_epochs=1", "train.log_every=4", "train.ema=0.9"]
 
 
 @pytest.fixture
@@ -23,7 +25,8 @@ def environment():
 def basd(environment):
     "Run the `basd` command to its end, on `ranks` processes"
     def run(*words, ranks=1, check=True):
-        launcher = [sys.executable, "-m"] + (["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else [])
+        launcher = [sys.executable, "-m"] + (
+            ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else [])
         done = subprocess.run([*launcher, "basd", *map(str, words)], env=environment, capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done

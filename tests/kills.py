@@ -1,9 +1,12 @@
-"""Runs that are killed at a chosen moment, and what must be equal at their end; for test_kill.py and experiments/kill.py.
+"""Runs that are killed at a chosen moment, and what must be equal at their end; for test_kill.py and
+experiments/kill.py.
 
-A child process changes the function in question so that it ends itself there with SIGKILL: nothing in the package knows of it.
-Children are forked from a process that has imported the package already, which saves the seconds that an import takes.
+A child process changes the function in question so that it ends itself there with SIGKILL: nothing in the package knows
+of it. Children are forked from a process that has imported the package already, which saves the seconds that an import
+takes.
 
-    torchrun --nproc_per_node=2 --max-restarts=1 tests/kills.py '[["checkpoint: half written", 1, 0]]' train …    # rank 0, at the first start
+    # rank 0, at the first start
+    torchrun --nproc_per_node=2 --max-restarts=1 tests/kills.py '[["checkpoint: half written", 1, 0]]' train …
 """
 import io
 import json
@@ -49,7 +52,8 @@ def after(owner, name, last=None):
 
 def _change(owner, name, last, act):
     call = getattr(owner, name)
-    def changed(*args, **kw): return act(call, *args, **kw) if last is None or Path(args[-1]).name.startswith(last) else call(*args, **kw)
+    def changed(*args, **kw):
+        return act(call, *args, **kw) if last is None or Path(args[-1]).name.startswith(last) else call(*args, **kw)
     setattr(owner, name, changed)
 
 
@@ -113,7 +117,8 @@ def arm(moment, n):
 
 def child(words, kill, env, out, room):
     "What a child process does: the `basd` command, unless it dies before"
-    multiprocessing.set_start_method("fork", force=True)    # as in a process of its own; readers would come from the fork server otherwise
+    # as in a process of its own; readers would come from the fork server otherwise
+    multiprocessing.set_start_method("fork", force=True)
     if room is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1); os.dup2(file, 2)
@@ -125,7 +130,8 @@ def child(words, kill, env, out, room):
 def environment():
     "Of every child: this checkout first on the path, one thread"
     tests = Path(__file__).parent
-    return dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]))
+    return dict(OMP_NUM_THREADS="1",
+                PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]))
 
 
 def server():
@@ -139,8 +145,10 @@ def server():
 def launch(words, out, kill=None, ranks=1, dies=0, room=None):
     "Start a run; rank `dies` is killed at `kill`, a moment and a count; no file may grow beyond `room` bytes"
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    group = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if ranks > 1 else {} for r in range(ranks)]
-    processes = [server().Process(target=child, args=(words, kill if r == dies else None, env, str(out), room)) for r,env in enumerate(group)]
+    group = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+             if ranks > 1 else {} for r in range(ranks)]
+    processes = [server().Process(target=child, args=(words, kill if r == dies else None, env, str(out), room))
+                 for r,env in enumerate(group)]
     for p in processes: p.start()
     return processes
 
@@ -171,15 +179,18 @@ def left(run):
     "All that must be equal at the end: checkpoints but for the clock, the log without its times, what is taken away"
     run = Path(run)
     result = json.loads((run/"result.json").read_text())
-    return dict({n: saved(run/n) for n in ("last.pt", "previous.pt", "best.pt")}, rows=rows(run), student=(run/"student.safetensors").read_bytes(),
+    return dict({n: saved(run/n) for n in ("last.pt", "previous.pt", "best.pt")},
+                rows=rows(run), student=(run/"student.safetensors").read_bytes(),
                 result={k: v for k, v in result.items() if k != "seconds"}, files=sorted(p.name for p in run.iterdir()))
 
 
 def torchrun(words, plan, out, ranks=2):
     "The exit status of a job that is started again after each kill of `plan`: rows of moment, count and rank"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={len(plan)}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                f"--max-restarts={len(plan)}"]
     with open(out, "a") as file:
-        return subprocess.run([*launcher, __file__, json.dumps(plan), *map(str, words)], stdout=file, stderr=file, timeout=2*LIMIT,
+        return subprocess.run([*launcher, __file__, json.dumps(plan), *map(str, words)],
+                              stdout=file, stderr=file, timeout=2*LIMIT,
                               env={**os.environ, **environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}).returncode
 
 

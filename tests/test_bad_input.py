@@ -1,5 +1,6 @@
-"""Bad input ends in one sentence that names the thing, exit status 2, no traceback, and nothing written over. What looks odd but is
-sound simply works. No file that is read can run code, no path in a recipe leads out of the run directory, nothing is fetched unasked."""
+"""Bad input ends in one sentence that names the thing, exit status 2, no traceback, and nothing written over. What
+looks odd but is sound simply works. No file that is read can run code, no path in a recipe leads out of the run
+directory, nothing is fetched unasked."""
 import gc
 import io
 import json
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from basd.data.sources import Images, open_source
 from basd.training.cli import main
 
-TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=32", "data.val_size=20", "train.epochs=1", "train.warmup_epochs=0", "train.ema=null"]
+TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=32", "data.val_size=20", "train.epochs=1",
+         "train.warmup_epochs=0", "train.ema=null"]
 CE = [*TRAIN, "method.name=ce"]
 
 
@@ -63,7 +65,8 @@ def here(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- recipes
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}']*9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}']*9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
 RECIPES = {
     "syntax": ("train: {epochs: 3", "bad.yaml is not valid YAML"),
     "tab": ("train:\n\tepochs: 3", "bad.yaml is not valid YAML"),
@@ -87,7 +90,8 @@ RECIPES = {
     "word on top": ("train", "bad.yaml must hold keys and values"),
     "bomb": (BOMB, "bad.yaml is too large"),
     "bomb among keywords": (BOMB.replace("i: &i", "student: {kwargs: {x: &i").rstrip() + "}}", "bad.yaml is too large"),
-    "bomb of merges": ("a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}']*9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi")), "use extends"),
+    "bomb of merges": ("a: &a {x: 1}\n" + "".join(
+        f"{b}: &{b} {{<<: [{', '.join([f'*{a}']*9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi")), "use extends"),
     "huge": ("about: " + "x"*2_000_000, "bad.yaml is too large"),
     "itself within itself": ("student: {kwargs: &k {x: *k}}", "bad.yaml is nested too deeply"),
     "deep": ("student: " + "["*5000, "bad.yaml is nested too deeply"),
@@ -153,7 +157,9 @@ RECIPES = {
     "keyword said twice": ("student: {kwargs: {num_classes: 3}}", "student.kwargs.num_classes"),
     "keyword of the section": ("teacher: {kwargs: {pretrained: true}}", "write teacher.pretrained"),
     "weights by the back door": ("student: {kwargs: {checkpoint_path: evil.pth}}", "checkpoint_path"),
-    "download by the back door": ("teacher: {model: resnet18, kwargs: {pretrained_cfg_overlay: {url: 'http://example.org/x.pth'}}}\nmethod: {name: distill}", "pretrained_cfg_overlay"),
+    "download by the back door": (
+        "teacher: {model: resnet18, kwargs: {pretrained_cfg_overlay: {url: 'http://example.org/x.pth'}}}\n"
+        "method: {name: distill}", "pretrained_cfg_overlay"),
     "stages of a list": ("stages: [teacher]", "stages"),
     "stages of a word": ("stages: {teacher: 3}", "stages"),
     "stage of a number": ("stages: {1: {}}", "stage 1"),
@@ -163,8 +169,10 @@ RECIPES = {
     "stage of dots": ("stages: {..: {}}", "stage '..'"),
     "stage without a name": ("stages: {'': {}}", "stage ''"),
     "unknown key of a stage": ("stages: {one: {train: {epoch: 3}}}", "did you mean 'epochs'?"),
-    "taught by nothing": ("stages: {one: {teacher: {run: 'stage:zero'}}}", "'stage:zero' in stage 'one' must name an earlier stage"),
-    "taught by itself": ("stages: {one: {teacher: {run: 'stage:one'}}}", "'stage:one' in stage 'one' must name an earlier stage"),
+    "taught by nothing": ("stages: {one: {teacher: {run: 'stage:zero'}}}",
+                          "'stage:zero' in stage 'one' must name an earlier stage"),
+    "taught by itself": ("stages: {one: {teacher: {run: 'stage:one'}}}",
+                         "'stage:one' in stage 'one' must name an earlier stage"),
     "taught by the next": ("stages: {one: {teacher: {run: 'stage:two'}}, two: {}}", "allowed: none"),
     "goes on with nothing": ("stages: {one: {}, two: {student: {checkpoint: 'stage:on'}}}", "allowed: one"),
     "second stage misspelt": ("stages: {one: {}, two: {student: {model: resnet81}}}", "'resnet81'"),
@@ -184,57 +192,83 @@ def test_recipes(name, here, capsys):
 ARGUMENTS = [
     ([], "COMMAND"), (["frobnicate"], "frobnicate"), (["--frobnicate"], "COMMAND"),
     (["train"], "recipe"), (["evaluate"], "run_dir"), (["analyze"], "run_dir"), (["compare"], "recipe"),
-    (["train", "quickstart", "--frobnicate"], "--frobnicate"), (["evaluate", "run", "--frobnicate"], "--frobnicate"), (["analyze", "run", "--frobnicate"], "--frobnicate"),
-    (["compare", "ce", "--frobnicate"], "--frobnicate"), (["bench", "--frobnicate"], "--frobnicate"), (["recipes", "--frobnicate"], "--frobnicate"),
-    (["train", "quickstart", "--run-dir"], "--run-dir"), (["evaluate", "run", "--weights"], "--weights"), (["analyze", "run", "--images"], "--images"),
+    (["train", "quickstart", "--frobnicate"], "--frobnicate"), (["evaluate", "run", "--frobnicate"], "--frobnicate"),
+    (["analyze", "run", "--frobnicate"], "--frobnicate"), (["compare", "ce", "--frobnicate"], "--frobnicate"),
+    (["bench", "--frobnicate"], "--frobnicate"), (["recipes", "--frobnicate"], "--frobnicate"),
+    (["train", "quickstart", "--run-dir"], "--run-dir"), (["evaluate", "run", "--weights"], "--weights"),
+    (["analyze", "run", "--images"], "--images"),
     (["compare", "ce", "--seeds"], "--seeds"), (["bench", "--reps"], "--reps"),
-    (["compare", "ce", "--seeds", "many"], "'many'"), (["compare", "ce", "--seeds", "0"], "--seeds"), (["compare", "ce", "--seeds", "-1"], "--seeds"),
-    (["compare", "ce", "--seeds", str(10**12)], "--seeds"), (["compare", "ce", "--jobs", "0"], "--jobs"), (["bench", "--reps", "0"], "--reps"),
+    (["compare", "ce", "--seeds", "many"], "'many'"), (["compare", "ce", "--seeds", "0"], "--seeds"),
+    (["compare", "ce", "--seeds", "-1"], "--seeds"), (["compare", "ce", "--seeds", str(10**12)], "--seeds"),
+    (["compare", "ce", "--jobs", "0"], "--jobs"), (["bench", "--reps", "0"], "--reps"),
     (["analyze", "run", "--images", "0"], "--images"), (["evaluate", "run", "--corrupted", "-1"], "--corrupted"),
     (["train", "quickstart", "--device", "abacus"], "abacus"), (["bench", "--device", "abacus"], "abacus"),
-    pytest.param(["train", "quickstart", "--device", "cuda"], "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")),
-    (["train", "quikstart"], "did you mean 'quickstart'?"), (["bench", "quikstart"], "did you mean 'quickstart'?"), (["recipes", "quikstart"], "did you mean 'quickstart'?"),
-    (["compare", "quikstart"], "did you mean 'quickstart'?"), (["train", "nowhere.yaml"], "no recipe file"), (["train", "folder.yaml"], "no recipe file at folder.yaml"),
+    pytest.param(["train", "quickstart", "--device", "cuda"], "cuda",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")),
+    (["train", "quikstart"], "did you mean 'quickstart'?"), (["bench", "quikstart"], "did you mean 'quickstart'?"),
+    (["recipes", "quikstart"], "did you mean 'quickstart'?"), (["compare", "quikstart"], "did you mean 'quickstart'?"),
+    (["train", "nowhere.yaml"], "no recipe file"), (["train", "folder.yaml"], "no recipe file at folder.yaml"),
     (["train", "../quickstart"], "'../quickstart'"), (["train", ""], "''"), (["train", "quick\0start"], "start'"),
-    (["train", "basd_cifar10", "train.epoch=3"], "did you mean 'epochs'?"), (["train", "basd_cifar10", "train.epochs=many"], "valid integer"),
-    (["train", "basd_cifar10", "train.epochs=0"], "greater than or equal to 1"), (["train", "basd_cifar10", "epochs"], "write key=value"),
-    (["train", "basd_cifar10", "train.=3"], "'train.=3'"), (["train", "basd_cifar10", "=3"], "'=3'"), (["train", "basd_cifar10", "train.epochs=[3"], "'train.epochs=[3'"),
-    (["train", "basd_cifar10", "about=2020-13-45"], "'about=2020-13-45'"), (["train", "basd_cifar10", "train.lr=nan"], "train.lr=nan"), (["train", "basd_cifar10", "train.lr=1e999"], "train.lr=inf"),
-    (["train", "basd_cifar10", "train=3"], "train=3"), (["train", "basd_cifar10", "method=ce"], "method='ce'"), (["train", "basd_cifar10", "method.name.x=3"], "method.name"),
-    (["train", "quickstart", "stages=3"], "stages"), (["train", "quickstart", "stages.ce=3"], "stages"), (["train", "quickstart", "stages.../x.train.lr=1"], "stages.../x"),
+    (["train", "basd_cifar10", "train.epoch=3"], "did you mean 'epochs'?"),
+    (["train", "basd_cifar10", "train.epochs=many"], "valid integer"),
+    (["train", "basd_cifar10", "train.epochs=0"], "greater than or equal to 1"),
+    (["train", "basd_cifar10", "epochs"], "write key=value"), (["train", "basd_cifar10", "train.=3"], "'train.=3'"),
+    (["train", "basd_cifar10", "=3"], "'=3'"), (["train", "basd_cifar10", "train.epochs=[3"], "'train.epochs=[3'"),
+    (["train", "basd_cifar10", "about=2020-13-45"], "'about=2020-13-45'"),
+    (["train", "basd_cifar10", "train.lr=nan"], "train.lr=nan"),
+    (["train", "basd_cifar10", "train.lr=1e999"], "train.lr=inf"), (["train", "basd_cifar10", "train=3"], "train=3"),
+    (["train", "basd_cifar10", "method=ce"], "method='ce'"),
+    (["train", "basd_cifar10", "method.name.x=3"], "method.name"), (["train", "quickstart", "stages=3"], "stages"),
+    (["train", "quickstart", "stages.ce=3"], "stages"),
+    (["train", "quickstart", "stages.../x.train.lr=1"], "stages.../x"),
     (["train", "quickstart", "stages.c3.train.lr=1"], "has no stage 'c3'"),
-    (["train", "basd_cifar10", "method.name=bsad"], "allowed: "), (["train", "basd_cifar10", "method.losses.rds={}"], "unknown key method.losses.rds"),
+    (["train", "basd_cifar10", "method.name=bsad"], "allowed: "),
+    (["train", "basd_cifar10", "method.losses.rds={}"], "unknown key method.losses.rds"),
     (["train", "basd_cifar10", "method.losses.rsd.kapa=1"], "kapa"),
-    ([*TRAIN, "data.source=torch/cifar11"], "cifar11"), ([*TRAIN, "data.source=torch/cifar10", "data.download=false", "data.root=nowhere"], "torch/cifar10 cannot be opened in nowhere"),
-    ([*TRAIN, "data.source=nowhere"], "unknown source 'nowhere'"), ([*TRAIN, "data.train_split=trian"], "no split 'trian'"),
-    ([*TRAIN, "student.model=deit_tinny_patch16_224"], "deit_tinny_patch16_224"), ([*TRAIN, "teacher.model=vit_tinny"], "vit_tinny"), ([*TRAIN, "teacher.model=null"], "needs a teacher"),
-    ([*TRAIN, "student.model=hf-hub:nobody/nothing"], "pretrained"), ([*TRAIN, "student.model=local-dir:nowhere"], "nowhere"),
-    ([*TRAIN, "teacher.checkpoint=nowhere.pth"], "nowhere.pth"), ([*TRAIN, "teacher.run=nowhere"], "nowhere"), ([*TRAIN, "student.checkpoint=nowhere.pth"], "nowhere.pth"),
-    ([*TRAIN, "student.kwargs={colour: red}"], "colour"), ([*TRAIN, "student.kwargs={norm_layer: 7}"], "norm_layer"), ([*TRAIN, "student.heads=3"], "heads=3"),
+    ([*TRAIN, "data.source=torch/cifar11"], "cifar11"),
+    ([*TRAIN, "data.source=torch/cifar10", "data.download=false", "data.root=nowhere"],
+     "torch/cifar10 cannot be opened in nowhere"),
+    ([*TRAIN, "data.source=nowhere"], "unknown source 'nowhere'"),
+    ([*TRAIN, "data.train_split=trian"], "no split 'trian'"),
+    ([*TRAIN, "student.model=deit_tinny_patch16_224"], "deit_tinny_patch16_224"),
+    ([*TRAIN, "teacher.model=vit_tinny"], "vit_tinny"), ([*TRAIN, "teacher.model=null"], "needs a teacher"),
+    ([*TRAIN, "student.model=hf-hub:nobody/nothing"], "pretrained"),
+    ([*TRAIN, "student.model=local-dir:nowhere"], "nowhere"),
+    ([*TRAIN, "teacher.checkpoint=nowhere.pth"], "nowhere.pth"), ([*TRAIN, "teacher.run=nowhere"], "nowhere"),
+    ([*TRAIN, "student.checkpoint=nowhere.pth"], "nowhere.pth"), ([*TRAIN, "student.kwargs={colour: red}"], "colour"),
+    ([*TRAIN, "student.kwargs={norm_layer: 7}"], "norm_layer"), ([*TRAIN, "student.heads=3"], "heads=3"),
     ([*TRAIN, "student.patch_size=32"], "patches of 32"), ([*TRAIN, "teacher.img_size=31"], "patches of 8"),
     ([*TRAIN, "student.model=deit_tiny_distilled_patch16_224"], "distillation head"),
-    ([*TRAIN, "method.points=[0, 7]"], "7"), ([*TRAIN, "method.points=[0, x]"], "x"), ([*TRAIN, "method.selector.rank=24"], "24"),
-    ([*TRAIN, "data.batch_size=33", "train.accumulate=2"], "multiple of 2"), ([*TRAIN, "data.batch_size=4096"], "lower it"),
+    ([*TRAIN, "method.points=[0, 7]"], "7"), ([*TRAIN, "method.points=[0, x]"], "x"),
+    ([*TRAIN, "method.selector.rank=24"], "24"),
+    ([*TRAIN, "data.batch_size=33", "train.accumulate=2"], "multiple of 2"),
+    ([*TRAIN, "data.batch_size=4096"], "lower it"),
     ([*TRAIN, "data.train_size=100000"], "data.train_size"), ([*TRAIN, "data.val_size=1e9"], "data.val_size"),
     ([*TRAIN, "teacher.cache=cache"], "views.geometry"),
-    (["train", "quickstart", "--resume"], "--run-dir"), (["train", "quickstart", "--resume", "--run-dir", "nowhere"], "nowhere"),
-    ([*CE, "--run-dir", "file"], "file is not empty"), ([*CE, "--run-dir", "full"], "full is not empty"), ([*CE, "--run-dir", "file/run"], "file/run"),
-    ([*CE, "--run-dir", "/proc/run"], "/proc/run"), ([*CE, "--run-dir", "x"*300], "xxx"), ([*CE, "--resume", "--run-dir", "full"], "full is not a run directory"),
+    (["train", "quickstart", "--resume"], "--run-dir"),
+    (["train", "quickstart", "--resume", "--run-dir", "nowhere"], "nowhere"),
+    ([*CE, "--run-dir", "file"], "file is not empty"), ([*CE, "--run-dir", "full"], "full is not empty"),
+    ([*CE, "--run-dir", "file/run"], "file/run"), ([*CE, "--run-dir", "/proc/run"], "/proc/run"),
+    ([*CE, "--run-dir", "x"*300], "xxx"), ([*CE, "--resume", "--run-dir", "full"], "full is not a run directory"),
     ([*CE, "--resume", "--run-dir", "file"], "file"),
-    (["bench", "basd_cifar10", *TINY, "--out", "file"], "file"), (["compare", "ce", "--folder", "file"], "file"), (["compare", "ce", "--set", "train.seed=3"], "train.seed=3"),
+    (["bench", "basd_cifar10", *TINY, "--out", "file"], "file"), (["compare", "ce", "--folder", "file"], "file"),
+    (["compare", "ce", "--set", "train.seed=3"], "train.seed=3"),
     (["compare", "hinton", "--set", "epochs"], "write key=value"),
-    (["evaluate", "nowhere"], "nowhere"), (["evaluate", "file"], "file"), (["evaluate", "full"], "full is not a run directory"), (["evaluate", "."], "is not a run directory"),
+    (["evaluate", "nowhere"], "nowhere"), (["evaluate", "file"], "file"),
+    (["evaluate", "full"], "full is not a run directory"), (["evaluate", "."], "is not a run directory"),
     (["analyze", "run", "--output-dir", "file"], "file"),
 ]
 
 
-@pytest.mark.parametrize("words, sentence", ARGUMENTS, ids=lambda x: " ".join([*x[:1], *x[-2:]])[:70] if isinstance(x, list) else "")
+@pytest.mark.parametrize("words, sentence", ARGUMENTS,
+                         ids=lambda x: " ".join([*x[:1], *x[-2:]])[:70] if isinstance(x, list) else "")
 def test_arguments(words, sentence, here, capsys):
     (here/"file").write_text("a file")
     (here/"folder.yaml").mkdir()
     (here/"full").mkdir()
     (here/"full"/"thesis.txt").write_text("a thesis")
-    refuses([*words] + (["--run-dir", "run"] if words[:1] == ["train"] and "--run-dir" not in words and "--resume" not in words and len(words) > 1 else []), sentence, capsys, here)
+    refuses([*words] + (["--run-dir", "run"] if words[:1] == ["train"] and "--run-dir" not in words
+                        and "--resume" not in words and len(words) > 1 else []), sentence, capsys, here)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -293,11 +327,13 @@ FOLDERS = {
     "a link to nothing": (lambda root: root.symlink_to("nowhere"), "unknown source 'pets'"),
     "empty": (lambda root: root.mkdir(), "pets has no split 'train'; its folders are none"),
     "no test split": (lambda root: shutil.rmtree(pets(root)/"test"), "pets has no split 'test'; its folders are train"),
-    "empty split": (lambda root: only(root, lambda p: "train" not in p.parts), "train holds no images in class folders"),
+    "empty split": (lambda root: only(root, lambda p: "train" not in p.parts),
+                    "train holds no images in class folders"),
     "texts": (texts, "train holds no images in class folders"),
     "no classes": (flat, "train holds no images in class folders"),
     "one class": (lambda root: only(root, lambda p: "cat" in p.parts), "pets holds one class alone, 'cat'"),
-    "broken link": (lambda root: (pets(root)/"train"/"cat"/"0.jpg").symlink_to("nowhere.jpg"), "pets/train/cat/0.jpg cannot be decoded"),
+    "broken link": (lambda root: (pets(root)/"train"/"cat"/"0.jpg").symlink_to("nowhere.jpg"),
+                    "pets/train/cat/0.jpg cannot be decoded"),
     "odd but sound": (odd, "works"),
 }
 if os.getuid() != 0: FOLDERS["no permission"] = (forbidden, "pets/train/cat cannot be read")
@@ -319,33 +355,54 @@ def test_folders(name, here, capsys):
 
 @pytest.mark.parametrize("memory", ["true", "false"])
 def test_an_image_that_breaks_later(memory, here, capsys):
-    "Found while a set is read into memory, or, in a reader process, when its turn comes; left out where the recipe says so"
+    ("Found while a set is read into memory, or, in a reader process, when its turn comes; "
+     "left out where the recipe says so")
     pets(here/"pets", 3)
     (here/"pets"/"train"/"dog"/"1.png").write_bytes(b"no image")
     words = [*CE, *SMALL, f"data.memory={memory}", "--run-dir"]
-    assert "pets/train/dog/1.png cannot be decoded (8 bytes in no known format)" in refusal([*words, "run", "data.workers=1"], capsys)
+    assert "pets/train/dog/1.png cannot be decoded (8 bytes in no known format)" in refusal(
+        [*words, "run", "data.workers=1"], capsys)
     works([*words, "skipping", "data.on_bad=skip"], capsys)
     assert json.loads((here/"skipping"/"result.json").read_text())["skipped_images"] == 1
 
 
 PICTURE = image()
 DEEP = (np.arange(320).reshape(16, 20)*200).astype("uint16")
-IMAGES = { # file name: (content, what is wrong with it; or, where it works, the picture that it shows, None for PICTURE)
-    "truncated.jpg": (encoded(image((200, 200)), "jpeg")[:-600], "truncated"), "cut.jpg": (encoded(PICTURE, "jpeg")[:200], "cannot be decoded"),
-    "cut.png": (encoded(PICTURE, "png")[:60], "cannot be decoded"), "cut.webp": (encoded(PICTURE, "webp")[:40], "cannot be decoded"), "cut.gif": (encoded(PICTURE.quantize(16), "gif")[:40], "cannot be decoded"),
-    "empty.jpg": (b"", "an empty file"), "page.jpg": (b"<html>404</html>", "in no known format"), "zeros.png": (b"\0"*100, "in no known format"), "text.png": ("hello".encode("utf-16"), "in no known format"),
-    "float.tif": (encoded(Image.fromarray(np.linspace(0, 1, 320, dtype="float32").reshape(16, 20)), "tiff"), "32 bits a pixel"),
+# file name: (content, what is wrong with it; or, where it works, the picture that it shows, None for PICTURE)
+IMAGES = {
+    "truncated.jpg": (encoded(image((200, 200)), "jpeg")[:-600], "truncated"),
+    "cut.jpg": (encoded(PICTURE, "jpeg")[:200], "cannot be decoded"),
+    "cut.png": (encoded(PICTURE, "png")[:60], "cannot be decoded"),
+    "cut.webp": (encoded(PICTURE, "webp")[:40], "cannot be decoded"),
+    "cut.gif": (encoded(PICTURE.quantize(16), "gif")[:40], "cannot be decoded"), "empty.jpg": (b"", "an empty file"),
+    "page.jpg": (b"<html>404</html>", "in no known format"), "zeros.png": (b"\0"*100, "in no known format"),
+    "text.png": ("hello".encode("utf-16"), "in no known format"),
+    "float.tif": (encoded(Image.fromarray(np.linspace(0, 1, 320, dtype="float32").reshape(16, 20)), "tiff"),
+                  "32 bits a pixel"),
     "int.tif": (encoded(Image.fromarray(np.arange(320, dtype="int32").reshape(16, 20)), "tiff"), "32 bits a pixel"),
     "pickle.png": (pickle.dumps({"no": "image"}), "in no known format"),
-    "plain.png": (encoded(PICTURE, "png"), None), "plain.bmp": (encoded(PICTURE, "bmp"), None), "plain.tif": (encoded(PICTURE, "tiff"), None), "lossless.webp": (encoded(PICTURE, "webp", lossless=True), None),
-    "cmyk.jpg": (encoded(PICTURE.convert("CMYK"), "jpeg", quality=100, subsampling=0), None), "cmyk.tif": (encoded(PICTURE.convert("CMYK"), "tiff"), None),
-    "palette.png": (encoded(PICTURE.quantize(32), "png"), None), "holes.png": (encoded(PICTURE.quantize(32), "png", transparency=0), None), "alpha.png": (encoded(PICTURE.convert("RGBA"), "png"), None),
-    "palette.gif": (encoded(PICTURE.quantize(32), "gif"), None), "moving.gif": (encoded(PICTURE.quantize(32), "gif", save_all=True, append_images=[PICTURE.rotate(180).quantize(32)]), None),
-    "moving.webp": (encoded(PICTURE, "webp", lossless=True, save_all=True, append_images=[PICTURE.rotate(180)]), None), "moving.png": (encoded(PICTURE, "png", save_all=True, append_images=[PICTURE.rotate(180)]), None),
-    "png-inside.jpg": (encoded(PICTURE, "png"), None), "jpeg-inside.png": (encoded(PICTURE, "jpeg", quality=100, subsampling=0), None),
-    "deep.png": (encoded(Image.fromarray(DEEP), "png"), Image.fromarray((DEEP/257).astype("uint8"))), "deep.tif": (encoded(Image.fromarray(DEEP), "tiff"), Image.fromarray((DEEP/257).astype("uint8"))),
-    "grey.png": (encoded(PICTURE.convert("L"), "png"), PICTURE.convert("L")), "grey-alpha.png": (encoded(PICTURE.convert("LA"), "png"), PICTURE.convert("L")), "bits.png": (encoded(PICTURE.convert("1"), "png"), PICTURE.convert("1")),
-    "pixel.png": (encoded(image((1, 1)), "png"), image((1, 1))), "thin.png": (encoded(image((5000, 1)), "png"), image((5000, 1))), "tall.png": (encoded(image((1, 5000)), "png"), image((1, 5000))),
+    "plain.png": (encoded(PICTURE, "png"), None), "plain.bmp": (encoded(PICTURE, "bmp"), None),
+    "plain.tif": (encoded(PICTURE, "tiff"), None), "lossless.webp": (encoded(PICTURE, "webp", lossless=True), None),
+    "cmyk.jpg": (encoded(PICTURE.convert("CMYK"), "jpeg", quality=100, subsampling=0), None),
+    "cmyk.tif": (encoded(PICTURE.convert("CMYK"), "tiff"), None),
+    "palette.png": (encoded(PICTURE.quantize(32), "png"), None),
+    "holes.png": (encoded(PICTURE.quantize(32), "png", transparency=0), None),
+    "alpha.png": (encoded(PICTURE.convert("RGBA"), "png"), None),
+    "palette.gif": (encoded(PICTURE.quantize(32), "gif"), None),
+    "moving.gif": (encoded(PICTURE.quantize(32), "gif", save_all=True,
+                           append_images=[PICTURE.rotate(180).quantize(32)]), None),
+    "moving.webp": (encoded(PICTURE, "webp", lossless=True, save_all=True, append_images=[PICTURE.rotate(180)]), None),
+    "moving.png": (encoded(PICTURE, "png", save_all=True, append_images=[PICTURE.rotate(180)]), None),
+    "png-inside.jpg": (encoded(PICTURE, "png"), None),
+    "jpeg-inside.png": (encoded(PICTURE, "jpeg", quality=100, subsampling=0), None),
+    "deep.png": (encoded(Image.fromarray(DEEP), "png"), Image.fromarray((DEEP/257).astype("uint8"))),
+    "deep.tif": (encoded(Image.fromarray(DEEP), "tiff"), Image.fromarray((DEEP/257).astype("uint8"))),
+    "grey.png": (encoded(PICTURE.convert("L"), "png"), PICTURE.convert("L")),
+    "grey-alpha.png": (encoded(PICTURE.convert("LA"), "png"), PICTURE.convert("L")),
+    "bits.png": (encoded(PICTURE.convert("1"), "png"), PICTURE.convert("1")),
+    "pixel.png": (encoded(image((1, 1)), "png"), image((1, 1))),
+    "thin.png": (encoded(image((5000, 1)), "png"), image((5000, 1))),
+    "tall.png": (encoded(image((1, 5000)), "png"), image((1, 5000))),
 }
 GOOD = [name for name, (_, outcome) in IMAGES.items() if not isinstance(outcome, str)]
 
@@ -414,25 +471,45 @@ def holed(number):
 
 UNREADABLE = "cannot be read as a checkpoint of tensors"
 FILES = { # file: (content from a finished run, what is said | "works")
-    "cut.safetensors": (lambda run: weights(run)[:-1000], UNREADABLE), "stump.safetensors": (lambda run: weights(run)[:5], UNREADABLE), "empty.safetensors": (lambda run: b"", UNREADABLE),
-    "empty.pth": (lambda run: b"", UNREADABLE), "words.pth": (lambda run: b"these are no weights", UNREADABLE), "words.safetensors": (lambda run: b"these are no weights", UNREADABLE),
-    "long-header.safetensors": (lambda run: struct.pack("<Q", 2**60) + b"{}", UNREADABLE), "no-json.safetensors": (lambda run: header("{no json"), UNREADABLE),
-    "beyond.safetensors": (lambda run: header('{"head.weight": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 324]}}'), UNREADABLE),
-    "overlap.safetensors": (lambda run: header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}') + b"1234", UNREADABLE),
+    "cut.safetensors": (lambda run: weights(run)[:-1000], UNREADABLE),
+    "stump.safetensors": (lambda run: weights(run)[:5], UNREADABLE), "empty.safetensors": (lambda run: b"", UNREADABLE),
+    "empty.pth": (lambda run: b"", UNREADABLE), "words.pth": (lambda run: b"these are no weights", UNREADABLE),
+    "words.safetensors": (lambda run: b"these are no weights", UNREADABLE),
+    "long-header.safetensors": (lambda run: struct.pack("<Q", 2**60) + b"{}", UNREADABLE),
+    "no-json.safetensors": (lambda run: header("{no json"), UNREADABLE),
+    "beyond.safetensors": (
+        lambda run: header('{"head.weight": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 324]}}'), UNREADABLE),
+    "overlap.safetensors": (
+        lambda run: header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+                           '"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}') + b"1234", UNREADABLE),
     "none.safetensors": (lambda run: header("{}"), "holds no state dict"),
-    "cut.pth": (lambda run: saved(load_file(run/"student.safetensors"))[:-3000], UNREADABLE), "stump.pth": (lambda run: b"PK\x03\x04", UNREADABLE), "flipped.pth": (lambda run: b"\x80\x02}q\x00X" + bytes(range(200)), UNREADABLE),
-    "pickle.pth": (lambda run: pickle.dumps({"a": 1}), UNREADABLE), "object.pth": (lambda run: pickle.dumps(Evil()), UNREADABLE), "evil.pth": (lambda run: saved(Evil()), UNREADABLE),
-    "evil-within.pth": (lambda run: saved({"model": load_file(run/"student.safetensors") | {"x": Evil()}}), UNREADABLE), "evil.pt": (lambda run: saved({"state_dict": Evil()}), UNREADABLE),
-    "evil.safetensors": (lambda run: pickle.dumps(Evil()), UNREADABLE), "module.pth": (lambda run: saved(torch.nn.Linear(2, 2)), UNREADABLE),
-    "list.pth": (lambda run: saved([torch.zeros(2)]), "holds no state dict"), "numbers.pth": (lambda run: saved({"a": 1}), "holds no state dict"), "nothing.pth": (lambda run: saved({}), "holds no state dict"),
-    "numbered.pth": (lambda run: saved({1: torch.zeros(2)}), "holds no state dict"), "tensor.pth": (lambda run: saved(torch.zeros(2)), "holds no state dict"),
-    "resnet.pth": (lambda run: saved({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(10, 512)}), "resnet.pth is no checkpoint of VisionTransformer"),
-    "lacking.safetensors": (lambda run: tensors(lambda s: {k: v for k, v in s.items() if "blocks.1" not in k}, run), "missing weights such as blocks.1"),
-    "deeper.safetensors": (lambda run: tensors(lambda s: s | {"blocks.2.norm1.weight": torch.ones(32)}, run), "unknown weights such as blocks.2"),
-    "wider.safetensors": (lambda run: tensors(lambda s: s | {"norm.weight": torch.ones(64)}, run), "norm.weight (64,) for (32,)"),
-    "nan.safetensors": (lambda run: tensors(holed(float("nan")), run), "not finite, in blocks.1.mlp.fc1.weight"), "inf.safetensors": (lambda run: tensors(holed(float("inf")), run), "not finite, in blocks.1.mlp.fc1.weight"),
+    "cut.pth": (lambda run: saved(load_file(run/"student.safetensors"))[:-3000], UNREADABLE),
+    "stump.pth": (lambda run: b"PK\x03\x04", UNREADABLE),
+    "flipped.pth": (lambda run: b"\x80\x02}q\x00X" + bytes(range(200)), UNREADABLE),
+    "pickle.pth": (lambda run: pickle.dumps({"a": 1}), UNREADABLE),
+    "object.pth": (lambda run: pickle.dumps(Evil()), UNREADABLE), "evil.pth": (lambda run: saved(Evil()), UNREADABLE),
+    "evil-within.pth": (lambda run: saved({"model": load_file(run/"student.safetensors") | {"x": Evil()}}), UNREADABLE),
+    "evil.pt": (lambda run: saved({"state_dict": Evil()}), UNREADABLE),
+    "evil.safetensors": (lambda run: pickle.dumps(Evil()), UNREADABLE),
+    "module.pth": (lambda run: saved(torch.nn.Linear(2, 2)), UNREADABLE),
+    "list.pth": (lambda run: saved([torch.zeros(2)]), "holds no state dict"),
+    "numbers.pth": (lambda run: saved({"a": 1}), "holds no state dict"),
+    "nothing.pth": (lambda run: saved({}), "holds no state dict"),
+    "numbered.pth": (lambda run: saved({1: torch.zeros(2)}), "holds no state dict"),
+    "tensor.pth": (lambda run: saved(torch.zeros(2)), "holds no state dict"),
+    "resnet.pth": (lambda run: saved({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(10, 512)}),
+                   "resnet.pth is no checkpoint of VisionTransformer"),
+    "lacking.safetensors": (lambda run: tensors(lambda s: {k: v for k, v in s.items() if "blocks.1" not in k}, run),
+                            "missing weights such as blocks.1"),
+    "deeper.safetensors": (lambda run: tensors(lambda s: s | {"blocks.2.norm1.weight": torch.ones(32)}, run),
+                           "unknown weights such as blocks.2"),
+    "wider.safetensors": (lambda run: tensors(lambda s: s | {"norm.weight": torch.ones(64)}, run),
+                          "norm.weight (64,) for (32,)"),
+    "nan.safetensors": (lambda run: tensors(holed(float("nan")), run), "not finite, in blocks.1.mlp.fc1.weight"),
+    "inf.safetensors": (lambda run: tensors(holed(float("inf")), run), "not finite, in blocks.1.mlp.fc1.weight"),
     "half.safetensors": (lambda run: tensors(lambda s: {k: v.half() for k, v in s.items()}, run), "works"),
-    "wrapped.pth": (lambda run: saved({"epoch": 3, "model": {f"module.{k}": v for k, v in load_file(run/"student.safetensors").items()}}), "works"),
+    "wrapped.pth": (lambda run: saved({"epoch": 3, "model": {
+        f"module.{k}": v for k, v in load_file(run/"student.safetensors").items()}}), "works"),
 }
 
 
@@ -451,24 +528,38 @@ def test_other_checkpoints(finished, here, capsys):
     (here/"folder.pth").mkdir()
     refuses([*CE, "student.checkpoint=folder.pth", "--run-dir", "run"], "no checkpoint at folder.pth", capsys, here)
     (here/"ten.safetensors").write_bytes(weights(finished))
-    teacher = ["teacher.model=deit_tiny_patch16_224", "teacher.img_size=16", "teacher.kwargs={patch_size: 4, depth: 2, embed_dim: 32, num_heads: 2}", "teacher.checkpoint=ten.safetensors"]
-    refuses([*TRAIN, *teacher, "--run-dir", "run"], "weights of another shape such as head.weight (10, 32) for (1000, 32)", capsys, here)
+    teacher = ["teacher.model=deit_tiny_patch16_224", "teacher.img_size=16",
+               "teacher.kwargs={patch_size: 4, depth: 2, embed_dim: 32, num_heads: 2}",
+               "teacher.checkpoint=ten.safetensors"]
+    refuses([*TRAIN, *teacher, "--run-dir", "run"],
+            "weights of another shape such as head.weight (10, 32) for (1000, 32)", capsys, here)
 
 
 RESUME, EVALUATE = [*CE, "--resume", "--run-dir", "run"], ["evaluate", "run", "--quick"]
-TAUGHT = [*TRAIN, "teacher.model=null", "teacher.kwargs={}", "teacher.img_size=null", "teacher.run=run", "--run-dir", "taught"]
+TAUGHT = [*TRAIN, "teacher.model=null", "teacher.kwargs={}", "teacher.img_size=null", "teacher.run=run",
+          "--run-dir", "taught"]
 STATE = { # what is wrong with a file of a run: content from the file as it was
-    "cut": lambda b: b[:len(b)//2], "empty": lambda b: b"", "words": lambda b: b"no state", "flipped": lambda b: b[:len(b)//2] + bytes(x ^ 255 for x in b[len(b)//2:len(b)//2 + 200]) + b[len(b)//2 + 200:], "foreign": lambda b: saved({"a": torch.zeros(2)}),
-    "evil": lambda b: pickle.dumps(Evil()), "evil within": lambda b: saved({"state": {"lesson": Evil()}, "digest": ""}), "evil of torch": lambda b: saved(Evil()),
+    "cut": lambda b: b[:len(b)//2], "empty": lambda b: b"", "words": lambda b: b"no state",
+    "flipped": lambda b: b[:len(b)//2] + bytes(x ^ 255 for x in b[len(b)//2:len(b)//2 + 200]) + b[len(b)//2 + 200:],
+    "foreign": lambda b: saved({"a": torch.zeros(2)}), "evil": lambda b: pickle.dumps(Evil()),
+    "evil within": lambda b: saved({"state": {"lesson": Evil()}, "digest": ""}),
+    "evil of torch": lambda b: saved(Evil()),
 }
-TEXTS = {"empty": "", "cut": "{", "list": "[]", "other": "{}", "words": "no state", "evil": "!!python/object/apply:os.mkdir [marker]", "deep": "["*5000}
+TEXTS = {"empty": "", "cut": "{", "list": "[]", "other": "{}", "words": "no state",
+         "evil": "!!python/object/apply:os.mkdir [marker]", "deep": "["*5000}
 RUNS = [(words, file, what, content) for words, file, contents in [
-    (RESUME, "last.pt", STATE), (EVALUATE, "last.pt", STATE), (EVALUATE, "best.pt", STATE), (TAUGHT, "student.safetensors", {k: STATE[k] for k in ("cut", "empty", "words", "evil", "evil of torch")}),
-    (RESUME, "environment.json", {k: v for k, v in TEXTS.items() if k != "other"}), (RESUME, "result.json", TEXTS), (TAUGHT, "student.json", TEXTS), (EVALUATE, "recipe.yaml", {k: TEXTS[k] for k in ("empty", "cut", "list", "words", "evil", "deep")}),
-    (TAUGHT, "recipe.yaml", {k: TEXTS[k] for k in ("empty", "evil")}), (["analyze", "run", "--metrics", "attention"], "last.pt", {k: STATE[k] for k in ("cut", "evil")})] for what, content in contents.items()]
+    (RESUME, "last.pt", STATE), (EVALUATE, "last.pt", STATE), (EVALUATE, "best.pt", STATE),
+    (TAUGHT, "student.safetensors", {k: STATE[k] for k in ("cut", "empty", "words", "evil", "evil of torch")}),
+    (RESUME, "environment.json", {k: v for k, v in TEXTS.items() if k != "other"}),
+    (RESUME, "result.json", TEXTS), (TAUGHT, "student.json", TEXTS),
+    (EVALUATE, "recipe.yaml", {k: TEXTS[k] for k in ("empty", "cut", "list", "words", "evil", "deep")}),
+    (TAUGHT, "recipe.yaml", {k: TEXTS[k] for k in ("empty", "evil")}),
+    (["analyze", "run", "--metrics", "attention"], "last.pt", {k: STATE[k] for k in ("cut", "evil")})]
+        for what, content in contents.items()]
 
 
-@pytest.mark.parametrize("words, file, what, content", RUNS, ids=lambda x: x[-1] if isinstance(x, list) else x if isinstance(x, str) and len(x) < 30 else "")
+@pytest.mark.parametrize("words, file, what, content", RUNS, ids=lambda x:
+                         x[-1] if isinstance(x, list) else x if isinstance(x, str) and len(x) < 30 else "")
 def test_damaged_runs(words, file, what, content, finished, here, capsys):
     shutil.copytree(finished, here/"run")
     if words is RESUME and file != "result.json": (here/"run"/"result.json").unlink()
@@ -499,10 +590,12 @@ def test_evil_caches(file, here, capsys):
     assert not (here/"marker").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- nothing gets in
+# ------------------------------------------------------------------------------------------------------ nothing gets in
 
-CALLS = {"torch.load": "weights_only", "numpy.load": None, "np.load": None, "pickle.load": None, "pickle.loads": None, "pickle.Unpickler": None, "yaml.load": None, "yaml.full_load": None, "yaml.unsafe_load": None, "eval": None, "exec": None,
-         "os.system": None, "os.popen": None, "joblib.load": None, "torch.hub.load": None, "urllib.request.urlopen": None, "requests.get": None, "torch.jit.load": None, "shelve.open": None}
+CALLS = {"torch.load": "weights_only", "numpy.load": None, "np.load": None, "pickle.load": None, "pickle.loads": None,
+         "pickle.Unpickler": None, "yaml.load": None, "yaml.full_load": None, "yaml.unsafe_load": None, "eval": None,
+         "exec": None, "os.system": None, "os.popen": None, "joblib.load": None, "torch.hub.load": None,
+         "urllib.request.urlopen": None, "requests.get": None, "torch.jit.load": None, "shelve.open": None}
 
 
 def test_no_call_that_runs_what_it_reads():
@@ -516,7 +609,8 @@ def test_no_call_that_runs_what_it_reads():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call): continue
             name, words = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-            assert "shell" not in words and words.get("allow_pickle", "False") == "False" and words.get("weights_only", "True") == "True", f"{path.name}: {ast.unparse(node)}"
+            assert ("shell" not in words and words.get("allow_pickle", "False") == "False"
+                    and words.get("weights_only", "True") == "True"), f"{path.name}: {ast.unparse(node)}"
             if name in CALLS:
                 seen.append(name)
                 assert CALLS[name] and words.get(CALLS[name]) == "True", f"{path.name}: {ast.unparse(node)}"
@@ -524,18 +618,24 @@ def test_no_call_that_runs_what_it_reads():
 
 
 def test_writing_stays_in_the_run_directory(here, capsys):
-    "Whatever the words in a recipe say, it writes below --run-dir and nowhere else; `teacher.cache` names one further folder"
-    (here/"r.yaml").write_text("name: ../../outside\nabout: /tmp/outside\nstages: {one: {}, two: {name: ../elsewhere, teacher: {run: 'stage:one'}, method: {name: distill}}}")
+    ("Whatever the words in a recipe say, it writes below --run-dir and nowhere else; "
+     "`teacher.cache` names one further folder")
+    (here/"r.yaml").write_text("name: ../../outside\nabout: /tmp/outside\nstages: {one: {}, two: {name: ../elsewhere, "
+                               "teacher: {run: 'stage:one'}, method: {name: distill}}}")
     before = tree(here)
-    works(["train", "r.yaml", *[w for w in TINY if w.split(".")[0] not in ("teacher", "method")], "train.epochs=1", "train.warmup_epochs=0", "--run-dir", "below/run"], capsys)
+    works(["train", "r.yaml", *[w for w in TINY if w.split(".")[0] not in ("teacher", "method")], "train.epochs=1",
+           "train.warmup_epochs=0", "--run-dir", "below/run"], capsys)
     after = tree(here)
-    assert {k.split(os.sep)[0] for k in after.keys() - before.keys()} == {"below"} and set(os.listdir("below/run")) == {"one", "two"}
+    assert ({k.split(os.sep)[0] for k in after.keys() - before.keys()} == {"below"}
+            and set(os.listdir("below/run")) == {"one", "two"})
     assert {k: after[k] for k in before} == before
 
 
 @pytest.mark.parametrize("words, outcome", [
-    ([*TRAIN], "works"), ([*CE, "data.source=hfds/nobody/nothing", "data.download=false"], "hfds/nobody/nothing"), ([*CE, "data.source=torch/cifar10", "data.download=false"], "torch/cifar10 cannot be opened"),
-    ([*CE, "student.model=hf-hub:nobody/nothing"], "only where pretrained=true"), (["bench", "basd_cifar10", *TINY, "--reps", "1"], "works")], ids=lambda x: x[-1] if isinstance(x, list) else "")
+    ([*TRAIN], "works"), ([*CE, "data.source=hfds/nobody/nothing", "data.download=false"], "hfds/nobody/nothing"),
+    ([*CE, "data.source=torch/cifar10", "data.download=false"], "torch/cifar10 cannot be opened"),
+    ([*CE, "student.model=hf-hub:nobody/nothing"], "only where pretrained=true"),
+    (["bench", "basd_cifar10", *TINY, "--reps", "1"], "works")], ids=lambda x: x[-1] if isinstance(x, list) else "")
 def test_no_connection_unless_named(words, outcome, here, capsys, monkeypatch):
     "Nothing is fetched where `pretrained` and `download` are false: no socket is opened, no name looked up"
     asked = []

@@ -1,4 +1,5 @@
-"A run that is killed at any moment and resumed ends exactly where an undisturbed one ends; `experiments/kill.py` is the long form"
+"""A run that is killed at any moment and resumed ends exactly where an undisturbed one ends; `experiments/kill.py` is
+the long form"""
 import os
 import random
 import signal
@@ -8,9 +9,11 @@ import kills
 import pytest
 from conftest import TINY
 
-TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=2", "train.save_every=3", "train.precision=float32"]
+TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=2",
+         "train.save_every=3", "train.precision=float32"]
 ALONE, HELPED = TRAIN, [*TRAIN, "train.accumulate=2", "data.workers=1"]
-CACHED = [*TRAIN, "data.train_size=1100", "data.batch_size=256", "views.geometry=fixed", "views.flip=0", "train.epochs=1"]  # three shards
+CACHED = [*TRAIN, "data.train_size=1100", "data.batch_size=256", "views.geometry=fixed", "views.flip=0",
+          "train.epochs=1"]  # three shards
 
 
 @pytest.fixture
@@ -45,9 +48,11 @@ def ends_equal(words, run, whole, ranks=1):
     assert kills.different(run, whole) == []
 
 
-DANGEROUS = [("start: environment written, no recipe", 1), ("checkpoint: half written", 1), ("step: weights new, average old", 4), ("step: half a row", 1),
-             ("evaluation: inside", 1), ("epoch: best new, last old", 1), ("checkpoint: previous linked", 1), ("checkpoint: previous renamed, last not", 2),
-             ("epoch: between two", 1), ("end: student written, no result", 1)]
+DANGEROUS = [("start: environment written, no recipe", 1), ("checkpoint: half written", 1),
+             ("step: weights new, average old", 4), ("step: half a row", 1), ("evaluation: inside", 1),
+             ("epoch: best new, last old", 1), ("checkpoint: previous linked", 1),
+             ("checkpoint: previous renamed, last not", 2), ("epoch: between two", 1),
+             ("end: student written, no result", 1)]
 
 
 def test_sigkill_at_dangerous_moments(run, undisturbed):
@@ -70,7 +75,8 @@ def test_sigkill_inside_a_cache_build(run, tmp_path):
     words = lambda name: [*CACHED, f"teacher.cache={tmp_path/name}"]
     whole = tmp_path/"whole"/"run"; whole.mkdir(parents=True)
     assert go(words("calm"), whole)[0] == [0]
-    for kill in (("cache: note not renamed", 1), ("cache: shard half written", 3), ("cache: shard not renamed", 1), ("cache: shard renamed", 1)):
+    for kill in (("cache: note not renamed", 1), ("cache: shard half written", 3), ("cache: shard not renamed", 1),
+                 ("cache: shard renamed", 1)):
         assert go(words("killed"), run, kill)[0] == [-signal.SIGKILL], kill
     ends_equal(words("killed"), run, kills.left(whole))
     files = lambda name: {p.name: p.read_bytes() for p in (tmp_path/name).glob("shard-*")}
@@ -96,7 +102,8 @@ def test_a_rank_that_dies(run, undisturbed):
 def test_torchrun_starts_it_again(run, undisturbed):
     "The same line serves for the first start and for the restart, which goes on from last.pt"
     out = run.parent/"out.txt"
-    assert kills.torchrun([*TRAIN, "--run-dir", run, "--resume"], [("checkpoint: half written", 3, 0)], out) == 0, out.read_text()
+    assert kills.torchrun([*TRAIN, "--run-dir", run, "--resume"], [("checkpoint: half written", 3, 0)],
+                          out) == 0, out.read_text()
     assert kills.different(run, undisturbed(TRAIN, ranks=2)) == []
 
 
@@ -112,7 +119,8 @@ def test_two_processes_in_one_run(run):
 def complained(run, status, said, words):
     "One sentence, and nothing unfinished left behind"
     last = said.strip().splitlines()[-1]
-    assert status == [2] and last.startswith("basd: ") and all(w in last for w in words) and "Traceback" not in said, said
+    assert (status == [2] and last.startswith("basd: ") and all(w in last for w in words)
+            and "Traceback" not in said), said
     assert not [p.name for p in run.iterdir() if p.name[0] == "." and p.name != ".lock"]
 
 
@@ -126,9 +134,11 @@ def test_no_room(run, undisturbed):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk; test_no_room stands for this one")
 def test_full_disk(run, undisturbed):
-    mount = lambda *options: subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(run)], capture_output=True, text=True)
+    mount = lambda *options: subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(run)],
+                                            capture_output=True, text=True)
     made = mount("-o", "size=2m")
-    if made.returncode: pytest.skip(f"no small disk can be mounted here ({made.stderr.strip()}); test_no_room stands for this one")
+    if made.returncode:
+        pytest.skip(f"no small disk can be mounted here ({made.stderr.strip()}); test_no_room stands for this one")
     try:
         status, said = go(ALONE, run)
         complained(run, status, said, ["no space left", "last.pt holds step 3", "make room"])
@@ -138,7 +148,8 @@ def test_full_disk(run, undisturbed):
 
 
 def test_damaged_checkpoint(run, undisturbed):
-    "One bit turned over, at several places, or half of the file gone: nothing is touched, and the checkpoint before is offered"
+    ("One bit turned over, at several places, or half of the file gone: nothing is touched, "
+     "and the checkpoint before is offered")
     go(ALONE, run, ("end: before the test split", 1))
     whole, good, chance = (run/"last.pt").read_bytes(), kills.saved(run/"last.pt"), random.Random(0)
     at = whole.index(b"data/0")                                                      # from here on, tensors

@@ -1,6 +1,7 @@
-"""Whatever numbers come in, finite ones come out, or one sentence that says what is wrong. Hypothesis draws shapes, values and options of every piece that
-a recipe can reach; losses and methods are found by their registries, so a new one is tested without being named. `BASD_PROPERTIES=long` draws twenty
-times as many examples, and others at each run; a failure prints the example that shows it and how to draw it again."""
+"""Whatever numbers come in, finite ones come out, or one sentence that says what is wrong. Hypothesis draws shapes,
+values and options of every piece that a recipe can reach; losses and methods are found by their registries, so a new
+one is tested without being named. `BASD_PROPERTIES=long` draws twenty times as many examples, and others at each run; a
+failure prints the example that shows it and how to draw it again."""
 import inspect
 import math
 import os
@@ -38,7 +39,8 @@ from basd.methods.exits import ofa
 from basd.methods.conflict import binary_kl
 from basd.methods.objective import Progress, Shapes, Target, find_objective, objectives
 
-COMMON = dict(deadline=None, database=None, phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))
+COMMON = dict(deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+              suppress_health_check=list(HealthCheck))
 settings.register_profile("short", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("long", max_examples=800, print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("BASD_PROPERTIES", "short"))
@@ -47,7 +49,8 @@ for find in (find_feature_loss, find_objective):     # an unknown name makes bot
     with pytest.raises(ValueError): find("?")
 
 CLASSES, HEADS_S, HEADS_T = 5, 3, 2
-STEEP = dict(rsd=1e8, basd=1e8, match=1e8)               # else 1e6: where a direction is undefined, a slope is one over a floor, and RSD has two floors in a row
+# else 1e6: where a direction is undefined, a slope is one over a floor, and RSD has two floors in a row
+STEEP = dict(rsd=1e8, basd=1e8, match=1e8)
 WIDTH_S, WIDTH_T = 12, 24                            # 12 relation heads divide both
 PRECISIONS = dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 KINDS = ("spread", "constant", "still", "zero", "duplicated", "low", "repeated")
@@ -64,7 +67,8 @@ class Case:
     def plain(self): return self.size_s == self.size_t == 1
 
     @property
-    def scale(self): return 2**-12 if self.precision == "fp16" else 1. # fp16 ends at 65504; a scale as `torch.amp.GradScaler` finds it
+    def scale(self): # fp16 ends at 65504; a scale as `torch.amp.GradScaler` finds it
+        return 2**-12 if self.precision == "fp16" else 1.
 
 
 def powers(low, high): return st.one_of(st.just(1.), st.integers(low, high).map(lambda e: 10.**e))
@@ -78,7 +82,8 @@ def cases(draw, points=(1, 2), layers=(1, 3), precisions=tuple(PRECISIONS), kind
     def side(low, high):
         n = draw(st.integers(low, high))
         return draw(st.lists(counts, min_size=n, max_size=n)) if draw(st.booleans()) else [draw(counts)]*n
-    return Case(draw(st.integers(1, 5)), side(*points), side(*layers), draw(st.integers(0, 3)) < 3, draw(st.sampled_from(kinds)), draw(st.sampled_from(kinds)), draw(sizes), draw(sizes),
+    return Case(draw(st.integers(1, 5)), side(*points), side(*layers), draw(st.integers(0, 3)) < 3,
+                draw(st.sampled_from(kinds)), draw(st.sampled_from(kinds)), draw(sizes), draw(sizes),
                 draw(st.booleans()), precision, draw(st.integers(0, 99)))
 
 
@@ -90,7 +95,7 @@ def values(kind, shape, size, g):
     if kind == "zero": x = torch.zeros(shape)
     if kind == "duplicated": x = x[:1].expand(shape)                      # one image
     if kind == "low": x = x[..., :1] * x[:1, :1]                          # rank one
-    if kind == "repeated":                                                # orthonormal columns or rows: all eigenvalues alike
+    if kind == "repeated":  # orthonormal columns or rows: all eigenvalues alike
         u, _, v = torch.linalg.svd(x.reshape(-1, shape[-1]), full_matrices=False)
         x = (u @ v).reshape(shape) * math.sqrt(shape[-1])
     return (size * x).contiguous()
@@ -119,13 +124,16 @@ class Batch:
         g = torch.Generator().manual_seed(case.seed)
         def side(kind, size, tokens, width, heads):
             make = lambda *shape: leaf(values(kind, (case.B, *shape), size, g), case)
-            return [make(n, width) for n in tokens], [[make(n + 1, heads, width//heads) for _ in range(3)] for n in tokens], make(1, CLASSES)
-        self.teacher, self.qkv_t, self.logits_t = side(case.kind_t, case.size_t, case.tokens_t, self.width_t, self.heads_t)
+            return ([make(n, width) for n in tokens],
+                    [[make(n + 1, heads, width//heads) for _ in range(3)] for n in tokens], make(1, CLASSES))
+        self.teacher, self.qkv_t, self.logits_t = side(
+            case.kind_t, case.size_t, case.tokens_t, self.width_t, self.heads_t)
         self.student, self.qkv_s, self.logits_s = side(case.kind_s, case.size_s, case.tokens_s, WIDTH_S, HEADS_S)
         if case.same:
             again = lambda x: leaf(x.detach(), case)
             P, L = len(self.student), len(self.teacher)
-            self.student, self.qkv_s = [again(self.teacher[p % L]) for p in range(P)], [[again(t) for t in self.qkv_t[p % L]] for p in range(P)]
+            self.student, self.qkv_s = ([again(self.teacher[p % L]) for p in range(P)],
+                                        [[again(t) for t in self.qkv_t[p % L]] for p in range(P)])
             self.logits_s = again(self.logits_t)
         self.distilled = leaf(self.logits_s.detach(), case)
         labels = torch.randint(CLASSES, (case.B,), generator=g)
@@ -139,8 +147,8 @@ class Batch:
         turned = lambda x: cast(x).transpose(1, 2)
         xs, qkv = (self.student, self.qkv_s) if student else (self.teacher, self.qkv_t)
         attention = [Attention(turned(q), turned(k), None, 1, turned(v)) for q, k, v in qkv]
-        return Features([cast(x) for x in xs], attention, cast(self.logits_s if student else self.logits_t)[:, 0], [grid_of(x.shape[1], case) for x in xs],
-                        cast(self.distilled)[:, 0] if student else None)
+        return Features([cast(x) for x in xs], attention, cast(self.logits_s if student else self.logits_t)[:, 0],
+                        [grid_of(x.shape[1], case) for x in xs], cast(self.distilled)[:, 0] if student else None)
 
     @property
     def of_student(self): return [*self.student, *(t for a in self.qkv_s for t in a), self.logits_s, self.distilled]
@@ -153,7 +161,8 @@ def attempt(f, tally, what=""):
     "The result of `f`, or None where it refuses in one sentence"
     try: out = f()
     except ValueError as e:
-        assert 20 < len(str(e)) < 400 and "\n" not in str(e) and type(e) is ValueError, f"{type(e).__name__} is no clear refusal: {e}"
+        assert (20 < len(str(e)) < 400 and "\n" not in str(e)
+                and type(e) is ValueError), f"{type(e).__name__} is no clear refusal: {e}"
         note(f"refused: {e}")
         tally["refused " + what] += 1
         tally[str(e)] += 1
@@ -177,7 +186,8 @@ def sound(loss, case, learners=(), constants=(), least=None, name=None):
     for x in learners:
         if x.grad is None: continue
         finite(x.grad, f"a gradient of shape {tuple(x.shape)}")
-        assert not case.plain or x.grad.abs().max() < steep, f"a gradient of shape {tuple(x.shape)} reaches {x.grad.abs().max()/case.scale:g}"
+        assert not case.plain or x.grad.abs().max() < steep, (
+            f"a gradient of shape {tuple(x.shape)} reaches {x.grad.abs().max()/case.scale:g}")
     for x in constants: assert x.grad is None or not x.grad.any(), "the teacher has a gradient"
 
 
@@ -189,7 +199,8 @@ def choices(cls, p):
     if p.annotation is not str: return [p.default]
     given = {n: [4] for n, q in inspect.signature(cls).parameters.items() if q.default is q.empty}
     try: cls(**given, **{p.name: "?"})
-    except ValueError as e: return [w for w in re.findall(r"'([^']*)'", str(e).split(";", 1)[-1]) if w != "?"] or [p.default]
+    except ValueError as e:
+        return [w for w in re.findall(r"'([^']*)'", str(e).split(";", 1)[-1]) if w != "?"] or [p.default]
     return [p.default]
 
 
@@ -207,7 +218,8 @@ def check(tally, most=.5):
 
 def tapped(width, case):
     "What a loss that reads with a model's head wants to meet"
-    return SimpleNamespace(model=SimpleNamespace(head=nn.Linear(width, CLASSES, dtype=torch.float64 if case.precision == "float64" else torch.float32)))
+    return SimpleNamespace(model=SimpleNamespace(head=nn.Linear(
+        width, CLASSES, dtype=torch.float64 if case.precision == "float64" else torch.float32)))
 
 
 def loss_of(name, given, batch):
@@ -215,7 +227,8 @@ def loss_of(name, given, batch):
     cls, P = find_feature_loss(name), len(batch.student)
     L = len(batch.teacher) if compares(cls) == "layers" else P
     torch.manual_seed(0)
-    loss = made_for(cls, given, dict(widths_s=[WIDTH_S]*P, widths_t=[batch.width_t]*L, heads_s=[HEADS_S]*P, heads_t=[batch.heads_t]*L))
+    loss = made_for(cls, given, dict(widths_s=[WIDTH_S]*P, widths_t=[batch.width_t]*L,
+                                     heads_s=[HEADS_S]*P, heads_t=[batch.heads_t]*L))
     teacher = tapped(batch.width_t, batch.case)
     if hasattr(loss, "meet"): loss.meet(teacher if batch.case.same else tapped(WIDTH_S, batch.case), teacher)
     return loss
@@ -228,7 +241,8 @@ def of_pairs(loss, student, teacher):
     "A registered loss on the features of both sides"
     of, P = compares(loss), len(student.tokens)
     kind, L = ("tokens", len(teacher.tokens)) if of == "layers" else (of, P)
-    return loss(getattr(student, kind), getattr(teacher, kind)[:L], step_generator(0, 0), student.grids, teacher.grids[:L])
+    return loss(getattr(student, kind), getattr(teacher, kind)[:L], step_generator(0, 0),
+                student.grids, teacher.grids[:L])
 
 
 @pytest.mark.parametrize("name", sorted(feature_losses))
@@ -236,7 +250,8 @@ def test_losses_on_pairs(name):
     tally, cls = Counter(), feature_losses[name]
     @given(case=cases(layers=(2, 2)), given=options(cls, *TOLD))
     def holds(case, given):
-        if compares(cls) == "attention": case.tokens_t, case.tokens_s = [case.tokens_s[0]]*2, case.tokens_s[:1]*len(case.tokens_s) # place by place
+        if compares(cls) == "attention":  # place by place
+            case.tokens_t, case.tokens_s = [case.tokens_s[0]]*2, case.tokens_s[:1]*len(case.tokens_s)
         batch = Batch(case)
         loss = attempt(lambda: loss_of(name, given, batch), tally, "options")
         if loss is None: return
@@ -245,7 +260,8 @@ def test_losses_on_pairs(name):
         out = attempt(run, tally)
         if out is None: return
         sound(out, case, [*batch.of_student, *loss.parameters()], batch.of_teacher, least=0, name=name)
-        if case.same and case.plain and case.kind_t == "spread" and case.precision == "float32" and case.B*min(case.tokens_t) > 4 and not list(loss.parameters()):
+        if (case.same and case.plain and case.kind_t == "spread" and case.precision == "float32"
+                and case.B*min(case.tokens_t) > 4 and not list(loss.parameters())):
             assert out.abs() < 1e-5, f"a student that is the teacher costs {out}"
     holds()
     check(tally)
@@ -256,11 +272,13 @@ def test_order_and_layout(name):
     "Neither the order of the images nor how they lie in memory changes a loss"
     cls = feature_losses[name]
     @settings(max_examples=max(5, settings().max_examples//4))
-    @given(case=cases(layers=(2, 2), precisions=("float64",), kinds=("spread", "low", "still", "duplicated")), given=options(cls, *TOLD))
+    @given(case=cases(layers=(2, 2), precisions=("float64",), kinds=("spread", "low", "still", "duplicated")),
+           given=options(cls, *TOLD))
     def holds(case, given):
         case.same, case.size_s, case.size_t, case.grid = False, 1., 1., True
         if "images" in given: given["images"] = None                         # a draw of images knows their order
-        if compares(cls) == "attention": case.tokens_t, case.tokens_s = [case.tokens_s[0]]*2, case.tokens_s[:1]*len(case.tokens_s)
+        if compares(cls) == "attention":
+            case.tokens_t, case.tokens_s = [case.tokens_s[0]]*2, case.tokens_s[:1]*len(case.tokens_s)
         batch = Batch(case)
         loss = attempt(lambda: loss_of(name, given, batch).double(), Counter())
         if loss is None: return
@@ -268,7 +286,8 @@ def test_order_and_layout(name):
         first = attempt(lambda: of_pairs(loss, s, t), Counter())
         if first is None: return
         order = torch.randperm(case.B, generator=torch.Generator().manual_seed(case.seed))
-        assert_close(of_pairs(loss, *(batch.features(side, order) for side in ("student", "teacher"))), first, rtol=1e-6, atol=1e-7)
+        assert_close(of_pairs(loss, *(batch.features(side, order) for side in ("student", "teacher"))), first,
+                     rtol=1e-6, atol=1e-7)
         for f in (s, t): f.tokens = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in f.tokens]
         assert_close(of_pairs(loss, s, t), first, rtol=1e-6, atol=1e-7)
     holds()
@@ -278,12 +297,16 @@ STRUCTURE = dict(rsd=RSD, rel=Relational, attn=AttentionKL, spectral=Spectral)
 
 
 def structural(name, given, batch, order=None):
-    "One of BASD's four losses, as BASD calls it, without selector and aligner; in a given order of the images, unblended"
+    ("One of BASD's four losses, as BASD calls it, without selector and aligner; "
+     "in a given order of the images, unblended")
     xs, ys, n = batch.student, batch.teacher, [x.shape[1] for x in batch.student]
     torch.manual_seed(0)
     mixed = torch.full((len(xs), len(ys)), 1/len(ys))
-    told = dict(rsd=([WIDTH_S]*len(xs), [WIDTH_S]*len(xs)), attn=([HEADS_S]*len(xs), [batch.heads_t]*len(ys) if given.get("scope") == "all_layers" else batch.heads_t)).get(name, ())
-    loss, g, blend = STRUCTURE[name](*told, **given).to(xs[0].dtype), step_generator(0, 0), batch.blend if order is None else None
+    told = dict(rsd=([WIDTH_S]*len(xs), [WIDTH_S]*len(xs)),
+                attn=([HEADS_S]*len(xs),
+                      [batch.heads_t]*len(ys) if given.get("scope") == "all_layers" else batch.heads_t)).get(name, ())
+    loss, g, blend = (STRUCTURE[name](*told, **given).to(xs[0].dtype), step_generator(0, 0),
+                      batch.blend if order is None else None)
     aligned = [values(batch.case.kind_t, x.shape, batch.case.size_t, g).to(x.dtype) for x in xs]
     if order is not None: aligned, ys = [y[order] for y in aligned], [y[order] for y in ys]
     blended = lambda t: t if blend is None else t.lerp(t[blend.partner], 1 - blend.lam)
@@ -319,7 +342,8 @@ def test_losses_of_basd(name):
         def run():
             with autocast(case): return made[1]()
         out = attempt(run, tally)
-        if out is not None: sound(out, case, [*batch.of_student, *made[0].parameters()], batch.of_teacher, least=0, name=name)
+        if out is not None:
+            sound(out, case, [*batch.of_student, *made[0].parameters()], batch.of_teacher, least=0, name=name)
     holds()
     check(tally, .6)
 
@@ -328,13 +352,15 @@ def test_losses_of_basd(name):
 def test_order_of_basd(name):
     "The four losses do not know the order of the images"
     @settings(max_examples=max(5, settings().max_examples//4))
-    @given(case=cases(precisions=("float64",), kinds=("spread", "low", "still", "duplicated")), given=options(STRUCTURE[name], "widths_s", "widths_t", "heads_s", "heads_t"))
+    @given(case=cases(precisions=("float64",), kinds=("spread", "low", "still", "duplicated")),
+           given=options(STRUCTURE[name], "widths_s", "widths_t", "heads_s", "heads_t"))
     def holds(case, given):
         case.size_s = case.size_t = 1.
         if name == "attn": case.tokens_t = case.tokens_t[:1]*len(case.tokens_t)
         if "samples" in given: given["samples"] = None                      # a draw of images knows their order
         batch, order = Batch(case), torch.randperm(case.B, generator=torch.Generator().manual_seed(case.seed))
-        values = [attempt(lambda: structural(name, given, batch, o)[1](), Counter()) for o in (torch.arange(case.B), order)]
+        values = [attempt(lambda: structural(name, given, batch, o)[1](), Counter())
+                  for o in (torch.arange(case.B), order)]
         if values[0] is not None: assert_close(*values, rtol=1e-6, atol=1e-7)
     holds()
 
@@ -346,7 +372,8 @@ def predictions(kind, B, size, g):
     "Logits (B, CLASSES)"
     z = torch.randn(B, CLASSES, generator=g)
     if kind == "zero": z = torch.zeros_like(z)
-    if kind in ("sure", "wrong"): z = torch.eye(CLASSES)[torch.arange(B) % CLASSES]*(1 if kind == "sure" else -1) # one-hot at 1e4
+    if kind in ("sure", "wrong"):  # one-hot at 1e4
+        z = torch.eye(CLASSES)[torch.arange(B) % CLASSES]*(1 if kind == "sure" else -1)
     if kind == "duplicated": z = z[:1].expand_as(z)
     if kind == "constant": z = z[:, :1].expand_as(z)
     return (size*z).contiguous()
@@ -356,7 +383,8 @@ def predictions(kind, B, size, g):
 def logit_cases(draw):
     precision = draw(st.sampled_from(tuple(PRECISIONS)))
     sizes = powers(-3, 4) if precision == "fp16" else powers(-8, 4)
-    return Case(draw(st.integers(1, 5)), [], [], False, draw(st.sampled_from(EDGES)), draw(st.sampled_from(EDGES)), draw(sizes), draw(sizes), draw(st.booleans()), precision, draw(st.integers(0, 99)))
+    return Case(draw(st.integers(1, 5)), [], [], False, draw(st.sampled_from(EDGES)), draw(st.sampled_from(EDGES)),
+                draw(sizes), draw(sizes), draw(st.booleans()), precision, draw(st.integers(0, 99)))
 
 
 def of_logits(name, given, case):
@@ -375,10 +403,12 @@ def of_logits(name, given, case):
 @st.composite
 def logit_losses(draw):
     name = draw(st.sampled_from(("kl", "dkd", "hard", "vrm", "temperature", "ofa", "dual_head")))
-    given = dict(loss="kl" if name == "temperature" else name, direction=draw(st.sampled_from(("forward", "reverse")))) if name not in ("ofa", "dual_head") else {}
+    given = dict(loss="kl" if name == "temperature" else name,
+                 direction=draw(st.sampled_from(("forward", "reverse")))) if name not in ("ofa", "dual_head") else {}
     if name == "temperature":
         words = draw(options(Temperature, "classes"))
-        given["temperature"] = SimpleNamespace(**words | dict(kind=draw(st.sampled_from(("global", "sample"))), anchor=draw(st.sampled_from((0., .1)))))
+        given["temperature"] = SimpleNamespace(**words | dict(
+            kind=draw(st.sampled_from(("global", "sample"))), anchor=draw(st.sampled_from((0., .1)))))
     return name, given
 
 
@@ -398,7 +428,9 @@ def test_losses_on_logits():
         out = attempt(value, tally, named[0])
         if out is None: return
         sound(out, case, [s, *learners], [t], least=None if named[0] == "ofa" else 0)
-        if case.same and named[0] == "kl" and blend is None: assert out.abs() < 1e-4 and s.grad.abs().max() < 1e-2*case.scale, "a student that says what the teacher says has nothing to learn"
+        if case.same and named[0] == "kl" and blend is None:
+            assert out.abs() < 1e-4 and s.grad.abs().max() < 1e-2*case.scale, (
+                "a student that says what the teacher says has nothing to learn")
     holds()
     check(tally, .2)
 
@@ -410,13 +442,15 @@ RULES = ("uniform", "skip", "last", "final", "first", "reversed", "random", [[0,
 @pytest.mark.parametrize("name", SELECTORS)
 def test_selectors(name):
     tally = Counter()
-    @given(case=cases(), given=options(SELECTORS[name], "rule", "rank", "dim", "tau"), rank=st.integers(1, 7), rule=st.sampled_from(RULES), wide=st.booleans(), tau=st.sampled_from((.06, 1., 9.9)),
-           training=st.booleans(), drawn=st.booleans())
+    @given(case=cases(), given=options(SELECTORS[name], "rule", "rank", "dim", "tau"), rank=st.integers(1, 7),
+           rule=st.sampled_from(RULES), wide=st.booleans(), tau=st.sampled_from((.06, 1., 9.9)), training=st.booleans(),
+           drawn=st.booleans())
     def holds(case, given, rank, rule, wide, tau, training, drawn):
         batch = Batch(case)
         P, L = len(batch.student), len(batch.teacher)
         torch.manual_seed(0)
-        own = dict(grassmann=dict(rank=rank, dim=16 if wide else 8, tau=tau), frequency=dict(tau=tau), fixed=dict(rule=rule))[name]
+        own = dict(grassmann=dict(rank=rank, dim=16 if wide else 8, tau=tau), frequency=dict(tau=tau),
+                   fixed=dict(rule=rule))[name]
         widths = [x.shape[-1] for x in batch.student], [x.shape[-1] for x in batch.teacher]
         selector = attempt(lambda: SELECTORS[name](*widths, **given | own), tally, "options")
         if selector is None: return
@@ -435,7 +469,8 @@ def test_selectors(name):
             assert mix.weights.shape == (P, L) and (mix.weights >= 0).all()
             assert_close(mix.weights.float().sum(-1), torch.ones(P), rtol=1e-5, atol=1e-5)
             for k, v in mix.report.items(): finite(v, f"report of {k}")
-            assert (mix.report["distances"] >= 0).all() and (mix.report["entropy"] <= 1.0001).all() and (mix.report["temperatures"] > 0).all()
+            assert ((mix.report["distances"] >= 0).all() and (mix.report["entropy"] <= 1.0001).all()
+                    and (mix.report["temperatures"] > 0).all())
             for x in mixed: finite(x, "mixed tokens")
             selector.zero_grad()
             sound(mix.regulariser, case, selector.parameters(), [*batch.of_student, *batch.of_teacher])
@@ -450,12 +485,14 @@ def test_selectors(name):
 
 def test_aligners():
     tally = Counter()
-    @given(case=cases(points=(1, 1), layers=(1, 1)), kind=st.sampled_from((TokenAligner, InterpAligner)), codes=st.booleans(), blank=st.booleans())
+    @given(case=cases(points=(1, 1), layers=(1, 1)), kind=st.sampled_from((TokenAligner, InterpAligner)),
+           codes=st.booleans(), blank=st.booleans())
     def holds(case, kind, codes, blank):
         batch = Batch(case)
         x, n = batch.teacher[0], case.tokens_s[0]
         torch.manual_seed(0)
-        aligner = attempt(lambda: kind(n, batch.width_t, WIDTH_S, grid_out=grid_of(n, case), **dict(codes=codes) if kind is TokenAligner else {}), tally, "options")
+        aligner = attempt(lambda: kind(n, batch.width_t, WIDTH_S, grid_out=grid_of(n, case),
+                                       **dict(codes=codes) if kind is TokenAligner else {}), tally, "options")
         if aligner is None: return
         if blank:                                                         # all queries alike
             for q in aligner.parameters(): nn.init.zeros_(q) if q.shape == (n, WIDTH_S) else None
@@ -469,13 +506,15 @@ def test_aligners():
         finite(y, "the target")
         sound(loss, case, aligner.parameters(), least=0)
         again = aligner(x[:1], grid_of(x.shape[1], case))
-        if case.precision == "float32": assert_close(again, y[:1], rtol=1e-3, atol=1e-3*max(1., case.size_t)) # an image does not depend on its batch
+        if case.precision == "float32":  # an image does not depend on its batch
+            assert_close(again, y[:1], rtol=1e-3, atol=1e-3*max(1., case.size_t))
     holds()
     check(tally)
 
 
 def test_maps_of_heads():
-    @given(case=cases(points=(1, 1), layers=(1, 1)), heads=st.tuples(st.integers(1, 4), st.integers(1, 4)), bias=st.booleans(), tau=st.sampled_from((.01, .1, 1.)))
+    @given(case=cases(points=(1, 1), layers=(1, 1)), heads=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+           bias=st.booleans(), tau=st.sampled_from((.01, .1, 1.)))
     def holds(case, heads, bias, tau):
         g = torch.Generator().manual_seed(case.seed)
         scores = leaf(values(case.kind_s, (case.B, heads[0], case.tokens_s[0], case.tokens_s[0]), case.size_s, g), case)
@@ -492,8 +531,11 @@ def test_maps_of_heads():
 
 def test_balance():
     "Weights that sum to one over what is active, whatever the losses are: zero, all alike, or twelve orders apart"
-    @given(losses=st.lists(st.lists(st.one_of(st.just(0.), st.floats(-8, 4).map(lambda e: 10**e)), min_size=4, max_size=4), min_size=1, max_size=5), words=options(Balance, "names", "starts"),
-           starts=st.lists(st.sampled_from((0., .25, .9)), min_size=4, max_size=4), step=st.integers(0, 20), bad=st.sampled_from((None, None, math.nan, math.inf)))
+    @given(losses=st.lists(st.lists(st.one_of(st.just(0.), st.floats(-8, 4).map(lambda e: 10**e)),
+                                    min_size=4, max_size=4), min_size=1, max_size=5),
+           words=options(Balance, "names", "starts"),
+           starts=st.lists(st.sampled_from((0., .25, .9)), min_size=4, max_size=4), step=st.integers(0, 20),
+           bad=st.sampled_from((None, None, math.nan, math.inf)))
     def holds(losses, words, starts, step, bad):
         names = list("abcd")
         balance = Balance(names, dict(zip(names, starts)), **words | dict(fraction=.5))
@@ -507,7 +549,7 @@ def test_balance():
             assert (report["weights"] >= 0).all() and (report["ramps"] >= 0).all() and (report["ramps"] <= 1).all()
             if words["form"] in ("reference", "paper", "fixed"): assert_close(report["weights"].sum(), torch.tensor(1.))
             assert not x.grad[report["ramps"] == 0].any(), "a loss that is ramped to zero pulls"
-        if bad is not None:                                               # a bad step is named by the sentinel; it must not spoil the next
+        if bad is not None:  # a bad step is named by the sentinel; it must not spoil the next
             balance(torch.tensor([bad, 1., 1., 1.]), number(step), number(40))
             for k, v in balance.state_dict().items(): finite(v, k)
             total, _ = balance(torch.ones(4), number(40), number(40))
@@ -515,9 +557,12 @@ def test_balance():
     holds()
 
 
-SAID = {f"{c.__name__}Options": c for c in (GrassmannSelector, FrequencySelector, Balance, Fourier, Temperature, *STRUCTURE.values())} # whom to ask about an option that is a word
+# whom to ask about an option that is a word
+SAID = {f"{c.__name__}Options": c
+        for c in (GrassmannSelector, FrequencySelector, Balance, Fourier, Temperature, *STRUCTURE.values())}
 SMALL = dict(rank=2, dim=8, max_rows=32, settle=1, start_from_teacher=False)
-LACKING = dict(match=lambda: st.lists(st.sampled_from(sorted(feature_losses)), min_size=1, max_size=3, unique=True).map(lambda names: dict(losses={n: {} for n in names})),
+LACKING = dict(match=lambda: st.lists(st.sampled_from(sorted(feature_losses)), min_size=1, max_size=3, unique=True).map(
+                   lambda names: dict(losses={n: {} for n in names})),
                pocl=lambda: st.just(dict(loss="kl", temperature=None)))    # what a method's options cannot be without
 
 
@@ -539,10 +584,13 @@ def settings_of(draw, cls):
         if nested: given[f.name] = draw(settings_of(nested[0])) if draw(st.integers(0, 3)) else default
         elif f.name in SMALL: given[f.name] = SMALL[f.name]
         elif f.name in ("layer_map", "rule"): given[f.name] = draw(st.sampled_from([default, "uniform", "reversed"]))
-        elif get_origin(f.type) is Literal or isinstance(default, bool): given[f.name] = draw(st.sampled_from(list(get_args(f.type)) or [True, False]))
-        elif f.type is str and asked: given[f.name] = draw(st.sampled_from(choices(asked, inspect.signature(asked).parameters[f.name])))
+        elif get_origin(f.type) is Literal or isinstance(default, bool):
+            given[f.name] = draw(st.sampled_from(list(get_args(f.type)) or [True, False]))
+        elif f.type is str and asked:
+            given[f.name] = draw(st.sampled_from(choices(asked, inspect.signature(asked).parameters[f.name])))
         elif f.type == (int | None): given[f.name] = draw(st.sampled_from([default, 4]))
-    if given.get("loss") != "vrm": given.pop("virtual", None)     # a switch of this one loss; that others refuse it is tested on its page
+    # a switch of this one loss; that others refuse it is tested on its page
+    if given.get("loss") != "vrm": given.pop("virtual", None)
     return Drawn(cls, given)
 
 
@@ -551,14 +599,16 @@ def settings_of(draw, cls):
 def test_methods(name):
     "Two steps of every method, at any moment of a run, with and without a blend"
     tally, cls = Counter(), objectives[name]
-    @given(case=cases(), drawn=settings_of(cls.Options), lacking=LACKING.get(name, lambda: st.just({}))(), teachers=st.integers(1, 2), step=st.sampled_from((0, 1, 50, 99)))
+    @given(case=cases(), drawn=settings_of(cls.Options), lacking=LACKING.get(name, lambda: st.just({}))(),
+           teachers=st.integers(1, 2), step=st.sampled_from((0, 1, 50, 99)))
     def holds(case, drawn, lacking, teachers, step):
         batch = Batch(case)
         drawn.given |= lacking
         torch.manual_seed(0)
         def taught():
             one = batch.features("teacher")
-            return one if teachers == 1 or name not in ("amtml", "diverse") else Features(one.tokens, one.attention, one.logits, one.grids, members=[one, one])
+            return one if teachers == 1 or name not in ("amtml", "diverse") else Features(
+                one.tokens, one.attention, one.logits, one.grids, members=[one, one])
         def make():
             objective = cls(drawn(), Shapes.of(batch.features("student")), Shapes.of(taught()), CLASSES)
             objective.meet(tapped(WIDTH_S, case), tapped(batch.width_t, case))
@@ -568,7 +618,8 @@ def test_methods(name):
         def run(i):
             with autocast(case):
                 progress = Progress(step + i, 100, case.seed, (step + i)/10, True)
-                return objective(batch.features("student"), taught(), batch.target, objective.prepare(progress, case.B, "cpu"))
+                return objective(batch.features("student"), taught(), batch.target,
+                                 objective.prepare(progress, case.B, "cpu"))
         for i in range(2):                                                # the second with what the first has left
             out = attempt(lambda: run(i), tally)
             if out is None: return
@@ -576,7 +627,8 @@ def test_methods(name):
             objective.zero_grad()
             for x in batch.of_student: x.grad = None
             live = getattr(objective.options, "targets", "constant") == "live"
-            sound(out["loss"], case, [*batch.of_student, *objective.parameters()], [] if live else batch.of_teacher, name=name)
+            sound(out["loss"], case, [*batch.of_student, *objective.parameters()], [] if live else batch.of_teacher,
+                  name=name)
             with torch.no_grad():
                 for q in objective.parameters():
                     if q.grad is not None: q -= 1e-3*q.grad/case.scale/max(1., (q.grad/case.scale).norm())

@@ -47,13 +47,15 @@ def test_two_ranks_equal_one(seed, tmp_path, environment):
     found = []
     for ranks in (1, 2):
         out = tmp_path/f"{ranks}.pt"
-        words = [*TINY, f"train.seed={seed}", "student.drop_path=0"]    # drop-path draws differ between ranks on purpose
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", tmp_path/"script.py", out, "basd_cifar10",
-                               *words], env=environment, capture_output=True, text=True)
+        words = [*TINY, f"train.seed={seed}", "student.drop_path=0"]  # drop-path draws differ between ranks on purpose
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               f"--nproc_per_node={ranks}", tmp_path/"script.py", out, "basd_cifar10", *words],
+                              env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(out))
     (parts1, grads1), (parts2, grads2) = found
-    assert set(parts1) >= {"ce", "rsd", "rel", "attn", "spectral", "raw/rsd", "raw/attn", "mixing"} and set(grads1) == set(grads2)
+    assert (set(parts1) >= {"ce", "rsd", "rel", "attn", "spectral", "raw/rsd", "raw/attn", "mixing"}
+            and set(grads1) == set(grads2))
     for k in parts1: assert_close(parts2[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
     for k in grads1: assert_close(grads2[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
 
@@ -74,16 +76,20 @@ os._exit(code)
 
 
 def test_a_hole_on_one_rank(tmp_path, environment):
-    "An image that only one rank sees ends the run on both; it is found on that rank, and the saved batch is that of all"
+    ("An image that only one rank sees ends the run on both; it is found on that rank, "
+     "and the saved batch is that of all")
     (tmp_path/"script.py").write_text(HOLED)
     run = tmp_path/"run"
     words = [*TINY, "train.epochs=1", "train.warmup_epochs=0", "train.accumulate=2"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path/"script.py", "train", "basd_cifar10", *words,
-                           "--run-dir", run], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           tmp_path/"script.py", "train", "basd_cifar10", *words, "--run-dir", run],
+                          env=environment, capture_output=True, text=True, timeout=300)
     found = load(run/"nonfinite.pt")
-    assert f"loss 'ce' was not finite at step {found['step']}, first in the images on rank {found['rank']}; the weights before it" in done.stderr, done.stderr
+    assert (f"loss 'ce' was not finite at step {found['step']}, first in the images on rank {found['rank']}; "
+            "the weights before it") in done.stderr, done.stderr
     shares = found["batch"]["index"].tensor_split(2)
-    assert [len(i) for i in shares] == [8, 8] and open_data(load_recipe("basd_cifar10", words)[""])[1][7] in shares[found["rank"]]
+    assert ([len(i) for i in shares] == [8, 8]
+            and open_data(load_recipe("basd_cifar10", words)[""])[1][7] in shares[found["rank"]])
     assert all(v.isfinite().all() for v in load(run/"last.pt")["lesson"].values())
     repeated = replay(run)                                              # without the hole
     assert not repeated["term"] and all(math.isfinite(v) for v in repeated["parts"].values())
@@ -91,19 +97,24 @@ def test_a_hole_on_one_rank(tmp_path, environment):
 
 FRAME = [w for w in TINY if not w.startswith(("method.", "teacher.kwargs"))] + [
     "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}", "student.drop_path=0"]
-LOSSES = ["hidden", "at", "cka", "gram", "token", "correlation", "fourier", "rkd", "crd", "rsd", "scores", "heads", "dynamics"]
+LOSSES = ["hidden", "at", "cka", "gram", "token", "correlation", "fourier", "rkd", "crd", "rsd", "scores", "heads",
+          "dynamics"]
 BASD = ["method.name=basd", "method.points=[0, 1]", "method.selector={dim: 24, rank: 4}"]
 OWN = {"cka": "debias: true", "heads": "heads: 4", "rkd": "images: 8"}
 METHODS = {
     "match": ["method.name=match", "method.points=[0, 1]", "method.logits={weight: 1.0, temperature: {kind: sample}}",
               "method.losses={" + ", ".join(f"{n}: {{{OWN.get(n, '')}}}" for n in LOSSES) + "}"],
-    "distill": ["method.name=distill", "method.loss=dkd"], "vrm": ["method.name=distill", "method.loss=vrm", "method.virtual=true"],
+    "distill": ["method.name=distill", "method.loss=dkd"],
+    "vrm": ["method.name=distill", "method.loss=vrm", "method.virtual=true"],
     "learned maps": ["method.name=match", "method.points=[0, 1]", "method.losses={lad: {}, alp: {}}"],
     "ofa": ["method.name=ofa", "method.points=[0, 1]"], "byot": ["method.name=byot", "method.points=[0, 1]"],
-    "dual_head": ["method.name=dual_head", "method.points=[0, 1]"], "basd_fourier": ["method.name=basd_fourier", "method.points=[0, 1]"],
+    "dual_head": ["method.name=dual_head", "method.points=[0, 1]"],
+    "basd_fourier": ["method.name=basd_fourier", "method.points=[0, 1]"],
     "amtml": ["method.name=amtml", "method.points=[0, 1]"], "diverse": ["method.name=diverse", "method.points=[0, 1]"],
     "basd": BASD, "uniform": [*BASD, "method.rule=uniform"], "pocl": ["method.name=pocl"],
-    "sampled": [*BASD, "method.selector.max_rows=128", "method.losses={rsd: {max_rows: 128}, attn: {rows: 4}, spectral: {samples: 16}}", "method.aligner={samples: 16}"],
+    "sampled": [*BASD, "method.selector.max_rows=128",
+                "method.losses={rsd: {max_rows: 128}, attn: {rows: 4}, spectral: {samples: 16}}",
+                "method.aligner={samples: 16}"],
 }
 EVERY = """
 import json, os, sys, torch
@@ -139,17 +150,23 @@ def test_every_method_on_several_ranks(blend, tmp_path, environment, record_prop
     found, several = {}, (2, 4)
     for ranks in (1, *several):
         out = tmp_path/f"{ranks}.pt"
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", tmp_path/"script.py", out, *FRAME, blend,
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               f"--nproc_per_node={ranks}", tmp_path/"script.py", out, *FRAME, blend,
                                json.dumps(METHODS)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found[ranks] = torch.load(out)
-    far = lambda a, b: max((((a[k] - b[k]).abs()/b[k].abs().clamp(min=1e-2)).max().item() for k in b if b[k].numel()), default=0.)
-    for i, what in enumerate(("parts", "gradients")): record_property(what, max(far(found[ranks][name][i], found[1][name][i]) for ranks in several for name in METHODS))
+    far = lambda a, b: max((((a[k] - b[k]).abs()/b[k].abs().clamp(min=1e-2)).max().item() for k in b if b[k].numel()),
+                           default=0.)
+    for i, what in enumerate(("parts", "gradients")):
+        record_property(what, max(far(found[ranks][name][i], found[1][name][i])
+                                  for ranks in several for name in METHODS))
     record_property("methods", len(METHODS))
     for name in METHODS:
         parts1, grads1 = found[1][name]
         for ranks in several:
             parts, grads = found[ranks][name]
             assert parts.keys() == parts1.keys() and grads.keys() == grads1.keys()
-            for k in parts1: assert_close(parts[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
-            for k in grads1: assert_close(grads[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
+            for k in parts1: assert_close(parts[k], parts1[k], rtol=1e-8, atol=1e-10,
+                                          msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
+            for k in grads1: assert_close(grads[k], grads1[k], rtol=1e-6, atol=1e-9,
+                                          msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")

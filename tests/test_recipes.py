@@ -1,5 +1,5 @@
-"""Every packaged recipe trains, and what it made can be judged and compared. On digits and small MNIST files made here; on real CIFAR-10 where
-BASD_CIFAR10 names a folder in the Hugging Face parquet layout."""
+"""Every packaged recipe trains, and what it made can be judged and compared. On digits and small MNIST files made here;
+on real CIFAR-10 where BASD_CIFAR10 names a folder in the Hugging Face parquet layout."""
 import gzip
 import json
 import os
@@ -12,15 +12,19 @@ from basd.training.cli import main, train
 from basd.training.recipes import read_recipe, recipe_names
 
 CIFAR10 = os.environ.get("BASD_CIFAR10")
-SHORT = ["data.batch_size=32", "data.workers=0", "data.train_size=96", "data.val_size=64", "train.epochs=1", "train.warmup_epochs=0", "train.log_every=1"]
+SHORT = ["data.batch_size=32", "data.workers=0", "data.train_size=96", "data.val_size=64", "train.epochs=1",
+         "train.warmup_epochs=0", "train.log_every=1"]
 SOURCE = [f"data.source=hfds/{CIFAR10}" if CIFAR10 else "data.source=digits", "data.download=false"]
 DEIT = ["student.depth=2", "student.width=48", "student.heads=3", "student.patch_size=8", "student.drop_path=0"]
 RESNET = ["student.kwargs={channels: [8, 8, 16, 16]}"]
-VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.img_size=32", "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}"]
+VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.img_size=32",
+       "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}"]
 SELECTOR = ["method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4"]
-TEACHERS = {"resnet18_cifar": RESNET, "cifar_improved": ["student.kwargs={channels: [8, 8, 16, 16], hidden: 16}"], "convnext_v2_cifar": ["student.model=convnextv2_atto_cifar", "student.pretrained=false"]}
-STUDENTS = {"deit_cifar": [], "deit_cifar_distill": ["teacher.run=CNN"], "deit_cifar_distill_token": ["teacher.run=CNN"],
-            "deit_ss_distill_cka_cifar": VIT, "deit_ss_distill_gram_ablation": VIT, "deit_ss_distill_cifar_ablation_ce_only": [],
+TEACHERS = {"resnet18_cifar": RESNET, "cifar_improved": ["student.kwargs={channels: [8, 8, 16, 16], hidden: 16}"],
+            "convnext_v2_cifar": ["student.model=convnextv2_atto_cifar", "student.pretrained=false"]}
+STUDENTS = {"deit_cifar": [], "deit_cifar_distill": ["teacher.run=CNN"],
+            "deit_cifar_distill_token": ["teacher.run=CNN"], "deit_ss_distill_cka_cifar": VIT,
+            "deit_ss_distill_gram_ablation": VIT, "deit_ss_distill_cifar_ablation_ce_only": [],
             "basd_fourier": [*VIT, "method.points=[0, 1]"], "basd_study": [*VIT, *SELECTOR]}
 DIGITS = [n for n in recipe_names() if read_recipe(n).get("stages") and n != "quickstart"]
 
@@ -55,12 +59,14 @@ def test_judged_and_compared(cnn, tmp_path, capsys):
     train("deit_cifar_distill", *SHORT, *SOURCE, *DEIT, f"teacher.run={cnn}", run_dir=str(run), bars=False)
     assert main(["evaluate", str(run), "--corrupted", "16"]) == 0
     report = json.loads((run/"report.json").read_text())
-    assert abs(report["accuracy"]["top1"] - result(run)["test"]["best"]["top1"]) < 1e-4 and "top1" in report["agreement"]
+    assert (abs(report["accuracy"]["top1"] - result(run)["test"]["best"]["top1"]) < 1e-4
+            and "top1" in report["agreement"])
     assert (run/"report.png").stat().st_size > 20_000
     assert main(["evaluate", str(run), "--on", "digits", "--corrupted", "0", "--weights", "last"]) == 0
     assert (run/"report-digits.json").is_file()
     out = tmp_path/"analysis"
-    assert main(["analyze", str(run), str(cnn), "--metrics", "attention,cka,spectrum", "--output-dir", str(out), "--images", "32"]) == 0
+    assert main(["analyze", str(run), str(cnn), "--metrics", "attention,cka,spectrum", "--output-dir", str(out),
+                 "--images", "32"]) == 0
     assert {p.name for p in out.iterdir()} == {"analysis.json", "attention.png", "cka.png", "spectrum.png"}
     capsys.readouterr()
     assert main(["analyze", str(cnn), "--metrics", "attention", "--output-dir", str(out)]) == 2
@@ -84,7 +90,8 @@ def taught(tmp_path_factory):
 def test_techniques(name, taught, tmp_path):
     "Each technique of the digits frame, by one teacher where it can be"
     own = name if name in read_recipe(name)["stages"] else name.removesuffix("_cifar")
-    alone = name == "byot" or read_recipe(name)["stages"]["teacher"] != read_recipe("quickstart")["stages"]["teacher"]  # no teacher, or one of its own
+    # no teacher, or one of its own
+    alone = name == "byot" or read_recipe(name)["stages"]["teacher"] != read_recipe("quickstart")["stages"]["teacher"]
     by = [] if alone else ["stages.teacher=null", f"teacher.run={taught}"]
     train(name, *SHORT, *by, run_dir=str(tmp_path/"run"), bars=False)
     rows = [json.loads(line) for line in (tmp_path/"run"/own/"metrics.jsonl").read_text().splitlines()]
@@ -110,5 +117,6 @@ def test_mnist(tmp_path):
         for kind, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
             idx(raw/f"{split}-{kind}.gz", array)
             with gzip.open(raw/f"{split}-{kind}.gz") as f: (raw/f"{split}-{kind}").write_bytes(f.read())
-    train("mnist_improved", *SHORT, f"data.root={tmp_path}", "data.download=false", "data.val_size=40", "train.epochs=3", run_dir=str(tmp_path/"run"), bars=False)
+    train("mnist_improved", *SHORT, f"data.root={tmp_path}", "data.download=false", "data.val_size=40",
+          "train.epochs=3", run_dir=str(tmp_path/"run"), bars=False)
     assert result(tmp_path/"run")["test"]["best"]["n"] == 50

@@ -1,4 +1,5 @@
-"Same recipe, same seed, same machine: the same weights, bit for bit; and a run directory says all that is needed to repeat it"
+"""Same recipe, same seed, same machine: the same weights, bit for bit; and a run directory says all that is needed to
+repeat it"""
 import json
 import subprocess
 
@@ -14,7 +15,11 @@ from basd.training.metrics import read_log
 from basd.training.recipes import as_tree, load_recipe
 
 WORDS = [*TINY, "data.train_size=128", "train.epochs=2", "train.warmup_epochs=1", "train.seed=7", "data.split_seed=3"]
-METHODS = {"basd": [], "labels": ["method.name=ce"], "logits": ["method.name=distill", "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}"], "bf16": ["train.precision=bf16", "train.accumulate=2"], "two readers": ["data.workers=2", "data.memory=false"]}
+METHODS = {"basd": [], "labels": ["method.name=ce"],
+           "logits": ["method.name=distill",
+                      "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}"],
+           "bf16": ["train.precision=bf16", "train.accumulate=2"],
+           "two readers": ["data.workers=2", "data.memory=false"]}
 
 
 def state(run):
@@ -28,7 +33,9 @@ def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in r
 def results(run): return {k: v for k, v in json.loads((run/"result.json").read_text()).items() if k != "seconds"}
 
 
-def same(a, b): return state(a) == state(b) and rows(a) == rows(b) and results(a) == results(b) and (a/"student.safetensors").read_bytes() == (b/"student.safetensors").read_bytes()
+def same(a, b):
+    return (state(a) == state(b) and rows(a) == rows(b) and results(a) == results(b)
+            and (a/"student.safetensors").read_bytes() == (b/"student.safetensors").read_bytes())
 
 
 def train(run, *words): assert main(["train", *map(str, words), "--run-dir", str(run)]) == 0
@@ -65,7 +72,8 @@ def test_from_its_own_recipe(run, tmp_path, basd):
 
 def test_stages_from_their_own_recipes(tmp_path):
     "A stage that was taught by an earlier one is repeated from its own recipe alone"
-    words = ["data.train_size=128", "data.val_size=32", "data.batch_size=32", "train.epochs=1", "train.warmup_epochs=0", "student.depth=4", "stages.ce=null"]
+    words = ["data.train_size=128", "data.val_size=32", "data.batch_size=32", "train.epochs=1", "train.warmup_epochs=0",
+             "student.depth=4", "stages.ce=null"]
     train(tmp_path/"two", "quickstart", *words)
     train(tmp_path/"again", tmp_path/"two"/"basd"/"recipe.yaml")
     assert same(tmp_path/"two"/"basd", tmp_path/"again")
@@ -74,12 +82,16 @@ def test_stages_from_their_own_recipes(tmp_path):
 def test_what_is_recorded(run):
     "Versions, hardware, git state, and the recipe with its seeds"
     about = json.loads((run/"environment.json").read_text())
-    assert {"basd", "torch", "torchvision", "timm", "numpy"} <= about["versions"].keys() and about["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert {"python", "system", "machine", "cpus", "threads", "gpu", "ranks"} <= about.keys() and about["threads"] == torch.get_num_threads() and about["ranks"] == 1
+    assert ({"basd", "torch", "torchvision", "timm", "numpy"} <= about["versions"].keys()
+            and about["versions"]["torch"] == torch.__version__.split("+")[0])
+    assert ({"python", "system", "machine", "cpus", "threads", "gpu", "ranks"} <= about.keys()
+            and about["threads"] == torch.get_num_threads() and about["ranks"] == 1)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    assert about["git"] is None or set(about["git"]) == {"commit", "clean"} and (commit.returncode or about["git"]["commit"] == commit.stdout.strip())
+    assert about["git"] is None or set(about["git"]) == {"commit", "clean"} and (
+        commit.returncode or about["git"]["commit"] == commit.stdout.strip())
     stored = load_recipe(str(run/"recipe.yaml"))[""]
-    assert (stored.train.seed, stored.data.split_seed) == (7, 3) and as_tree(stored) == as_tree(load_recipe("basd_cifar10", WORDS)[""])
+    assert ((stored.train.seed, stored.data.split_seed) == (7, 3)
+            and as_tree(stored) == as_tree(load_recipe("basd_cifar10", WORDS)[""]))
 
 
 def test_the_images_are_recorded(run):
@@ -95,7 +107,8 @@ def test_other_images(tmp_path, capsys):
             pixels, label = digits[i]
             (images/split/f"{label%2}").mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(images/split/f"{label%2}"/f"{i}.png")
-    words = ["basd_cifar10", *WORDS, f"data.source={images}", "data.train_size=null", "data.val_size=32", "train.epochs=1", "train.warmup_epochs=0"]
+    words = ["basd_cifar10", *WORDS, f"data.source={images}", "data.train_size=null", "data.val_size=32",
+             "train.epochs=1", "train.warmup_epochs=0"]
     run = tmp_path/"run"
     train(run, *words)
     (run/"result.json").unlink()                                                        # as if killed before its end

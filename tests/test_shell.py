@@ -19,8 +19,10 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     assert json.loads((run/"evaluation.json").read_text())["best"] == result["test"]["best"]
     assert (run/"figures"/"run.png").stat().st_size > 10_000
     model = json.loads((run/"student.json").read_text())
-    timm.create_model(model["architecture"], checkpoint_path=str(run/"student.safetensors"), num_classes=model["num_classes"], **model["model_args"])
-    assert main(["train", "basd_cifar10", *TINY, "train.epochs=1", "teacher.model=null", f"teacher.run={run}", "--run-dir", str(tmp_path/"taught")]) == 0
+    timm.create_model(model["architecture"], checkpoint_path=str(run/"student.safetensors"),
+                      num_classes=model["num_classes"], **model["model_args"])
+    assert main(["train", "basd_cifar10", *TINY, "train.epochs=1", "teacher.model=null", f"teacher.run={run}",
+                 "--run-dir", str(tmp_path/"taught")]) == 0
     capsys.readouterr()
     for words, sentence in [([], "will not be written over"), (["--resume", "train.lr=1"], "another recipe")]:
         assert run_tiny(tmp_path, *words) == 2
@@ -38,7 +40,8 @@ def test_non_finite_loss_is_named(tmp_path, capsys):
     from basd.training.checkpoints import load
     from basd.training.trainer import replay
     found = load(tmp_path/"run"/"nonfinite.pt")
-    assert f"loss {found['term']!r} was not finite at step {found['step']}, first in the student's blocks." in err and "Traceback" not in err
+    assert (f"loss {found['term']!r} was not finite at step {found['step']}, first in the student's blocks." in err
+            and "Traceback" not in err)
     assert all(v.isfinite().all() for v in load(tmp_path/"run"/"last.pt")["lesson"].values())
     assert {k: found[k] for k in ("term", "of", "layer")}.items() <= replay(tmp_path/"run").items()
     assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0", "--resume") == 2

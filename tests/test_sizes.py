@@ -1,4 +1,5 @@
-"Numbers of images that neither a batch nor the ranks divide: training leaves the rest out, evaluation counts every image once"
+"""Numbers of images that neither a batch nor the ranks divide: training leaves the rest out, evaluation counts every
+image once"""
 import json
 import subprocess
 import sys
@@ -30,7 +31,9 @@ with processes('cpu') as device:
 
 def scene():
     torch.manual_seed(0)
-    return Images(open_source("digits", "test")), create_student(num_classes=10, points=[], attention=False, model="deit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, width=32, heads=2)
+    return Images(open_source("digits", "test")), create_student(
+        num_classes=10, points=[], attention=False, model="deit_tiny_patch16_224", img_size=16, patch_size=4, depth=2,
+        width=32, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +44,17 @@ def by_hand():
         where = list(range(5, 5 + n))
         z, y = logits_of(student, images, where, 16, "cpu"), torch.as_tensor(images.labels)[where]
         best = z.topk(5).indices == y[:, None]
-        return dict(top1=100*best[:, 0].double().mean().item(), top5=100*best.any(1).double().mean().item(), loss=torch.nn.functional.cross_entropy(z.double(), y).item(), n=n)
+        return dict(top1=100*best[:, 0].double().mean().item(), top5=100*best.any(1).double().mean().item(),
+                    loss=torch.nn.functional.cross_entropy(z.double(), y).item(), n=n)
     return {n: one(n) for n in SIZES}
 
 
 @pytest.mark.parametrize("batch", (1, 4, 256))
 def test_evaluation_by_batches(batch, by_hand):
     images, student = scene()
-    for n in SIZES: assert_close(evaluate(student, images, list(range(5, 5 + n)), 16, "cpu", batch=batch), by_hand[n], rtol=1e-5, atol=1e-5)
+    for n in SIZES:
+        assert_close(evaluate(student, images, list(range(5, 5 + n)), 16, "cpu", batch=batch), by_hand[n],
+                     rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", (2, 3))
@@ -56,15 +62,18 @@ def test_evaluation_by_ranks(ranks, by_hand, tmp_path, environment):
     "Ranks that have one image more than others, or none"
     (tmp_path/"script.py").write_text(SCRIPT)
     environment["PYTHONPATH"] += f":{__file__.rsplit('/', 1)[0]}"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", tmp_path/"script.py", tmp_path/"found"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                           tmp_path/"script.py", tmp_path/"found"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for n, found in json.loads((tmp_path/"found").read_text()).items(): assert_close(found, by_hand[int(n)], rtol=1e-5, atol=1e-5)
+    for n, found in json.loads((tmp_path/"found").read_text()).items():
+        assert_close(found, by_hand[int(n)], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size, steps", [(70, 2), (63, 1), (32, 1)])
 def test_last_batch(size, steps, tmp_path):
     "Every step has a full batch; what is left of an epoch comes in another one"
-    train("basd_cifar10", *TINY, f"data.train_size={size}", "data.val_size=33", "train.epochs=2", "train.log_every=1", run_dir=str(tmp_path/"run"), bars=False)
+    train("basd_cifar10", *TINY, f"data.train_size={size}", "data.val_size=33", "train.epochs=2", "train.log_every=1",
+          run_dir=str(tmp_path/"run"), bars=False)
     rows = [r for r in read_log(tmp_path/"run") if r["kind"] == "step"]
     assert [r["step"] for r in rows] == list(range(1, 2*steps + 1)) and not any(r["skipped"] for r in rows)
     test = json.loads((tmp_path/"run"/"result.json").read_text())["test"]["best"]

@@ -2,8 +2,8 @@
 
     python tools/docs.py            # pages go to _docs/check
 
-Quarto is pandoc with a theme. This check runs the same processing (nbdev) and the same reader (pandoc), so markup, formulas,
-links and the sidebar are tried; themes, callouts and tab sets are not.
+Quarto is pandoc with a theme. This check runs the same processing (nbdev) and the same reader (pandoc), so markup,
+formulas, links and the sidebar are tried; themes, callouts and tab sets are not.
 """
 import base64
 import json
@@ -79,9 +79,11 @@ def check_links(pages, made):
             here = (out/page).parent
             notebook = (here/target).resolve()
             if notebook in made: target = str(made[notebook])
-            found = [p for p in ((here/target).resolve(), (out/target).resolve()) if p.exists()] if target else [(out/page).resolve()]
+            found = ([p for p in ((here/target).resolve(), (out/target).resolve()) if p.exists()] if target
+                     else [(out/page).resolve()])
             name = str(found[0].relative_to(out.resolve())) if found else None
-            if not found or anchor and name in pages and anchor not in pages[name].ids and anchor.lower() not in pages[name].ids:
+            if (not found or anchor and name in pages and anchor not in pages[name].ids
+                    and anchor.lower() not in pages[name].ids):
                 broken.append(f"{page}: {link}")
     return broken
 
@@ -113,16 +115,20 @@ def main():
         target.parent.mkdir(parents=True, exist_ok=True)
         markdown = page_markdown(path, target.parent/f"{path.stem}_files")
         if str(rel) == "index.ipynb": write_readme(page_markdown(path, root/"nbs"/"images"), front_matter(path))
-        try: html = pypandoc.convert_text(markdown, "html5", format="markdown", extra_args=["-s", "--mathml", "--fail-if-warnings", f"--metadata=title:{path.stem}"])
+        try:
+            html = pypandoc.convert_text(markdown, "html5", format="markdown", extra_args=[
+                "-s", "--mathml", "--fail-if-warnings", f"--metadata=title:{path.stem}"])
         except RuntimeError as e: trouble.append(f"{rel}: {str(e).splitlines()[0]}"); continue
         target.write_text(html)
         pages[str(target.relative_to(out))] = parsed = Anchors()
         parsed.feed(html)
     named = set(sidebar_pages(yaml.safe_load((root/"_quarto.yml").read_text())["website"]["sidebar"]["contents"]))
     there = {str(p.relative_to(processed)) for p in processed.rglob("*.ipynb")}
-    trouble += [f"_quarto.yml: no page {p}" for p in sorted(named - there)] + [f"_quarto.yml: page {p} is not in the sidebar" for p in sorted(there - named)]
+    trouble += ([f"_quarto.yml: no page {p}" for p in sorted(named - there)]
+                + [f"_quarto.yml: page {p} is not in the sidebar" for p in sorted(there - named)])
     trouble += [f"broken link in {b}" for b in check_links(pages, made)]
-    print(f"{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links, {len(trouble)} in trouble", *trouble, sep="\n")
+    print(f"{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links, {len(trouble)} in trouble",
+          *trouble, sep="\n")
     sys.exit(bool(trouble))
 
 

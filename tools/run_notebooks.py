@@ -26,7 +26,8 @@ def skipped(cell, flags):
 
 def of_this_machine(output):
     "A warning that names files of the machine on which the page was run"
-    return output.output_type == "stream" and output.name == "stderr" and ("site-packages" in "".join(output.text) or str(get_config().config_path) in "".join(output.text))
+    return output.output_type == "stream" and output.name == "stderr" and (
+        "site-packages" in "".join(output.text) or str(get_config().config_path) in "".join(output.text))
 
 
 def run(path, flags):

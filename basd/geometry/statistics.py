@@ -145,20 +145,20 @@ def eigh_by_products(
     "Eigenvalues and eigenvectors by matrix products alone: a host never waits for them"
     d, A = A.shape[-1], A.detach()
     v = torch.arange(1, d + 1, dtype=A.dtype, device=A.device)*.6180339887 % 1 - .5
-    X = (torch.eye(d, dtype=A.dtype, device=A.device) - 2*v[:, None]*v/v.square().sum()).expand_as(A)
-    above = torch.ones_like(A).triu(1)
-    near = 100*torch.finfo(A.dtype).eps*A.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
+    one = torch.eye(d, dtype=A.dtype, device=A.device)
+    X, half = (one - 2*v[:, None]*v/v.square().sum()).expand_as(A), torch.ones_like(one).triu(1)/2
+    near = 50*torch.finfo(A.dtype).eps*A.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
     for _ in range(math.ceil(4.5*d**.5) if turns is None else turns):
-        S = X.mT @ A @ X
-        lam = S.diagonal(dim1=-2, dim2=-1)
-        gap = lam[..., None, :] - lam[..., None]                                    # S_jj − S_ii
-        angle = (torch.atan2(2*S, gap.abs() + near) / 2 * torch.where(gap < 0, -1., 1.)).mul(above)
+        S = X.mT @ (A @ X)
+        lam = S.diagonal(dim1=-2, dim2=-1)/2
+        gap = lam[..., None, :] - lam[..., None]                                    # (S_jj − S_ii)/2
+        angle = torch.atan2(S, gap.abs() + near) * torch.where(gap < 0, -half, half)
         angle = angle - angle.mT                                                    # Θ
         square = angle @ angle
-        t = square.square().sum((-1, -2)).sqrt().sqrt().clamp(min=1)[..., None, None].reciprocal()
-        X = X + t*(X @ (angle + t/2*square))                                        # X e^{tΘ}, to second order
-        X = 1.5*X - .5*X @ (X.mT @ X)                                               # orthonormal again
-    X = 1.5*X - .5*X @ (X.mT @ X)
+        t = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).clamp(min=1).rsqrt()
+        X = X @ one.addcmul(t, angle).addcmul(t*t, square, value=.5)                # X e^{tΘ}, to second order
+        X = X @ torch.sub(1.5*one, X.mT @ X, alpha=.5)                              # orthonormal again
+    X = X @ torch.sub(1.5*one, X.mT @ X, alpha=.5)
     lam, order = (X * (A @ X)).sum(-2).sort(descending=True, stable=True)
     return lam, X.gather(-1, order[..., None, :].expand_as(X))
 
