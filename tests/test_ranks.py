@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from basd.training.checkpoints import load
 from basd.training.lesson import open_data
 from basd.training.recipes import load_recipe
-from basd.training.trainer import replay
+from basd.training.faults import replay
 
 SCRIPT = """
 import os, sys, torch

@@ -38,7 +38,7 @@ def test_non_finite_loss_is_named(tmp_path, capsys):
     assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0") == 2
     err = capsys.readouterr().err
     from basd.training.checkpoints import load
-    from basd.training.trainer import replay
+    from basd.training.faults import replay
     found = load(tmp_path/"run"/"nonfinite.pt")
     assert (f"loss {found['term']!r} was not finite at step {found['step']}, first in the student's blocks." in err
             and "Traceback" not in err)

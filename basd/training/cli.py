@@ -19,10 +19,11 @@ import yaml
 
 import basd
 from .checkpoints import start_run
+from .faults import NonFiniteLoss
 from ..models.teachers import check_name
 from .recipes import load_recipe, read_recipe, recipe_names
 from .lesson import processes, rank
-from .trainer import NonFiniteLoss, Trainer
+from .trainer import Trainer
 
 # %% ../../nbs/training/79_cli.ipynb #e84727cb
 def recipes()->list: # (name, about, paper) triples
@@ -274,10 +275,10 @@ def judge(
     from basd.training.reports import OtherClasses, evaluate, look, summary # neither are these
     try: found = evaluate(args.run_dir, args.weights, args.device, args.on)
     except OtherClasses as e: found = print(f'basd: {e}', file=sys.stderr) or {}
+    if int(os.environ.get('RANK', 0)): return                       # one rank speaks for all
     for name,r in found.items():
-        if rank() == 0:
-            print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  "
-                  f"cross-entropy {r['loss']:.4f}  ({r['n']} images)")
+        print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  "
+              f"cross-entropy {r['loss']:.4f}  ({r['n']} images)")
     if args.quick or 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1: return
     print(summary(look(args.run_dir, 'headline' if args.weights == 'all' else args.weights, args.device, args.on,
                        args.corrupted)))
