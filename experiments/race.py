@@ -4,11 +4,12 @@
     HF_HUB_OFFLINE=1 python experiments/race.py cifar10 CIFAR10_FOLDER VIT_TINY.safetensors [RUNS]
     HF_HUB_OFFLINE=1 python experiments/race.py cifar10_gpu CIFAR10_FOLDER VIT_TINY.safetensors [RUNS]
 
-CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Three seeds, several runs at a time; goes on where it was
-interrupted. All are `basd compare` with the changes below, and write experiments/results/race_NAME.json after they have ended.
-On digits all recipes in the quickstart's frame take part, and after them, off the clock, BASD with fixed weights and in its
-literal form (experiments/digits). On CIFAR-10 some of them do, with a teacher that is a ViT-Tiny with ImageNet weights, tuned to the same
-images first: 2,000 images and a small student for two CPU cores, 10,000 and a larger one for a GPU.
+CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Three seeds, several runs at a time; goes on where
+it was interrupted. All are `basd compare` with the changes below, and write experiments/results/race_NAME.json after
+they have ended. On digits all recipes in the quickstart's frame take part, and after them, off the clock, BASD with
+fixed weights and in its literal form (experiments/digits). On CIFAR-10 some of them do, with a teacher that is a ViT-
+Tiny with ImageNet weights, tuned to the same images first: 2,000 images and a small student for two CPU cores, 10,000
+and a larger one for a GPU.
 """
 import json
 import os
@@ -23,28 +24,32 @@ from basd.training.recipes import read_recipe, recipe_names
 ROOT = Path(__file__).parents[1]
 RIVALS = ["quickstart", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm"]
 PHOTOS = ["data.download=false", "views.flip=0.5", "student.img_size=32", "student.patch_size=4"]
-TEACHER = ["student.model=vit_tiny_patch16_224", "student.patch_size=16", "student.depth=12", "student.width=192", "train.lr=2e-4"]
+TEACHER = ["student.model=vit_tiny_patch16_224", "student.patch_size=16", "student.depth=12", "student.width=192",
+           "train.lr=2e-4"]
 POINTS = ["basd", "map_uniform", "cka", "rsd"]          # stages that compare several layers
 RACES = {
     "cifar10": dict(
         jobs=2, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=64", "train.epochs=3"],
-        frame=[*PHOTOS, "data.val_size=1000", "data.train_size=2000", "data.batch_size=64", "student.depth=4", "student.width=96",
-               "student.heads=3", "train.epochs=4", "train.warmup_epochs=1"],
+        frame=[*PHOTOS, "data.val_size=1000", "data.train_size=2000", "data.batch_size=64", "student.depth=4",
+               "student.width=96", "student.heads=3", "train.epochs=4", "train.warmup_epochs=1"],
         stages=["stages.basd.method.layers=[1, 3, 5, 7, 9, 11]", "stages.fitnets.method.layers=[5]"]),
     "cifar10_gpu": dict(
         jobs=8, recipes=[*RIVALS, "map_uniform"], teacher=[*TEACHER, "student.img_size=128", "train.epochs=4"],
-        frame=[*PHOTOS, "data.train_split=train[:12000]", "data.val_size=2000", "data.batch_size=128", "data.workers=2", "student.depth=6",
-               "student.width=192", "student.heads=3", "train.epochs=10", "train.warmup_epochs=1", "train.lr=1e-3", "train.precision=bf16"],
+        frame=[*PHOTOS, "data.train_split=train[:12000]", "data.val_size=2000", "data.batch_size=128", "data.workers=2",
+               "student.depth=6", "student.width=192", "student.heads=3", "train.epochs=10", "train.warmup_epochs=1",
+               "train.lr=1e-3", "train.precision=bf16"],
         stages=["stages.fitnets.method.points=[2]", "stages.fitnets.method.layers=[5]",
                 *(f"stages.{s}.method.points=[1, 2, 4, 5]" for s in POINTS),
-                *(f"stages.{s}.method.selector.{o}" for s in ("basd", "map_uniform") for o in ("dim=96", "rank=16", "max_rows=4096"))]),
+                *(f"stages.{s}.method.selector.{o}" for s in ("basd", "map_uniform")
+                  for o in ("dim=96", "rank=16", "max_rows=4096"))]),
 }
 
 
 def on_digits():
     "The quickstart and all recipes that extend it"
     return [n for n in recipe_names()
-            if n == "quickstart" or "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
+            if n == "quickstart"
+            or "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
 
 
 def race(name, recipes, changes, folder, jobs=2, more=()):
@@ -58,9 +63,11 @@ def race(name, recipes, changes, folder, jobs=2, more=()):
         clock.write_text(json.dumps(wall))
     on_the_clock = len(results["rivals"])
     if more: results = compare(*recipes, *more, folder=folder, overrides=changes, jobs=jobs)
-    command = " ".join(["basd compare", *recipes, *more, *(f"--set '{c}'" for c in changes if "=/" not in c and "//" not in c)])
+    command = " ".join(["basd compare", *recipes, *more,
+                        *(f"--set '{c}'" for c in changes if "=/" not in c and "//" not in c)])
     out = Path(__file__).parent/"results"/f"race_{name}.json"
-    out.write_text(json.dumps(results | dict(command=command, wall=wall, on_the_clock=on_the_clock, environment=environment()), indent=1))
+    made = dict(command=command, wall=wall, on_the_clock=on_the_clock, environment=environment())
+    out.write_text(json.dumps(results | made, indent=1))
 
 
 if __name__ == "__main__":
@@ -72,5 +79,7 @@ if __name__ == "__main__":
     else:
         data, weights, *rest = rest
         r, folder = RACES[name], Path(rest[0] if rest else f"runs/race_{name}").resolve()
-        local = [f"data.source=hfds/{data}", f"data.root={folder}/images", f"stages.teacher.student.checkpoint={weights}"]
-        race(name, r["recipes"], [*r["frame"], *(f"stages.teacher.{t}" for t in r["teacher"]), *r["stages"], *local], folder, r["jobs"])
+        local = [f"data.source=hfds/{data}", f"data.root={folder}/images",
+                 f"stages.teacher.student.checkpoint={weights}"]
+        changes = [*r["frame"], *(f"stages.teacher.{t}" for t in r["teacher"]), *r["stages"], *local]
+        race(name, r["recipes"], changes, folder, r["jobs"])

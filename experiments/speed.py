@@ -1,7 +1,7 @@
 """What a BASD step costs beside its lower bound, for the settings of the page on speed.
 
-Each row is `basd bench` with the recipe and overrides listed below: random weights, made-up images. On two CPU cores all
-rows take about a quarter of an hour; `--rows gpu` is for a machine with a GPU and takes under eight minutes.
+Each row is `basd bench` with the recipe and overrides listed below: random weights, made-up images. On two CPU cores
+all rows take about a quarter of an hour; `--rows gpu` is for a machine with a GPU and takes under eight minutes.
 
     python experiments/speed.py [--rows cpu|gpu] [--only NAME …] [--out experiments/results/speed_cpu.json]
 """
@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-ALL = "method.losses.spectral.samples=null"                                             # spectra of all images
-LARGE = ["basd_imagenet", "data.batch_size=16", "data.workers=2", ALL]                 # 224 px, patch 16; teacher 224 px
-SMALL = ["basd_cifar10", "data.batch_size=64", "data.workers=2", "teacher.img_size=98", "student.drop_path=0", ALL]  # 32 px, patch 4; teacher 98 px
+ALL = "method.losses.spectral.samples=null"                             # spectra of all images
+LARGE = ["basd_imagenet", "data.batch_size=16", "data.workers=2", ALL]  # 224 px, patch 16; teacher 224 px
+SMALL = ["basd_cifar10", "data.batch_size=64", "data.workers=2", "teacher.img_size=98",
+         "student.drop_path=0", ALL]                                    # 32 px, patch 4; teacher 98 px
 SAMPLED = ["method.selector.max_rows=1024", "method.losses.rsd.max_rows=1024", "method.losses.attn.rows=16",
            "method.losses.spectral.samples=2", "method.aligner.samples=4"]
 FP32, BF16 = "train.precision=float32", "train.precision=bf16"
@@ -47,7 +48,8 @@ GPU = {
 def measure(words):
     "One row, in a process of its own"
     with tempfile.TemporaryDirectory() as tmp:
-        done = subprocess.run([sys.executable, "-m", "basd", "bench", *words, "--out", tmp], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "basd", "bench", *words, "--out", tmp],
+                              capture_output=True, text=True)
         if done.returncode: return dict(error=(done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
         print(done.stdout)
         return json.loads((Path(tmp)/"bench.json").read_text())

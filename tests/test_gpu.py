@@ -1,4 +1,5 @@
-"On a GPU: no step waits for it, numbers are those of a CPU, and runs train, compile, stop and go on. Skipped where there is none."
+"""On a GPU: no step waits for it, numbers are those of a CPU, and runs train, compile, stop and go on. Skipped where
+there is none."""
 import json
 
 import pytest
@@ -12,7 +13,8 @@ from basd.training.recipes import load_recipe
 from basd.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-METHODS = METHODS | {"followed": [*BASD, "method.selector.solver=track", "method.selector.settle=3", "method.losses.spectral.form=moments"]}
+METHODS = METHODS | {"followed": [*BASD, "method.selector.solver=track", "method.selector.settle=3",
+                                  "method.losses.spectral.form=moments"]}
 QUIET = ["train.log_every=1000", "train.gradient_shares=false"]
 
 
@@ -42,9 +44,10 @@ def trainer(folder, *words, device="cuda"):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_step_waits(name, tmp_path):
     "Twenty steps of the trainer in a mode in which waiting for the device is an error"
-    t = trainer(tmp_path/"run", *QUIET, "train.epochs=40", "train.precision=bf16", "views.blend_prob=0.7", *METHODS[name])
+    t = trainer(tmp_path/"run", *QUIET, "train.epochs=40", "train.precision=bf16", "views.blend_prob=0.7",
+                *METHODS[name])
     batches = [b for e in range(4) for b in t.read(e, e*t.per_epoch, (e + 1)*t.per_epoch, t.views)]
-    for b in batches[:12]: t.optimize([b])                              # what is made once is made: codes, resamplings, state of the optimizer
+    for b in batches[:12]: t.optimize([b])      # what is made once is made: codes, resamplings, state of the optimizer
     torch.cuda.set_sync_debug_mode("error")
     try:
         for b in (batches*2)[12:32]: t.optimize([b])
@@ -61,7 +64,8 @@ def moved(x, device):
 
 
 def outcome(folder, device, *words):
-    "Parts and gradients of one step in float64, with what is sampled drawn on the CPU (RKD draws its images itself: it takes all)"
+    ("Parts and gradients of one step in float64, with what is sampled drawn on the CPU "
+     "(RKD draws its images itself: it takes all)")
     t = trainer(folder, *QUIET, "train.seed=1", *(w.replace("images: 8", "") for w in words), device=device)
     t.lesson.double()
     if t.teacher is not None: t.teacher.double()
@@ -88,8 +92,10 @@ def test_numbers_are_those_of_a_cpu(name, blend, tmp_path, record_property):
     for k in grads1: assert (grads[k] - grads1[k]).abs().max() < 1e-4*size(grads1[k]) + 1e-9, k
 
 
-@pytest.mark.parametrize("words", [[], ["train.precision=bf16", "train.accumulate=2"], ["train.precision=bf16", "train.compile=true"],
-                                   ["views.geometry=fixed", "teacher.cache=CACHE"]], ids=["float32", "bf16", "compiled", "cached"])
+@pytest.mark.parametrize("words", [[], ["train.precision=bf16", "train.accumulate=2"],
+                                   ["train.precision=bf16", "train.compile=true"],
+                                   ["views.geometry=fixed", "teacher.cache=CACHE"]],
+                         ids=["float32", "bf16", "compiled", "cached"])
 def test_a_run_from_the_shell(words, basd, tmp_path):
     "Train, evaluate; every logged number is finite"
     run, words = tmp_path/"run", [w.replace("CACHE", str(tmp_path/"cache")) for w in words]
@@ -102,12 +108,11 @@ def test_a_run_from_the_shell(words, basd, tmp_path):
 
 
 def test_stop_and_go_on(tmp_path):
-    "A run that is stopped in the middle of an epoch and taken up makes the steps of one that is not, and ends at its accuracy"
+    "A run that is stopped in the middle of an epoch and taken up ends close to the weights of one that is not"
     whole = trainer(tmp_path/"whole", "train.epochs=2", "train.warmup_epochs=0", *METHODS["basd"])
     whole.train()
     half = trainer(tmp_path/"half", "train.epochs=2", "train.warmup_epochs=0", *METHODS["basd"])
-    stop = lambda: half.step >= 11
-    half.told_to_stop = stop
+    half.told_to_stop = lambda: half.step >= 11
     assert half.train() is None
     again = Trainer(half.recipe, tmp_path/"half", "cuda", resume=True, bars=False)
     assert again.step == 11

@@ -195,7 +195,8 @@ def parts(self:Bench,
 )->dict: # label → seconds a step
     "Time under each label"
     gpu = self.device.type == 'cuda'
-    with torch.autograd.set_multithreading_enabled(False), profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*gpu) as p:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*gpu
+    with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as p:
         for _ in range(steps): self.bound(); self.full()
         if gpu: torch.cuda.synchronize()
     wanted = ('bound/', 'full/', 'part/')
