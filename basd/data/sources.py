@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
-from sklearn.datasets import load_digits
 from timm.data import create_dataset
 from timm.data.readers.img_extensions import add_img_extensions, is_img_extension
 from torch import Tensor
@@ -134,6 +133,7 @@ def open_digits(
     split:str='train', # "train" or "test"
 )->Source:
     "scikit-learn's handwritten digits, enlarged to 32 × 32; the test split is a fifth of each class"
+    from sklearn.datasets import load_digits        # scikit-learn takes a second to import, and few runs need it
     _check_split('digits', split, ['train', 'test'])
     data = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32)[:, None] * (255/16)                          # (1797, 1, 8, 8)

@@ -43,7 +43,7 @@ def processes(
     if joined: dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
     try: yield here
     finally:
-        gc.collect()                        # what holds on to the group goes first
+        if joined or cuda: gc.collect()     # what holds on to the group, or to a GPU's memory, goes first
         if joined: dist.destroy_process_group()
 
 # %% ../../nbs/training/63_lesson.ipynb #36ac7066
