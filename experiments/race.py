@@ -8,7 +8,7 @@ CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Three seeds, s
 it was interrupted. All are `basd compare` with the changes below, and write experiments/results/race_NAME.json after
 they have ended. On digits all recipes in the quickstart's frame take part, and after them, off the clock, BASD with
 fixed weights and in its literal form (experiments/digits). On CIFAR-10 some of them do, with a teacher that is a ViT-
-Tiny with ImageNet weights, tuned to the same images first: 2,000 images and a small student for two CPU cores, 10,000
+Tiny with ImageNet weights, tuned to the same images first: 4,000 images and a small student for two CPU cores, 10,000
 and a larger one for a GPU.
 """
 import json
@@ -29,9 +29,9 @@ TEACHER = ["student.model=vit_tiny_patch16_224", "student.patch_size=16", "stude
 POINTS = ["basd", "map_uniform", "cka", "rsd"]          # stages that compare several layers
 RACES = {
     "cifar10": dict(
-        jobs=2, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=64", "train.epochs=3"],
-        frame=[*PHOTOS, "data.val_size=1000", "data.train_size=2000", "data.batch_size=64", "student.depth=4",
-               "student.width=96", "student.heads=3", "train.epochs=4", "train.warmup_epochs=1"],
+        jobs=2, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=96", "train.epochs=3"],
+        frame=[*PHOTOS, "data.val_size=1000", "data.train_size=4000", "data.batch_size=64", "student.depth=4",
+               "student.width=96", "student.heads=3", "train.epochs=8", "train.warmup_epochs=1"],
         stages=["stages.basd.method.layers=[1, 3, 5, 7, 9, 11]", "stages.fitnets.method.layers=[5]"]),
     "cifar10_gpu": dict(
         jobs=8, recipes=[*RIVALS, "map_uniform"], teacher=[*TEACHER, "student.img_size=128", "train.epochs=4"],
