@@ -2,11 +2,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from forks import ENVIRONMENT
 
-ROOT = Path(__file__).parents[1]
 TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.train_size=256", "data.val_size=50",
         "views.flip=0", "student.img_size=16", "student.patch_size=4", "student.depth=2", "student.width=32",
         "student.heads=2", "student.drop_path=0.1", "teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false",
@@ -16,18 +15,13 @@ TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.trai
 
 
 @pytest.fixture
-def environment():
-    "Environment of a child process: this checkout first on the path, one thread"
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def basd(environment):
+def basd():
     "Run the `basd` command to its end, on `ranks` processes"
     def run(*words, ranks=1, check=True):
         launcher = [sys.executable, "-m"] + (
             ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else [])
-        done = subprocess.run([*launcher, "basd", *map(str, words)], env=environment, capture_output=True, text=True)
+        done = subprocess.run([*launcher, "basd", *map(str, words)], env={**os.environ, **ENVIRONMENT},
+                              capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
     return run

@@ -2,19 +2,16 @@
 experiments/kill.py.
 
 A child process changes the function in question so that it ends itself there with SIGKILL: nothing in the package knows
-of it. Children are forked from a process that has imported the package already, which saves the seconds that an import
-takes.
+of it.
 
     # rank 0, at the first start
     torchrun --nproc_per_node=2 --max-restarts=1 tests/kills.py '[["checkpoint: half written", 1, 0]]' train …
 """
 import io
 import json
-import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,14 +24,11 @@ import basd.data.cache
 import basd.models.students
 import basd.training.lesson
 import basd.training.trainer as trainer
-from basd.methods.objective import find_objective
 from basd.training.checkpoints import digest, load
 from basd.training.cli import main
 from basd.training.metrics import Log, read_log
 from basd.training.trainer import Trainer
-
-find_objective("basd")      # imports all methods, so that all children are of one state of the code
-LIMIT = 120                 # seconds; a process that takes longer is a failure
+from forks import ENVIRONMENT, LIMIT, end, start    # noqa: F401 (`end` for those who import this)
 
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
@@ -115,55 +109,16 @@ def arm(moment, n):
     MOMENTS[moment](lambda: next(left, None) is None and die())
 
 
-def child(words, kill, env, out, room):
-    "What a child process does: the `basd` command, unless it dies before"
-    # as in a process of its own; readers would come from the fork server otherwise
-    multiprocessing.set_start_method("fork", force=True)
+def command(words, kill, dies, room):
+    "The `basd` command, in which rank `dies` dies at `kill`"
     if room is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1); os.dup2(file, 2)
-    os.environ.update(env)
-    if kill: arm(*kill)
-    sys.exit(main([str(w) for w in words]))
-
-
-def environment():
-    "Of every child: this checkout first on the path, one thread"
-    tests = Path(__file__).parent
-    return dict(OMP_NUM_THREADS="1",
-                PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]))
-
-
-def server():
-    "The process from which children are forked"
-    context = multiprocessing.get_context("forkserver")
-    os.environ.update(environment())
-    context.set_forkserver_preload(["kills"])
-    return context
+    if kill and int(os.environ.get("RANK", 0)) == dies: arm(*kill)
+    return main(words)
 
 
 def launch(words, out, kill=None, ranks=1, dies=0, room=None):
     "Start a run; rank `dies` is killed at `kill`, a moment and a count; no file may grow beyond `room` bytes"
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    group = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-             if ranks > 1 else {} for r in range(ranks)]
-    processes = [server().Process(target=child, args=(words, kill if r == dies else None, env, str(out), room))
-                 for r,env in enumerate(group)]
-    for p in processes: p.start()
-    return processes
-
-
-def end(processes, after=None, limit=LIMIT):
-    "Exit statuses of the ranks; killed from here `after` so many seconds"
-    if after is not None:
-        processes[0].join(after)
-        for p in processes: p.kill()
-    began = time.time()
-    for p in processes: p.join(max(1, limit - time.time() + began))
-    late = [p for p in processes if p.exitcode is None]
-    for p in late: p.kill(); p.join()
-    if late: raise TimeoutError(f"a process did not end within {limit} s")
-    return [p.exitcode for p in processes]
+    return start(command, [str(w) for w in words], kill, dies, room, out=out, ranks=ranks)
 
 
 CLOCK = ("elapsed", "offset")       # an offset counts the digits of the times in the log
@@ -191,7 +146,7 @@ def torchrun(words, plan, out, ranks=2):
     with open(out, "a") as file:
         return subprocess.run([*launcher, __file__, json.dumps(plan), *map(str, words)],
                               stdout=file, stderr=file, timeout=2*LIMIT,
-                              env={**os.environ, **environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}).returncode
+                              env={**os.environ, **ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}).returncode
 
 
 def wait_for_training(processes, run):

@@ -1,7 +1,6 @@
 """Bad input ends in one sentence that names the thing, exit status 2, no traceback, and nothing written over. What
 looks odd but is sound simply works. No file that is read can run code, no path in a recipe leads out of the run
 directory, nothing is fetched unasked."""
-import gc
 import io
 import json
 import os
@@ -47,14 +46,6 @@ def refuses(words, sentence, capsys, folder):
     assert sentence in said and len(said) < 1500, said
     assert tree(folder) == before
     return said
-
-
-@pytest.fixture(scope="module", autouse=True)
-def swept():
-    "The command ends in a sweep of the memory, which is quick if the libraries are left out of it"
-    gc.collect(); gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

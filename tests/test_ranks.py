@@ -1,92 +1,87 @@
 "Two ranks with half of the batch each are one rank with the whole of it: same loss, same gradients"
-import json
 import math
-import subprocess
+import os
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import TINY
+from forks import end, on_ranks, start
 from torch.testing import assert_close
 
+from basd.data.views import build_loader
+from basd.geometry.statistics import global_mean, rank, world
 from basd.training.checkpoints import load
+from basd.training.cli import main
+from basd.training.faults import replay
 from basd.training.lesson import open_data
 from basd.training.recipes import load_recipe
-from basd.training.faults import replay
-
-SCRIPT = """
-import os, sys, torch
-from basd.data.views import build_loader
-from basd.geometry.statistics import global_mean, world
-from basd.training.lesson import processes, rank
-from basd.training.recipes import load_recipe
 from basd.training.trainer import Trainer
-out, method, *words = sys.argv[1:]
-build = Trainer.build_models
-def build_double(self): build(self); self.lesson.double(); self.teacher.double()
-Trainer.build_models = build_double
-with processes('cpu') as device:
-    trainer = Trainer(load_recipe(method, words)[''], out + '.run', device, bars=False)
+
+
+def in_double(recipe, run):
+    "A trainer of float64, in training, with all ramps up, so that every term counts"
+    def build_double(self, build=Trainer.build_models):
+        build(self)
+        self.lesson.double()
+        if self.teacher is not None: self.teacher.double()
+    with patch.object(Trainer, "build_models", build_double): trainer = Trainer(recipe, run, "cpu", bars=False)
     trainer.lesson.train()
-    trainer.step = 20                                                   # all ramps are up, so every term counts
-    loader = build_loader(trainer.images, trainer.fit, trainer.views, 32, seed=0, epoch=0, rank=rank(), world=world(), workers=0)
-    result = trainer.forward(next(iter(loader)))
-    result['loss'].backward()
-    said = result['parts'] | {k: v for k, v in result['report'].items() if k.split('/')[0] in ('raw', 'mixing', 'distance')} # a balanced part is all but a constant at first
-    parts = {k: global_mean(v.detach()) for k, v in said.items()}
-    gradients = {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None}
-    if rank() == 0: torch.save((parts, gradients), out)
-    if world() > 1: torch.distributed.barrier()
-    os._exit(0)                 # a reducer outlives the group that it was made for, and its destructor may abort
-"""
+    trainer.step = 20
+    return trainer
+
+
+def parts_and_gradients(trainer, batch):
+    "Of one forward and backward pass; raw losses beside balanced ones, as those are all but constants at first"
+    result = trainer.forward(batch)
+    result["loss"].backward()
+    said = result["parts"] | {k: v for k, v in result["report"].items()
+                              if k.split("/")[0] in ("raw", "mixing", "distance")}
+    return ({k: global_mean(v.detach()) for k, v in said.items()},
+            {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None})
+
+
+def one_method(words, run):
+    trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
+    loader = build_loader(trainer.images, trainer.fit, trainer.views, 32, seed=0, epoch=0, rank=rank(), world=world(),
+                          workers=0)
+    return parts_and_gradients(trainer, next(iter(loader)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2]) # MixUp, CutMix and their boxes come out differently
-def test_two_ranks_equal_one(seed, tmp_path, environment):
-    (tmp_path/"script.py").write_text(SCRIPT)
-    found = []
-    for ranks in (1, 2):
-        out = tmp_path/f"{ranks}.pt"
-        words = [*TINY, f"train.seed={seed}", "student.drop_path=0"]  # drop-path draws differ between ranks on purpose
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               f"--nproc_per_node={ranks}", tmp_path/"script.py", out, "basd_cifar10", *words],
-                              env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found.append(torch.load(out))
-    (parts1, grads1), (parts2, grads2) = found
+def test_two_ranks_equal_one(seed, tmp_path):
+    words = [*TINY, f"train.seed={seed}", "student.drop_path=0"]  # drop-path draws differ between ranks on purpose
+    (parts1, grads1), (parts2, grads2) = (
+        on_ranks(one_method, words, tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))
     assert (set(parts1) >= {"ce", "rsd", "rel", "attn", "spectral", "raw/rsd", "raw/attn", "mixing"}
             and set(grads1) == set(grads2))
     for k in parts1: assert_close(parts2[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
     for k in grads1: assert_close(grads2[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
 
 
-HOLED = """
-import os, sys, torch
-from basd.training.cli import main
-from basd.training.trainer import Trainer
-show = Trainer.show
-def show_holed(self, batch, *rest):
-    x, *others = show(self, batch, *rest)
-    return torch.where((batch['index'] == self.fit[7])[:, None, None, None], torch.nan, x), *others
-Trainer.show = show_holed
-code = main(sys.argv[1:])
-sys.stdout.flush(); sys.stderr.flush()
-os._exit(code)
-"""
+def main_with_a_hole(words):
+    show = Trainer.show
+    def show_holed(self, batch, *rest):
+        x, *others = show(self, batch, *rest)
+        return torch.where((batch["index"] == self.fit[7])[:, None, None, None], torch.nan, x), *others
+    Trainer.show = show_holed
+    code = main(words)
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code)
 
 
-def test_a_hole_on_one_rank(tmp_path, environment):
+def test_a_hole_on_one_rank(tmp_path):
     ("An image that only one rank sees ends the run on both; it is found on that rank, "
      "and the saved batch is that of all")
-    (tmp_path/"script.py").write_text(HOLED)
-    run = tmp_path/"run"
+    run, out = tmp_path/"run", tmp_path/"out.txt"
     words = [*TINY, "train.epochs=1", "train.warmup_epochs=0", "train.accumulate=2"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           tmp_path/"script.py", "train", "basd_cifar10", *words, "--run-dir", run],
-                          env=environment, capture_output=True, text=True, timeout=300)
+    status = end(start(main_with_a_hole, ["train", "basd_cifar10", *words, "--run-dir", str(run)], out=out, ranks=2))
+    said = out.read_text()
+    assert status == [2, 2], said
     found = load(run/"nonfinite.pt")
     assert (f"loss 'ce' was not finite at step {found['step']}, first in the images on rank {found['rank']}; "
-            "the weights before it") in done.stderr, done.stderr
+            "the weights before it") in said, said
     shares = found["batch"]["index"].tensor_split(2)
     assert ([len(i) for i in shares] == [8, 8]
             and open_data(load_recipe("basd_cifar10", words)[""])[1][7] in shares[found["rank"]])
@@ -116,45 +111,18 @@ METHODS = {
                 "method.losses={rsd: {max_rows: 128}, attn: {rows: 4}, spectral: {samples: 16}}",
                 "method.aligner={samples: 16}"],
 }
-EVERY = """
-import json, os, sys, torch
-from basd.geometry.statistics import global_mean, world
-from basd.training.lesson import processes, rank
-from basd.training.recipes import load_recipe
-from basd.training.trainer import Trainer
-out, *words = sys.argv[1:]
-build = Trainer.build_models
-def build_double(self):
-    build(self); self.lesson.double()
-    if self.teacher is not None: self.teacher.double()
-Trainer.build_models = build_double
-found = {}
-with processes('cpu') as device:
-    for name, own in json.loads(words.pop()).items():
-        trainer = Trainer(load_recipe('deit_cifar', [*words, *own])[''], f'{out}.{name}', device, bars=False)
-        trainer.lesson.train()
-        trainer.step = 20
-        result = trainer.forward(next(iter(trainer.read(0, 0, 1, trainer.views))))
-        result['loss'].backward()
-        said = result['parts'] | {k: v for k, v in result['report'].items() if k.split('/')[0] in ('raw', 'mixing', 'distance')} # a balanced part is all but a constant at first
-        found[name] = {k: global_mean(v.detach()) for k, v in said.items()}, {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None}
-    if rank() == 0: torch.save(found, out)
-    if world() > 1: torch.distributed.barrier()
-    os._exit(0)                 # several reducers outlive the group that they were made for, and their destructors may abort
-"""
+def every_method(words, run):
+    def one(name, own):
+        trainer = in_double(load_recipe("deit_cifar", [*words, *own])[""], run/name)
+        return parts_and_gradients(trainer, next(iter(trainer.read(0, 0, 1, trainer.views))))
+    return {name: one(name, own) for name, own in METHODS.items()}
 
 
 @pytest.mark.parametrize("blend", ["views.mixup=0", "views.cutmix=0"]) # CutMix alone, MixUp alone
-def test_every_method_on_several_ranks(blend, tmp_path, environment, record_property):
-    (tmp_path/"script.py").write_text(EVERY)
-    found, several = {}, (2, 4)
-    for ranks in (1, *several):
-        out = tmp_path/f"{ranks}.pt"
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               f"--nproc_per_node={ranks}", tmp_path/"script.py", out, *FRAME, blend,
-                               json.dumps(METHODS)], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found[ranks] = torch.load(out)
+def test_every_method_on_several_ranks(blend, tmp_path, record_property):
+    several = 2, 4
+    found = {ranks: on_ranks(every_method, [*FRAME, blend], tmp_path/str(ranks), ranks=ranks, folder=tmp_path)
+             for ranks in (1, *several)}
     far = lambda a, b: max((((a[k] - b[k]).abs()/b[k].abs().clamp(min=1e-2)).max().item() for k in b if b[k].numel()),
                            default=0.)
     for i, what in enumerate(("parts", "gradients")):

@@ -1,12 +1,11 @@
 """Numbers of images that neither a batch nor the ranks divide: training leaves the rest out, evaluation counts every
 image once"""
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import TINY
+from forks import on_ranks
 from torch.testing import assert_close
 
 from basd.data.sources import Images, open_source
@@ -16,17 +15,6 @@ from basd.training.lesson import evaluate, logits_of
 from basd.training.metrics import read_log
 
 SIZES = (1, 2, 3, 7, 50)
-SCRIPT = """
-import json, os, sys, torch
-from basd.geometry.statistics import rank, world
-from basd.training.lesson import processes
-from test_sizes import SIZES, evaluate, scene
-with processes('cpu') as device:
-    images, student = scene()
-    found = {n: evaluate(student, images, list(range(5, 5 + n)), 16, device, batch=4) for n in SIZES}
-    if rank() == 0: json.dump(found, open(sys.argv[1], 'w'))
-    if world() > 1: torch.distributed.barrier()
-"""
 
 
 def scene():
@@ -57,16 +45,16 @@ def test_evaluation_by_batches(batch, by_hand):
                      rtol=1e-5, atol=1e-5)
 
 
+def all_sizes():
+    images, student = scene()
+    return {n: evaluate(student, images, list(range(5, 5 + n)), 16, "cpu", batch=4) for n in SIZES}
+
+
 @pytest.mark.parametrize("ranks", (2, 3))
-def test_evaluation_by_ranks(ranks, by_hand, tmp_path, environment):
+def test_evaluation_by_ranks(ranks, by_hand, tmp_path):
     "Ranks that have one image more than others, or none"
-    (tmp_path/"script.py").write_text(SCRIPT)
-    environment["PYTHONPATH"] += f":{__file__.rsplit('/', 1)[0]}"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                           tmp_path/"script.py", tmp_path/"found"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for n, found in json.loads((tmp_path/"found").read_text()).items():
-        assert_close(found, by_hand[int(n)], rtol=1e-5, atol=1e-5)
+    found = on_ranks(all_sizes, ranks=ranks, folder=tmp_path)
+    for n in SIZES: assert_close(found[n], by_hand[n], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size, steps", [(70, 2), (63, 1), (32, 1)])

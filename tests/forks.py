@@ -1,0 +1,80 @@
+"""Processes, alone or as the ranks of one job, forked from a process that has imported the package already: an import
+takes seconds, a fork does not. `test_torchrun_starts_it_again` and the notebook of the trainer use a real launcher."""
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import basd.training.cli  # noqa: F401 (imported for the children)
+import basd.training.trainer  # noqa: F401
+from basd.geometry.statistics import rank, world
+from basd.methods.objective import find_objective
+from basd.training.lesson import processes
+
+find_objective("basd")      # imports all methods, so that all children are of one state of the code
+LIMIT = 120                 # seconds; a process that takes longer is a failure
+TESTS = Path(__file__).parent
+ENVIRONMENT = dict(         # of every child: this checkout first on the path, one thread
+    OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
+
+
+def server():
+    "The process from which children are forked"
+    context = multiprocessing.get_context("forkserver")
+    os.environ.update(ENVIRONMENT)
+    context.set_forkserver_preload(["forks"])
+    return context
+
+
+def child(f, args, env, out):
+    "What a child process does"
+    # as in a process of its own; readers would come from the fork server otherwise
+    multiprocessing.set_start_method("fork", force=True)
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1); os.dup2(file, 2)
+    os.environ.update(env)
+    sys.exit(f(*args))
+
+
+def start(f, *args, out, ranks=1):
+    "Start `f(*args)`, a function of a module, on each rank: it returns its exit status; what it says goes to `out`"
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    group = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+             if ranks > 1 else {} for r in range(ranks)]
+    started = [server().Process(target=child, args=(f, args, env, str(out))) for env in group]
+    for p in started: p.start()
+    return started
+
+
+def end(started, after=None, limit=LIMIT):
+    "Exit statuses of the ranks; killed from here `after` so many seconds"
+    if after is not None:
+        started[0].join(after)
+        for p in started: p.kill()
+    began = time.time()
+    for p in started: p.join(max(1, limit - time.time() + began))
+    late = [p for p in started if p.exitcode is None]
+    for p in late: p.kill(); p.join()
+    if late: raise TimeoutError(f"a process did not end within {limit} s")
+    return [p.exitcode for p in started]
+
+
+def on_ranks(f, *args, ranks, folder):
+    "What `f(*args)` returns on rank 0 of a job, by way of `torch.save`"
+    found, said = folder/f"found_{ranks}.pt", folder/f"said_{ranks}.txt"
+    status = end(start(_saved, f, args, found, out=said, ranks=ranks))
+    assert not any(status), said.read_text()
+    return torch.load(found)
+
+
+def _saved(f, args, out):
+    with processes("cpu"):
+        found = f(*args)
+        if rank() == 0: torch.save(found, out)
+        if world() > 1: torch.distributed.barrier()
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(0)         # a reducer outlives the group that it was made for, and its destructor may abort
