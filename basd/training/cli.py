@@ -245,9 +245,10 @@ def run(
         for line in left: print(f'basd: {line}', file=sys.stderr)
         if not done: raise ValueError("nothing could be analysed; the lines above say why")
     elif args.command == 'compare':
-        from basd.training import compare as race
-        print(race.told(race.compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder,
-                                     jobs=args.jobs, device=args.device)))
+        from basd.training.compare import compare
+        from basd.training.standings import told
+        print(told(compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder,
+                           jobs=args.jobs, device=args.device)))
     elif args.command == 'bench':
         from basd.training.bench import bench, sizes_around, table     # the profiler is not for everyday starts
         print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device,
