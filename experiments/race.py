@@ -22,7 +22,7 @@ from basd.training.compare import compare
 from basd.training.recipes import read_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
-RIVALS = ["quickstart", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm"]
+RIVALS = ["quickstart", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm", "map_uniform"]
 PHOTOS = ["data.download=false", "views.flip=0.5", "student.img_size=32", "student.patch_size=4"]
 TEACHER = ["student.model=vit_tiny_patch16_224", "student.patch_size=16", "student.depth=12", "student.width=192",
            "train.lr=2e-4"]
@@ -32,9 +32,10 @@ RACES = {
         jobs=2, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=96", "train.epochs=3"],
         frame=[*PHOTOS, "data.val_size=1000", "data.train_size=4000", "data.batch_size=64", "student.depth=4",
                "student.width=96", "student.heads=3", "train.epochs=8", "train.warmup_epochs=1"],
-        stages=["stages.basd.method.layers=[1, 3, 5, 7, 9, 11]", "stages.fitnets.method.layers=[5]"]),
+        stages=["stages.fitnets.method.layers=[5]",
+                *(f"stages.{s}.method.layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "map_uniform"))]),
     "cifar10_gpu": dict(
-        jobs=8, recipes=[*RIVALS, "map_uniform"], teacher=[*TEACHER, "student.img_size=128", "train.epochs=4"],
+        jobs=8, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=128", "train.epochs=4"],
         frame=[*PHOTOS, "data.train_split=train[:12000]", "data.val_size=2000", "data.batch_size=128", "data.workers=2",
                "student.depth=6", "student.width=192", "student.heads=3", "train.epochs=10", "train.warmup_epochs=1",
                "train.lr=1e-3", "train.precision=bf16"],
