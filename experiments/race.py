@@ -6,10 +6,10 @@
 
 CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Three seeds, several runs at a time; goes on where
 it was interrupted. All are `basd compare` with the changes below, and write experiments/results/race_NAME.json after
-they have ended. On digits all recipes in the quickstart's frame take part, and after them, off the clock, BASD with
-fixed weights and in its literal form (experiments/digits). On CIFAR-10 some of them do, with a teacher that is a ViT-
-Tiny with ImageNet weights, tuned to the same images first: 4,000 images and a small student for two CPU cores, 10,000
-and a larger one for a GPU.
+they have ended. On digits all recipes in the quickstart's frame take part; on CIFAR-10 some of them do, with a teacher
+that is a ViT-Tiny with ImageNet weights, tuned to the same images first: 4,000 images and a small student for two CPU
+cores, 10,000 and a larger one for a GPU. After them, off the clock, come the controls in experiments/NAME: BASD with
+fixed weights and in its literal form on digits, labels alone for the time of BASD on CIFAR-10.
 """
 import json
 import os
@@ -53,8 +53,8 @@ def on_digits():
             or "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
 
 
-def race(name, recipes, changes, folder, jobs=2, more=()):
-    "Run it, and keep its results, how they were made and how long that took; `more` recipes are added off the clock"
+def race(name, recipes, changes, folder, jobs=2):
+    "Run it, then its controls off the clock; keep results, how they were made and how long that took"
     began, clock = time.time(), Path(folder)/"wall.json"            # seconds of all calls together
     before = json.loads(clock.read_text()) if clock.is_file() else 0
     try: results = compare(*recipes, folder=folder, overrides=changes, jobs=jobs)
@@ -63,8 +63,9 @@ def race(name, recipes, changes, folder, jobs=2, more=()):
         clock.parent.mkdir(parents=True, exist_ok=True)
         clock.write_text(json.dumps(wall))
     on_the_clock = len(results["rivals"])
-    if more: results = compare(*recipes, *more, folder=folder, overrides=changes, jobs=jobs)
-    command = " ".join(["basd compare", *recipes, *more,
+    controls = sorted(str(p.relative_to(ROOT)) for p in (ROOT/"experiments"/name).glob("*.yaml"))
+    if controls: results = compare(*recipes, *controls, folder=folder, overrides=changes, jobs=jobs)
+    command = " ".join(["basd compare", *recipes, *controls,
                         *(f"--set '{c}'" for c in changes if "=/" not in c and "//" not in c)])
     out = Path(__file__).parent/"results"/f"race_{name}.json"
     made = dict(command=command, wall=wall, on_the_clock=on_the_clock, environment=environment())
@@ -75,8 +76,7 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     name, *rest = sys.argv[1:]
     if name == "digits":
-        race(name, on_digits(), [], Path(rest[0] if rest else "runs/race_digits"),
-             more=sorted(str(p.relative_to(ROOT)) for p in (ROOT/"experiments"/"digits").glob("*.yaml")))
+        race(name, on_digits(), [], Path(rest[0] if rest else "runs/race_digits"))
     else:
         data, weights, *rest = rest
         r, folder = RACES[name], Path(rest[0] if rest else f"runs/race_{name}").resolve()
