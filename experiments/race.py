@@ -33,7 +33,8 @@ RACES = {
         frame=[*PHOTOS, "data.val_size=1000", "data.train_size=4000", "data.batch_size=64", "student.depth=4",
                "student.width=96", "student.heads=3", "train.epochs=8", "train.warmup_epochs=1"],
         stages=["stages.fitnets.method.layers=[5]",
-                *(f"stages.{s}.method.layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "map_uniform"))]),
+                *(f"stages.{s}.method.layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "map_uniform"))],
+        controls_only=["stages.ce_as_long.train.epochs=34"]),
     "cifar10_gpu": dict(
         jobs=8, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=128", "train.epochs=4"],
         frame=[*PHOTOS, "data.train_split=train[:12000]", "data.val_size=2000", "data.batch_size=128", "data.workers=2",
@@ -53,7 +54,7 @@ def on_digits():
             or "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
 
 
-def race(name, recipes, changes, folder, jobs=2):
+def race(name, recipes, changes, folder, jobs=2, controls_only=()):
     "Run it, then its controls off the clock; keep results, how they were made and how long that took"
     began, clock = time.time(), Path(folder)/"wall.json"            # seconds of all calls together
     before = json.loads(clock.read_text()) if clock.is_file() else 0
@@ -64,7 +65,9 @@ def race(name, recipes, changes, folder, jobs=2):
         clock.write_text(json.dumps(wall))
     on_the_clock = len(results["rivals"])
     controls = sorted(str(p.relative_to(ROOT)) for p in (ROOT/"experiments"/name).glob("*.yaml"))
-    if controls: results = compare(*recipes, *controls, folder=folder, overrides=changes, jobs=jobs)
+    if controls:
+        changes = [*changes, *controls_only]
+        results = compare(*recipes, *controls, folder=folder, overrides=changes, jobs=jobs)
     command = " ".join(["basd compare", *recipes, *controls,
                         *(f"--set '{c}'" for c in changes if "=/" not in c and "//" not in c)])
     out = Path(__file__).parent/"results"/f"race_{name}.json"
@@ -83,4 +86,4 @@ if __name__ == "__main__":
         local = [f"data.source=hfds/{data}", f"data.root={folder}/images",
                  f"stages.teacher.student.checkpoint={weights}"]
         changes = [*r["frame"], *(f"stages.teacher.{t}" for t in r["teacher"]), *r["stages"], *local]
-        race(name, r["recipes"], changes, folder, r["jobs"])
+        race(name, r["recipes"], changes, folder, r["jobs"], r.get("controls_only", ()))
