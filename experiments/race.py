@@ -35,8 +35,8 @@ RACES = {
                "student.width=96", "student.heads=3", "train.epochs=8", "train.warmup_epochs=1"],
         stages=["stages.fitnets.method.layers=[5]",
                 *(f"stages.{s}.method.layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "map_uniform"))],
-        controls_only=["stages.ce_as_long.train.epochs=34", "stages.basd_as_long.train.epochs=34",
-                       "stages.basd_as_long.method.layers=[1, 3, 5, 7, 9, 11]"]),
+        controls_only=["stages.ce_as_long.train.epochs=34", "stages.basd_longer.train.epochs=34",
+                       "stages.basd_longer.method.layers=[1, 3, 5, 7, 9, 11]"]),
     "cifar10_gpu": dict(
         jobs=8, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=128", "train.epochs=4"],
         frame=[*PHOTOS, "data.train_split=train[:12000]", "data.val_size=2000", "data.batch_size=128", "data.workers=2",
