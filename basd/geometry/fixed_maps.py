@@ -9,20 +9,21 @@ __all__ = ['layer_map', 'pairs_of', 'FixedSelector']
 import torch
 from torch import Tensor
 
-from .frequency import FrequencySelector
+from .frequency import FrequencySelector, layer_entropy
 from .selector import Mix
 
 # %% ../../nbs/geometry/08_fixed_maps.ipynb #cff469b7
 def layer_map(
-    kind:str, # "uniform", "skip", "last", "final", "first", "reversed" or "random"
+    kind:str, # "uniform", "first_to_last", "skip", "last", "final", "first", "reversed" or "random"
     P:int,    # extraction points
     L:int,    # teacher layers
     seed:int=0, # of "random"
 )->list:      # of (point, layer) pairs, counted from 0
     "Pairs of student and teacher layers"
     near = lambda x: min(L, max(1, int(x + .5)))
-    maps = dict(uniform=lambda j: near(j*L/P), skip=lambda j: near(j*L/(P + 1)),
-                last=lambda j: max(1, L - 1 - P + j), first=lambda j: 1, reversed=lambda j: near((P + 1 - j)*L/P))
+    maps = dict(uniform=lambda j: near(j*L/P), first_to_last=lambda j: near(L - (P - j)*(L - 1)/max(P - 1, 1)),
+                skip=lambda j: near(j*L/(P + 1)), last=lambda j: max(1, L - 1 - P + j),
+                first=lambda j: 1, reversed=lambda j: near((P + 1 - j)*L/P))
     if kind == 'final': return [(P - 1, L - 1)]
     if kind == 'random':
         return list(enumerate(torch.randint(L, (P,), generator=torch.Generator().manual_seed(seed)).tolist()))
@@ -51,19 +52,21 @@ class FixedSelector(FrequencySelector):
     def __init__(self,
         widths_s:list,   # D_s of each extraction point
         widths_t:list,   # D_t of each teacher layer, all equal
-        rule='uniform',  # of `layer_map`, or pairs
+        rule='uniform',  # of `layer_map`, pairs, or "mean": all layers, alike
     ):
         super().__init__(widths_s, widths_t, entropy=0.)
         del self.rho
-        pairs = dict(pairs_of(rule, len(widths_s), len(widths_t)))
-        w = torch.zeros(len(widths_s), len(widths_t))
-        for p in range(len(widths_s)): w[p, pairs.get(p, pairs[max(pairs)])] = 1.
+        P, L = len(widths_s), len(widths_t)
+        w = torch.full((P, L), 1/L)
+        if rule != 'mean':
+            pairs = dict(pairs_of(rule, P, L))
+            w = torch.eye(L)[[pairs.get(p, pairs[max(pairs)]) for p in range(P)]]
         self.register_buffer('weights', w)
 
     def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, generator=None)->Mix:
         "The rule's weights"
         w, zero = self.weights.to(xs_s[0].dtype), self.weights.new_zeros(())
-        return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_ones(len(w)),
-                                 entropy=self.weights.new_zeros(len(w)), orth=zero, recon=zero))
+        return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_zeros(len(w)),
+                                 entropy=layer_entropy(w), orth=zero, recon=zero))
 
     def no_weight_decay(self)->set: return set()

@@ -60,7 +60,7 @@ class BASDOptions:
     points:Any = 'default'                  # extraction points: student layers by index or name, or "default"
     layers:Any = 'all'                      # teacher layers
     selector:SelectorOptions = field(default_factory=SelectorOptions)
-    # a fixed map in place of the selector, by name or in pairs: the control of `layer_map`
+    # a fixed map in place of the selector: a name of `layer_map`, pairs, or "mean" for all layers alike
     rule:Any = None
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
     losses:LossOptions = field(default_factory=LossOptions)

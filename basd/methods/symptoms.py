@@ -109,7 +109,7 @@ def stuck_selector(
     rows:list, # of the log
 )->list:       # of `Curve`
     "Do mixing weights choose, and can their temperature still learn?"
-    free = [r for r in rows if 'entropy' in r and any(r['entropy'])]
+    free = [r for r in rows if 'entropy' in r and any(r['entropy']) and any(r.get('temperature', [1.]))]
     seen = "at every extraction point its entropy is {value} of uniform"
     return (watch(free, 'entropy', 'uniform selector', .99, seen,
                   "it averages all teacher layers: set method.selector.normalise=standard "
