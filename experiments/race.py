@@ -9,8 +9,8 @@ it was interrupted. All are `basd compare` with the changes below, and write exp
 they have ended. On digits all recipes in the quickstart's frame take part; on CIFAR-10 some of them do, with a teacher
 that is a ViT-Tiny with ImageNet weights, tuned to the same images first: 4,000 images and a small student for two CPU
 cores, 10,000 and a larger one for a GPU. After them, off the clock, come the controls in experiments/NAME: BASD with
-fixed weights and in its literal form on digits; on CIFAR-10 labels alone for the time that BASD takes, and BASD for as
-many steps as those.
+fixed weights and in its literal form on digits; on CIFAR-10 labels alone for the time that BASD takes, BASD for as many
+steps as those, and labels alone for the time of that.
 """
 import json
 import os
@@ -36,7 +36,7 @@ RACES = {
         stages=["stages.fitnets.method.layers=[5]",
                 *(f"stages.{s}.method.layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "map_uniform"))],
         controls_only=["stages.ce_as_long.train.epochs=34", "stages.basd_longer.train.epochs=34",
-                       "stages.basd_longer.method.layers=[1, 3, 5, 7, 9, 11]"]),
+                       "stages.ce_longest.train.epochs=150", "stages.basd_longer.method.layers=[1, 3, 5, 7, 9, 11]"]),
     "cifar10_gpu": dict(
         jobs=8, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=128", "train.epochs=4"],
         frame=[*PHOTOS, "data.train_split=train[:12000]", "data.val_size=2000", "data.batch_size=128", "data.workers=2",
