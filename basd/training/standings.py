@@ -213,6 +213,7 @@ def plot_race(
 ):
     "Accuracy against training time, a point a seed"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
     ax = ax or plt.subplots(figsize=(7, 3.5))[1]
     for i,row in enumerate(r for r in results['rows'] if r['n']):
         runs = [r for r in results['rivals'][row['name']]['runs'] if 'top1' in r]
@@ -223,7 +224,10 @@ def plot_race(
     for a in results['teachers'].values():
         if a: ax.axhline(statistics.fmean(a), color='.6', ls='--', lw=1)
     times = [r['seconds'] for r in results['rows'] if r['n']]
-    if times and max(times) > 5*min(times): ax.set_xscale('log')
+    if times and max(times) > 5*min(times):
+        ax.set_xscale('log')
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(ScalarFormatter()); ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel='training time (s)', ylabel='test top-1 (%)')
     if times: ax.legend(loc='center left', bbox_to_anchor=(1, .5), fontsize=7, ncols=1 + (len(times) - 1)//16)
     return ax
