@@ -67,6 +67,6 @@ class FixedSelector(FrequencySelector):
         "The rule's weights"
         w, zero = self.weights.to(xs_s[0].dtype), self.weights.new_zeros(())
         return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_zeros(len(w)),
-                                 entropy=layer_entropy(w), orth=zero, recon=zero))
+                                 entropy=layer_entropy(w).abs(), orth=zero, recon=zero))
 
     def no_weight_decay(self)->set: return set()
