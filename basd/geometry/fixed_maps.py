@@ -65,7 +65,7 @@ class FixedSelector(FrequencySelector):
 
     def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, generator=None)->Mix:
         "The rule's weights"
-        w, zero = self.weights.to(xs_s[0].dtype), self.weights.new_zeros(())
+        w, zero = self.weights.to(torch.promote_types(xs_s[0].dtype, torch.float32)), self.weights.new_zeros(())
         return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_zeros(len(w)),
                                  entropy=layer_entropy(w).abs(), orth=zero, recon=zero))
 
