@@ -148,7 +148,7 @@ def remarks(
     out = [f"accuracy: {spread}; the validation split chooses the epoch, the test split is read once"]
     if n > 1:
         out.append(f"minus {base}: mean of the differences seed by seed ± half of their 95 % interval; "
-                   f"p: paired t-test with {n - 1} degree{'s' if n > 2 else ''} of freedom, "
+                   "p: paired t-test with one degree of freedom less than seeds, "
                    "not corrected for the number of rivals")
         out.append(f"with {n} seeds p < 0.05 takes a mean difference of "
                    f"{stats.t.ppf(.975, n - 1)/math.sqrt(n):.1f} times the spread of the differences, "
