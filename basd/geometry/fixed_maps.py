@@ -59,14 +59,18 @@ class FixedSelector(FrequencySelector):
         P, L = len(widths_s), len(widths_t)
         w = torch.full((P, L), 1/L)
         if rule != 'mean':
-            pairs = dict(pairs_of(rule, P, L))
+            given = pairs_of(rule, P, L)
+            pairs = dict(given)
+            if len(pairs) < len(given):
+                raise ValueError(f"rule={rule!r} names a point twice; a selector gives each point one layer")
             w = torch.eye(L)[[pairs.get(p, pairs[max(pairs)]) for p in range(P)]]
         self.register_buffer('weights', w)
+        self.register_buffer('spread', layer_entropy(w).abs(), persistent=False)
 
     def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, generator=None)->Mix:
         "The rule's weights"
         w, zero = self.weights.to(torch.promote_types(xs_s[0].dtype, torch.float32)), self.weights.new_zeros(())
         return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_zeros(len(w)),
-                                 entropy=layer_entropy(w).abs(), orth=zero, recon=zero))
+                                 entropy=self.spread, orth=zero, recon=zero))
 
     def no_weight_decay(self)->set: return set()

@@ -142,7 +142,7 @@ class GrassmannSelector(nn.Module):
         self.common = CommonSpace(widths_s, widths_t, dim, mode)
         share = math.log(tau/.05) / math.log(10/.05)
         self.rho = nn.Parameter(torch.full((len(widths_s),), math.log(share/(1 - share)) if normalise == 'standard'
-                                           else math.log(math.expm1(tau))))
+                                           else tau + math.log(-math.expm1(-tau))))
 
         if solver == 'track':
             eyes = torch.eye(dim).repeat(len(widths_s) + len(widths_t), 1, 1)
@@ -242,7 +242,8 @@ def _followed(self:GrassmannSelector, cov, k):
         if self.settled: X, lam = turn(self.running, X)
         else: X = eigh(steady(self.running)[0])[1]
         self.basis.copy_(X)
-    return X[..., :k], (X * (self.running @ X)).sum(-2) if lam is None else lam
+    lam = (X * (self.running @ X)).sum(-2) if lam is None else lam
+    return X[..., :k].to(cov.dtype), lam.to(cov.dtype)
 
 # %% ../../nbs/geometry/05_selector.ipynb #45d75737
 def _groups(xs, grids):

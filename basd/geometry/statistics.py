@@ -251,12 +251,11 @@ def draw_images(
     generator:torch.Generator|None=None, # equal on all ranks; the first of each stratum if None
     device='cpu',    # of the generator and of the result
 )->Tensor|None:      # positions in this rank's part, pairs together, ascending; None: all
-    "A stratified sample of images, whole pairs, of equal size on every rank"
+    "A stratified sample of images, whole pairs, of equal size on every rank; of an odd batch all"
     pairs, mine = batch//2, max(1, (samples or 0)//(2*world()))
-    if samples is None or batch % 2 or mine >= pairs or pairs % mine: return None
+    if samples is None or batch % 2 or mine >= pairs: return None
     u = (torch.zeros(world()*mine, device=device) if generator is None
          else torch.rand(world()*mine, generator=generator, device=device))
-    stratum = pairs//mine
-    first = ((u[rank()*mine:(rank() + 1)*mine]*stratum).long().clamp(max=stratum - 1)
-             + torch.arange(mine, device=device)*stratum)
+    places = torch.arange(mine, device=device) + u[rank()*mine:(rank() + 1)*mine].double()
+    first = (places*(pairs/mine)).long().clamp(max=pairs - 1)         # two strata may share a pair, and draw it twice
     return torch.stack([2*first, 2*first + 1], 1).flatten()

@@ -203,11 +203,19 @@ def forward(
     # or a function from a slice of images to theirs
     target,
     rows:Tensor|None=None, # query rows that the target was made for
-    epoch:float=0.,        # epochs that have passed, for `anneal`; a number or ()
+    epoch:float=0.,        # epochs that have passed, for `anneal`; a number or (). Leave it out before a balance
 )->Tensor: # nats, mean over extraction points, 0-d
     "How far the student's attention is from the target; gradient to the student's queries and keys and to the head map"
     loss = self.in_pieces(attention_s, target, rows) if callable(target) else self.compare(attention_s, target, rows)
-    return loss if self.anneal == 1 else loss * self.anneal**epoch
+    return loss * self.fade(epoch)
+
+@patch
+def fade(
+    self:AttentionKL,
+    epoch, # epochs that have passed; a number or ()
+):
+    "The factor of `anneal`"
+    return 1. if self.anneal == 1 else self.anneal**epoch
 
 # %% ../../nbs/losses/12_attention.ipynb #0b1510c9
 @patch

@@ -83,6 +83,8 @@ class Balance(nn.Module):
                                  f"the losses are {', '.join(names)}")
         if weights and set(names) - set(weights):
             raise ValueError(f"weights leaves out {min(set(names) - set(weights))!r}; give one of each loss")
+        if weights and form != 'fixed':
+            raise ValueError(f"weights are for form='fixed'; form={form!r} makes its own")
         for what,v,ok in (('temperature', temperature, temperature is None or temperature > 0),
                           ('u_max', u_max, u_max > 0),
                           ('settle', settle, settle > 0)):

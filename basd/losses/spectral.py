@@ -82,7 +82,7 @@ class Spectral(nn.Module):
         energy:bool=False,       # compare shares of energy
         align:str='truncate',    # "truncate", or "pool" as the original
         reduction:str='sum',     # over singular values: "sum", or "mean" as the original
-        samples:int|None=None,   # images a step, over all ranks, drawn at random in pairs; None: all of them
+        samples:int|None=None,   # images a step, over all ranks, drawn at random in pairs; None: all, as always for 'batch'
     ):
         super().__init__()
         for name,v,allowed in (('form', form, ('svd', 'batch', 'moments')),

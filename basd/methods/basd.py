@@ -304,7 +304,7 @@ def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, 
         if keeps is None: return by_image(maps, lambda A: superpose(A, mine))
         return [cut_attention(A, A[mine.partner], k, rows) for A,k in zip(maps, keeps)]
     return loss(student.attention, target if divisible(blend) and not weights.requires_grad else target(slice(0, B)),
-                rows, drawn['epoch'])
+                rows)
 
 # %% ../../nbs/methods/31_basd.ipynb #e6a3be25
 @patch
@@ -324,8 +324,9 @@ def forward(self:BASD, student:Features, teacher:Features, target:Target, progre
     losses = torch.stack([raw[n] for n in self.losses])
     total, balanced = self.balance(losses, drawn['step'], drawn['total'])
     skip = o.blended == 'skip' and target.blend is not None
+    fade = {n: self.losses[n].fade(drawn['epoch']) for n in self.losses if n == 'attn'}    # after the balance
     parts = (dict(ce=cross_entropy(student.logits, target.labels))
-             | {n: o.weight*(0. if skip else 1.)*p for n,p in zip(self.losses, balanced['parts'])})
+             | {n: o.weight*(0. if skip else fade.get(n, 1.))*p for n,p in zip(self.losses, balanced['parts'])})
     parts |= dict(selector=mix.regulariser) | ({} if live else dict(align=o.align*recon))
     return outcome(student.logits, parts,
                    self.report(raw, balanced, mix) | (self.health(ys) if progress.observe else {}))
