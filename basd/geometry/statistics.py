@@ -96,8 +96,9 @@ class _InPieces(torch.autograd.Function):
             mine = [x[images].detach().requires_grad_(w) for x,w in zip(xs[:count], wanted)] + list(xs[count:])
             with torch.enable_grad(): part = f(images, *mine[:count])
             needed = [x for x,w in zip(mine, wanted) if w]
-            grads.append(torch.autograd.grad(part, needed, allow_unused=True) if needed and part.requires_grad
-                         else [None]*len(needed))
+            with no_autocast(part):                                     # what was cast was recorded as cast
+                grads.append(torch.autograd.grad(part, needed, allow_unused=True) if needed and part.requires_grad
+                             else [None]*len(needed))
             total = total + part.detach()
         ctx.wanted, ctx.grads = wanted, [_joined(g, i < sum(wanted[:count])) for i,g in enumerate(zip(*grads))]
         return total
