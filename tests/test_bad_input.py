@@ -357,6 +357,13 @@ def test_an_image_that_breaks_later(memory, here, capsys):
     assert json.loads((here/"skipping"/"result.json").read_text())["skipped_images"] == 1
 
 
+def over_white(palette, hole):
+    "A picture of a palette with one color transparent, on white paper"
+    holes, picture = np.asarray(palette) == hole, np.array(palette.convert("RGB"))
+    picture[holes] = 255
+    return Image.fromarray(picture)
+
+
 PICTURE = image()
 DEEP = (np.arange(320).reshape(16, 20)*200).astype("uint16")
 # file name: (content, what is wrong with it; or, where it works, the picture that it shows, None for PICTURE)
@@ -369,15 +376,15 @@ IMAGES = {
     "page.jpg": (b"<html>404</html>", "in no known format"), "zeros.png": (b"\0"*100, "in no known format"),
     "text.png": ("hello".encode("utf-16"), "in no known format"),
     "float.tif": (encoded(Image.fromarray(np.linspace(0, 1, 320, dtype="float32").reshape(16, 20)), "tiff"),
-                  "32 bits a pixel"),
-    "int.tif": (encoded(Image.fromarray(np.arange(320, dtype="int32").reshape(16, 20)), "tiff"), "32 bits a pixel"),
+                  "32 bits per pixel"),
+    "int.tif": (encoded(Image.fromarray(np.arange(320, dtype="int32").reshape(16, 20)), "tiff"), "32 bits per pixel"),
     "pickle.png": (pickle.dumps({"no": "image"}), "in no known format"),
     "plain.png": (encoded(PICTURE, "png"), None), "plain.bmp": (encoded(PICTURE, "bmp"), None),
     "plain.tif": (encoded(PICTURE, "tiff"), None), "lossless.webp": (encoded(PICTURE, "webp", lossless=True), None),
     "cmyk.jpg": (encoded(PICTURE.convert("CMYK"), "jpeg", quality=100, subsampling=0), None),
     "cmyk.tif": (encoded(PICTURE.convert("CMYK"), "tiff"), None),
     "palette.png": (encoded(PICTURE.quantize(32), "png"), None),
-    "holes.png": (encoded(PICTURE.quantize(32), "png", transparency=0), None),
+    "holes.png": (encoded(PICTURE.quantize(32), "png", transparency=0), over_white(PICTURE.quantize(32), 0)),
     "alpha.png": (encoded(PICTURE.convert("RGBA"), "png"), None),
     "palette.gif": (encoded(PICTURE.quantize(32), "gif"), None),
     "moving.gif": (encoded(PICTURE.quantize(32), "gif", save_all=True,

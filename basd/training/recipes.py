@@ -23,6 +23,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 import basd
+from ..data.pictures import MAX_PIXELS
 from ..methods.objective import Objective, find_objective, objectives, settings
 
 # %% ../../nbs/training/60_recipes.ipynb #df78f592
@@ -56,6 +57,7 @@ class DataRecipe:
     workers:Annotated[Whole, Field(ge=0, le=1024)] = 2 # reader processes a rank
     memory:bool = True                    # hold decoded images in memory when they fit
     on_bad:Literal['raise', 'skip'] = 'raise' # what an unreadable image does
+    max_pixels:Count|None = MAX_PIXELS    # of an image, larger ones are unreadable; null: no limit
 
 # %% ../../nbs/training/60_recipes.ipynb #07ff945d
 @settings

@@ -16,11 +16,10 @@ import torch
 
 from ..analysis.corruptions import robustness
 from ..analysis.evaluation import cost, predict, report, sheet
-from ..data.sources import Images, open_source
 from ..methods.objective import find_objective
 from .checkpoints import load, read_run, write_atomic
-from .lesson import (build_student, build_teacher, evaluate as measure, input_size, open_data, processes,
-                                  rank)
+from .lesson import (build_student, build_teacher, evaluate as measure, input_size, open_data, open_images,
+                             processes, rank)
 from .trainer import best_weights
 
 # %% ../../nbs/training/77_reports.ipynb #f8437663
@@ -88,9 +87,8 @@ def images_of(
     if on is None:
         train, fit, _, test = open_data(recipe)
         return train, fit, test
-    test = Images(open_source(on, d.test_split, root=d.root, download=d.download), memory=d.memory, on_bad=d.on_bad)
-    try: train = Images(open_source(on, d.train_split, root=d.root, download=d.download),
-                        memory=d.memory, on_bad=d.on_bad)
+    test = open_images(d, d.test_split, on)
+    try: train = open_images(d, d.train_split, on)
     except (ValueError, OSError): return None, [], test                      # a source of test images only
     return train, list(range(len(train))), test
 
