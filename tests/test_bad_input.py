@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import socket
 import struct
@@ -355,6 +356,28 @@ def test_an_image_that_breaks_later(memory, here, capsys):
         [*words, "run", "data.workers=1"], capsys)
     works([*words, "skipping", "data.on_bad=skip"], capsys)
     assert json.loads((here/"skipping"/"result.json").read_text())["skipped_images"] == 1
+
+
+def damaged(raw, rng):
+    "A PNG with a flipped bit, a wrong checksum, a stretch written over, or an end cut off"
+    out, at, kind = bytearray(raw), rng.randrange(8, len(raw) - 16), rng.randrange(4)
+    if kind == 0: out[at] ^= 1 << rng.randrange(8)
+    if kind == 1: out[-5] ^= 255
+    if kind == 2: out[at:at + 8] = rng.randbytes(8)
+    if kind == 3: del out[at:]
+    return bytes(out)
+
+
+@pytest.mark.parametrize("memory", ["true", "false"])
+def test_two_hundred_damaged_pngs(memory, here, capsys):
+    "None ends the process, neither in memory nor in a reader process; each is left out and counted, or named"
+    pets(here/"pets", 8)
+    rng = random.Random(0)
+    for i in range(200): (here/"pets"/"train"/"dog"/f"bad{i:03}.png").write_bytes(damaged(encoded(image(), "png"), rng))
+    words = [*CE, *SMALL, f"data.memory={memory}", "data.workers=1", "data.batch_size=8", "--run-dir"]
+    works([*words, "skipping", "data.on_bad=skip"], capsys)
+    assert json.loads((here/"skipping"/"result.json").read_text())["skipped_images"] == 200
+    assert "pets/train/dog/bad" in refusal([*words, "run"], capsys)
 
 
 def over_white(palette, hole):
