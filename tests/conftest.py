@@ -9,9 +9,11 @@ from forks import ENVIRONMENT
 TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.train_size=256", "data.val_size=50",
         "views.flip=0", "student.img_size=16", "student.patch_size=4", "student.depth=2", "student.width=32",
         "student.heads=2", "student.drop_path=0.1", "teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false",
-        "teacher.img_size=32", "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}",
+        "teacher.untrained=true", "teacher.img_size=32",
+        "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}",
         "method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4", "train.epochs=3",
         "train.warmup_epochs=1", "train.log_every=4", "train.ema=0.9"]
+NO_MODEL = ["teacher.model=null", "teacher.untrained=false", "teacher.img_size=null", "teacher.kwargs=null"] # of TINY's
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import NO_MODEL, TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -226,7 +226,12 @@ ARGUMENTS = [
     ([*TRAIN, "teacher.model=vit_tinny"], "vit_tinny"), ([*TRAIN, "teacher.model=null"], "needs a teacher"),
     ([*TRAIN, "student.model=hf-hub:nobody/nothing"], "pretrained"),
     ([*TRAIN, "student.model=local-dir:nowhere"], "nowhere"),
-    ([*TRAIN, "teacher.checkpoint=nowhere.pth"], "nowhere.pth"), ([*TRAIN, "teacher.run=nowhere"], "nowhere"),
+    ([*TRAIN, "teacher.checkpoint=nowhere.pth", "teacher.untrained=false"], "nowhere.pth"),
+    ([*TRAIN, *NO_MODEL, "teacher.run=nowhere"], "nowhere"),
+    ([*TRAIN, "teacher.untrained=false"], "would teach without trained weights"),
+    ([*TRAIN, "teacher.run=nowhere"], "for the run, add teacher.model=null teacher.untrained=false"),
+    ([*TRAIN, "teacher.checkpoint=t.pth"], "weights come from one place"),
+    ([*CE, "student.pretrained=true", "student.checkpoint=s.pth"], "weights come from one place"),
     ([*TRAIN, "student.checkpoint=nowhere.pth"], "nowhere.pth"), ([*TRAIN, "student.kwargs={colour: red}"], "colour"),
     ([*TRAIN, "student.kwargs={norm_layer: 7}"], "norm_layer"), ([*TRAIN, "student.heads=3"], "heads=3"),
     ([*TRAIN, "student.patch_size=32"], "patches of 32"), ([*TRAIN, "teacher.img_size=31"], "patches of 8"),
@@ -551,14 +556,13 @@ def test_other_checkpoints(finished, here, capsys):
     (here/"ten.safetensors").write_bytes(weights(finished))
     teacher = ["teacher.model=deit_tiny_patch16_224", "teacher.img_size=16",
                "teacher.kwargs={patch_size: 4, depth: 2, embed_dim: 32, num_heads: 2}",
-               "teacher.checkpoint=ten.safetensors"]
+               "teacher.checkpoint=ten.safetensors", "teacher.untrained=false"]
     refuses([*TRAIN, *teacher, "--run-dir", "run"],
             "weights of another shape such as head.weight (10, 32) for (1000, 32)", capsys, here)
 
 
 RESUME, EVALUATE = [*CE, "--resume", "--run-dir", "run"], ["evaluate", "run", "--quick"]
-TAUGHT = [*TRAIN, "teacher.model=null", "teacher.kwargs={}", "teacher.img_size=null", "teacher.run=run",
-          "--run-dir", "taught"]
+TAUGHT = [*TRAIN, *NO_MODEL, "teacher.run=run", "--run-dir", "taught"]
 STATE = { # what is wrong with a file of a run: content from the file as it was
     "cut": lambda b: b[:len(b)//2], "empty": lambda b: b"", "words": lambda b: b"no state",
     "flipped": lambda b: b[:len(b)//2] + bytes(x ^ 255 for x in b[len(b)//2:len(b)//2 + 200]) + b[len(b)//2 + 200:],

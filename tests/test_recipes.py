@@ -17,7 +17,7 @@ SHORT = ["data.batch_size=32", "data.workers=0", "data.train_size=96", "data.val
 SOURCE = [f"data.source=hfds/{CIFAR10}" if CIFAR10 else "data.source=digits", "data.download=false"]
 DEIT = ["student.depth=2", "student.width=48", "student.heads=3", "student.patch_size=8", "student.drop_path=0"]
 RESNET = ["student.kwargs={channels: [8, 8, 16, 16]}"]
-VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.img_size=32",
+VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.untrained=true", "teacher.img_size=32",
        "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}"]
 SELECTOR = ["method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4"]
 TEACHERS = {"resnet18_cifar": RESNET, "cifar_improved": ["student.kwargs={channels: [8, 8, 16, 16], hidden: 16}"],

@@ -1,9 +1,12 @@
 "A run from end to end in the shell's words, and what a finished or failed one refuses"
 import json
 
-from conftest import TINY
+from conftest import NO_MODEL, TINY
 
+from basd.data.cache import fingerprint
+from basd.models.students import load_student
 from basd.training.cli import main
+from basd.training.trainer import in_lines
 
 def run_tiny(tmp_path, *words):
     return main(["train", "basd_cifar10", *TINY, "train.epochs=1", *words, "--run-dir", str(tmp_path/"run")])
@@ -21,9 +24,14 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     model = json.loads((run/"student.json").read_text())
     timm.create_model(model["architecture"], checkpoint_path=str(run/"student.safetensors"),
                       num_classes=model["num_classes"], **model["model_args"])
-    assert main(["train", "basd_cifar10", *TINY, "train.epochs=1", "teacher.model=null", f"teacher.run={run}",
-                 "--run-dir", str(tmp_path/"taught")]) == 0
     capsys.readouterr()
+    assert main(["train", "basd_cifar10", *TINY, "train.epochs=1", *NO_MODEL, f"teacher.run={run}",
+                 "--run-dir", str(tmp_path/"taught")]) == 0
+    told = [l for l in capsys.readouterr().out.splitlines() if l.startswith("basd_cifar10: ")]
+    made = json.loads((tmp_path/"taught"/"environment.json").read_text(encoding="utf-8"))["made_of"]
+    assert told[:4] == [f"basd_cifar10: {line}" for line in in_lines(made)] and "about" not in " ".join(told)
+    assert made["teacher"]["weights"] == f"run {run}" and made["expected_seconds"] > 0
+    assert made["teacher"]["digest"] == fingerprint(load_student(run).model.state_dict())
     for words, sentence in [([], "will not be written over"), (["--resume", "train.lr=1"], "another recipe")]:
         assert run_tiny(tmp_path, *words) == 2
         assert sentence in capsys.readouterr().err

@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from .taps import Tapped, layer_names
-from .teachers import build, load_weights
+from .teachers import build, load_weights, origin_of
 
 # %% ../../nbs/models/42_students.ipynb #c87cdcfe
 def default_points(
@@ -52,7 +52,9 @@ def create_student(
             | kwargs)
     m, args = build(model, pretrained, num_classes=num_classes, **args)
     if checkpoint is not None: load_weights(m, checkpoint, new_head=True)
-    return student_of(m, model, args, points, attention, img_size)
+    student = student_of(m, model, args, points, attention, img_size)
+    student.origin = origin_of(m, pretrained, checkpoint)
+    return student
 
 # %% ../../nbs/models/42_students.ipynb #d0a2cb14
 def student_of(
@@ -115,7 +117,9 @@ def load_student(
                          "build it yourself and load student.safetensors into it")
     m, args = build(c['architecture'], num_classes=c['num_classes'], **c['model_args'])
     load_weights(m, weights)
-    return student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1])
+    student = student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1])
+    student.origin = origin_of(m, False, weights)
+    return student
 
 # %% ../../nbs/models/42_students.ipynb #84b60ccd
 def copy_layers(

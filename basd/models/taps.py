@@ -324,6 +324,7 @@ class Tapped(nn.Module):
         self.input_size = None   # (3, height, width) of the images that the model expects, where it is known
         # name and arguments for `timm.create_model`, where the model comes from there
         self.architecture, self.model_args = None, {}
+        self.origin = ''         # where its weights come from, where that is known
 
     def forward(self,
         x,        # images (B, 3, h, w), bytes or floats in [0, 1]; anything that `model` takes if `mean` is None

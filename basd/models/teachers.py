@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'frozen', 'read_weights', 'load_weights', 'check_name', 'check_arguments', 'check_patches', 'build',
-           'create_teacher', 'Several']
+           'check_head', 'origin_of', 'create_teacher', 'Several']
 
 # %% ../../nbs/models/41_teachers.ipynb #5c1bb8e6
 import difflib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,12 +157,37 @@ def build(
                 return build(model, pretrained, **{k: v for k,v in kwargs.items() if k != 'img_size'})
             raise ValueError(f"{model} does not take these arguments: {said.split('.__init__() ')[-1]}; "
                              f"given {given or 'none'}") from None
+        if pretrained and 'No pretrained weights exist' in said:
+            raise ValueError(f"{model} has no published weights; set pretrained=false, or give a checkpoint") from None
         if pretrained:
             raise ValueError(f"the weights of {model} cannot be fetched ({type(e).__name__}); "
                              "connect to the network once, or give a checkpoint file and pretrained=false") from None
         raise ValueError(f"{model} cannot be built with {given}: {said or type(e).__name__}") from None
     check_patches(m, model)
     return m, kwargs
+
+# %% ../../nbs/models/41_teachers.ipynb #1b6c64c0
+def check_head(
+    m:nn.Module,           # with published weights
+    model:str,             # its name, for the message
+    num_classes:int|None,  # asked for
+):
+    "Refuse a teacher whose head would begin anew beside published weights"
+    published = (getattr(m, 'pretrained_cfg', None) or {}).get('num_classes')
+    if num_classes and published and num_classes != published:
+        raise ValueError(f"the published head of {model} has {published} classes, and one for {num_classes} would be "
+                         "untrained; leave num_classes out, set it to 0 for no head, or give a trained checkpoint")
+
+# %% ../../nbs/models/41_teachers.ipynb #fbfbba7d
+def origin_of(
+    m:nn.Module,
+    pretrained:bool,
+    checkpoint=None, # file
+)->str:
+    "Where a model's weights come from, in words"
+    if checkpoint is not None: return f'file {Path(checkpoint).name}'
+    cfg = getattr(m, 'pretrained_cfg', None) or {}
+    return f"published {cfg.get('hf_hub_id') or cfg.get('url') or 'weights'}" if pretrained else 'untrained'
 
 # %% ../../nbs/models/41_teachers.ipynb #aa2d4a68
 def create_teacher(
@@ -172,6 +198,7 @@ def create_teacher(
     num_classes:int|None=None, # of the head; None: the model's own, 0: no head
     layers="all",            # as in `resolve_layers`
     attention:bool=True,     # keep queries and keys
+    untrained:bool=False,    # True: random weights are meant, so do not warn of them
     **kwargs,                # of `timm.create_model`
 )->Teacher:
     "A frozen teacher by name"
@@ -179,11 +206,15 @@ def create_teacher(
         raise ValueError("a teacher's weights come from the hub (pretrained) or from a file (checkpoint), "
                          "not from both; choose one")
     m, args = build(model, pretrained, img_size=img_size, num_classes=num_classes, **kwargs)
+    if pretrained: check_head(m, model, num_classes)
     if checkpoint is not None: load_weights(m, checkpoint)
+    if not (pretrained or checkpoint is not None or untrained):
+        warnings.warn(f"{model} teaches without trained weights; give pretrained=True or a checkpoint, "
+                      "or untrained=True if that is meant", stacklevel=2)
     config = resolve_model_data_config(m)
     t = Tapped(m, layers, attention, config['mean'], config['std'])
     t.input_size = (3, *(2*(img_size,) if img_size else config['input_size'][1:]))
-    t.architecture, t.model_args = model, args
+    t.architecture, t.model_args, t.origin = model, args, origin_of(m, pretrained, checkpoint)
     return frozen(t)
 
 # %% ../../nbs/models/41_teachers.ipynb #d3d77a96

@@ -21,7 +21,7 @@ import basd
 from .checkpoints import start_run
 from .faults import NonFiniteLoss
 from ..models.teachers import check_name
-from .recipes import load_recipe, read_recipe, recipe_names
+from .recipes import check_teachers, load_recipe, read_recipe, recipe_names
 from .lesson import processes, rank
 from .trainer import Trainer
 
@@ -74,6 +74,7 @@ def connect(
         if (o.get('run') or '').startswith('stage:'): o['run'] = str(run/earlier(o['run'], stages, stage))
     if (r.student.checkpoint or '').startswith('stage:'):
         r.student.checkpoint = str(run/earlier(r.student.checkpoint, stages, stage)/'student.safetensors')
+    check_teachers(r)
     for model in (r.student.model, r.teacher.model, *(o.get('model') for o in r.teacher.others)):
         if model is not None: check_name(model)
 

@@ -6,6 +6,9 @@
 __all__ = ['processes', 'everyone', 'hold_memory', 'open_images', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
            'teacher_from_run', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD', 'clip_and_flag',
            'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
+__all__ = ['processes', 'everyone', 'hold_memory', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
+           'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD',
+           'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 
+from ..data.cache import fingerprint
 from ..data.sources import Images, holdout, open_source
 from ..data.views import ViewDataset, Views
 from ..geometry.alignment import student_health
@@ -29,6 +33,7 @@ from ..models.students import create_student, load_student
 from ..models.teachers import Several, create_teacher, frozen
 from .checkpoints import read_run
 from .recipes import DataRecipe, Recipe, TeacherRecipe, check
+from .recipes import Recipe, TeacherRecipe, check_teachers, teachers_of
 
 # %% ../../nbs/training/63_lesson.ipynb #c98eb3ed
 @contextmanager
@@ -122,23 +127,20 @@ def build_teacher(
 ):
     "The frozen teacher of `recipe`, tapped where `needs` says; None if the method needs none"
     if not needs.teacher: return None
-    first, *others = [one_teacher(t, needs, recipe.method.name)
-                      for t in [recipe.teacher,
-                                *(check(TeacherRecipe, o, 'teacher.others.') for o in recipe.teacher.others)]]
+    check_teachers(recipe)
+    first, *others = [one_teacher(t, needs) for t in teachers_of(recipe).values()]
     return Several([first, *others]) if others else first
 
 # %% ../../nbs/training/63_lesson.ipynb #46fb239e
 def one_teacher(
     t:TeacherRecipe,
     needs:Needs,
-    method:str, # its name, for the message
 ):
     "A frozen teacher"
     layers = 'all' if needs.layers is None else needs.layers
     if t.run is not None: return teacher_from_run(t.run, layers, needs.attention)
-    if t.model is None: raise ValueError(f"method {method!r} needs a teacher; set teacher.model or teacher.run")
-    return create_teacher(t.model, pretrained=t.pretrained, checkpoint=t.checkpoint, img_size=t.img_size,
-                          layers=layers, attention=needs.attention, **t.kwargs)
+    return create_teacher(t.model, layers=layers, attention=needs.attention,
+                          **{k: getattr(t, k) for k in ('pretrained', 'checkpoint', 'untrained', 'img_size')}, **t.kwargs)
 
 # %% ../../nbs/training/63_lesson.ipynb #a2c6c4c1
 def teacher_from_run(
@@ -149,7 +151,22 @@ def teacher_from_run(
     "The student of an earlier run, frozen"
     recipe, weights = read_run(run), Path(run)/'student.safetensors'
     if not weights.is_file(): raise FileNotFoundError(f"{run} holds no student.safetensors; has the run ended?")
-    return frozen(load_student(Path(run), layers=layers, attention=attention))
+    teacher = frozen(load_student(Path(run), layers=layers, attention=attention))
+    teacher.origin = f'run {run}'
+    return teacher
+
+# %% ../../nbs/training/63_lesson.ipynb #a88cfcb1
+def described(
+    model, # `Tapped`, `Several` or None
+):         # model, weights (where they come from), digest, parameters, input_size, mean, std; a list for several
+    "What a model is made of"
+    if model is None: return None
+    if isinstance(model, Several): return [described(t) for t in model.members]
+    numbers = lambda x: None if x is None else [round(v, 6) for v in x.flatten().tolist()]
+    return dict(model=model.architecture or type(model.model).__name__, weights=model.origin,
+                digest=fingerprint(model.model.state_dict()),
+                parameters=sum(p.numel() for p in model.model.parameters()), input_size=list(model.input_size),
+                mean=numbers(model.mean), std=numbers(model.std))
 
 # %% ../../nbs/training/63_lesson.ipynb #a5aea743
 def input_size(

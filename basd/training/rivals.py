@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..data.cache import fingerprint
 from ..methods.objective import find_objective
-from .recipes import Recipe, TeacherRecipe, as_tree, differences, load_recipe, read_recipe, resolve
+from .recipes import Recipe, TeacherRecipe, as_tree, check_teachers, differences, load_recipe, read_recipe, resolve
 
 # %% ../../nbs/training/68_rivals.ipynb #1dba26f6
 @dataclass
@@ -67,6 +67,7 @@ def legs_of(
     stages, legs = staged(recipe, overrides), {}
     used = {s for r in stages.values() for s in references(r).values()}
     for stage, r in stages.items():
+        check_teachers(r)
         for s in references(r).values():
             if s not in legs:
                 raise ValueError(f"'stage:{s}' in stage {stage!r} of {recipe} must name an earlier stage; "
