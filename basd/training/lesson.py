@@ -4,9 +4,6 @@
 
 # %% auto #0
 __all__ = ['processes', 'everyone', 'hold_memory', 'open_images', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
-           'teacher_from_run', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD', 'clip_and_flag',
-           'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
-__all__ = ['processes', 'everyone', 'hold_memory', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
            'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD',
            'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
 
@@ -32,8 +29,7 @@ from ..methods.objective import Needs, Progress, Shapes, Target
 from ..models.students import create_student, load_student
 from ..models.teachers import Several, create_teacher, frozen
 from .checkpoints import read_run
-from .recipes import DataRecipe, Recipe, TeacherRecipe, check
-from .recipes import Recipe, TeacherRecipe, check_teachers, teachers_of
+from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, teachers_of
 
 # %% ../../nbs/training/63_lesson.ipynb #c98eb3ed
 @contextmanager
