@@ -2,6 +2,7 @@
 takes seconds, a fork does not. `test_torchrun_starts_it_again` and the notebook of the trainer use a real launcher."""
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -30,8 +31,9 @@ def server():
     return context
 
 
-def child(f, args, env, out):
+def child(f, args, env, out, group):
     "What a child process does"
+    if group is not None: join(group)
     # as in a process of its own; readers would come from the fork server otherwise
     multiprocessing.set_start_method("fork", force=True)
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -40,13 +42,25 @@ def child(f, args, env, out):
     sys.exit(f(*args))
 
 
-def start(f, *args, out, ranks=1):
-    "Start `f(*args)`, a function of a module, on each rank: it returns its exit status; what it says goes to `out`"
+def join(group):
+    "Found a process group (0), or join one that is being founded; and hear SIGINT, which a background job does not"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    while True:
+        try: return os.setpgid(0, group)
+        except PermissionError: time.sleep(.01)
+
+
+def start(f, *args, out, ranks=1, together=False):
+    ("Start `f(*args)`, a function of a module, on each rank: it returns its exit status; what it says goes to `out`; "
+     "`together`: the ranks, and what they start, are a process group, which has the id of the first")
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     group = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
              if ranks > 1 else {} for r in range(ranks)]
-    started = [server().Process(target=child, args=(f, args, env, str(out))) for env in group]
-    for p in started: p.start()
+    started = []
+    for env in group:
+        of = None if not together else started[0].pid if started else 0
+        started.append(server().Process(target=child, args=(f, args, env, str(out), of)))
+        started[-1].start()
     return started
 
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import timm.utils
@@ -31,7 +32,7 @@ from basd.training.trainer import Trainer
 from forks import ENVIRONMENT, LIMIT, end, start    # noqa: F401 (`end` for those who import this)
 
 
-def die(): os.kill(os.getpid(), signal.SIGKILL)
+def die(number=signal.SIGKILL): os.kill(os.getpid(), number)
 
 
 def before(owner, name, last=None):
@@ -103,10 +104,10 @@ MOMENTS = {
 }
 
 
-def arm(moment, n):
-    "Die at the `n`-th such moment"
+def arm(moment, n, number=signal.SIGKILL):
+    "Die at the `n`-th such moment, or send this process another signal"
     left = iter(range(n - 1))
-    MOMENTS[moment](lambda: next(left, None) is None and die())
+    MOMENTS[moment](lambda: next(left, None) is None and die(number))
 
 
 def command(words, kill, dies, room):
@@ -116,9 +117,28 @@ def command(words, kill, dies, room):
     return main(words)
 
 
-def launch(words, out, kill=None, ranks=1, dies=0, room=None):
-    "Start a run; rank `dies` is killed at `kill`, a moment and a count; no file may grow beyond `room` bytes"
-    return start(command, [str(w) for w in words], kill, dies, room, out=out, ranks=ranks)
+def launch(words, out, kill=None, ranks=1, dies=0, room=None, together=False):
+    "Start a run; rank `dies` is killed at `kill`, a moment and a count (and a signal); no file may grow beyond `room` bytes"
+    return start(command, [str(w) for w in words], kill, dies, room, out=out, ranks=ranks, together=together)
+
+
+def stop_all(processes, number, after):
+    "Signal all ranks and their readers, as a scheduler or Ctrl-C does; the exit statuses, once nobody is left"
+    processes[0].join(after)
+    group = processes[0].pid
+    with suppress(ProcessLookupError): os.killpg(group, number)
+    status, began = end(processes), time.time()
+    while alive(group):
+        if time.time() - began > 15: raise TimeoutError("reader processes outlive their trainer")
+        time.sleep(.05)
+    return status
+
+
+def alive(group):
+    "Is anybody left in a process group?"
+    try: os.killpg(group, 0)
+    except ProcessLookupError: return False
+    return True
 
 
 CLOCK = ("elapsed", "offset")       # an offset counts the digits of the times in the log

@@ -83,11 +83,25 @@ def test_sigkill_inside_a_cache_build(run, tmp_path):
     assert len(files("calm")) == 3 and files("calm") == files("killed") and not list((tmp_path/"killed").glob(".*"))
 
 
-def test_sigterm(run, undisturbed):
-    processes = kills.launch([*HELPED, "--run-dir", run], run.parent/"out.txt")
-    kills.wait_for_training(processes, run)
-    os.kill(processes[0].pid, signal.SIGTERM)
-    assert kills.end(processes) == [0] and "stopped on request" in (run.parent/"out.txt").read_text()
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signals_to_the_group(run, undisturbed, ranks):
+    "All ranks and their readers get the signal: at the start, in the middle, inside an evaluation"
+    words, out, chance = [*TRAIN, "data.workers=2"], run.parent/"out.txt", random.Random(ranks)
+    for number, trained in ((signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGINT, True)):
+        out.write_text("")
+        processes = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=ranks, together=True)
+        if trained: kills.wait_for_training(processes, run)
+        status = kills.stop_all(processes, number, after=chance.uniform(0, .3))
+        assert status == [0]*ranks and "Traceback" not in out.read_text(), out.read_text()
+        assert "stopped on request" in out.read_text() or (run/"result.json").is_file()
+    ends_equal(words, run, undisturbed(words, ranks=ranks), ranks=ranks)
+
+
+def test_a_signal_inside_an_evaluation(run, undisturbed):
+    "It is broken off, the state of the epoch's last step saved, and the evaluation made again"
+    status, said = go(HELPED, run, ("evaluation: inside", 1, signal.SIGTERM))
+    assert status == [0] and "stopped on request and saved" in said and kills.step(run) == 4
+    assert not [r for r in kills.rows(run) if r["kind"] == "epoch"]
     ends_equal(HELPED, run, undisturbed(HELPED))
 
 

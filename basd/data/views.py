@@ -4,12 +4,17 @@
 
 # %% auto #0
 __all__ = ['colour_ops', 'moving_ops', 'stream', 'cut', 'centre_box', 'random_box', 'Plan', 'Views', 'eval_view', 'ViewDataset',
-           'GlobalBatches', 'build_loader', 'throughput']
+           'GlobalBatches', 'deaf', 'as_reader', 'build_loader', 'Readers', 'throughput']
 
 # %% ../../nbs/data/51_views.ipynb #42f96450
 import math
+import multiprocessing
+import os
+import signal
 import time
+from contextlib import contextmanager
 from random import Random
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -210,12 +215,15 @@ class ViewDataset(Dataset):
 
     def __len__(self): return len(self.indices)
 
-    def __getitem__(self, at)->dict: # student (3, s, s), teacher (3, t, t) if any, label, index (position in `images`)
+    def address(self, at)->tuple: # (epoch, position, twin)
+        "Where the item is found in the data set of all images"
         epoch, k, twin = (*at, 0)[:3] if isinstance(at, tuple) else (0, at, 0)
-        i = int(self.indices[k])
+        return epoch + 1_000_000*int(self.copies[k]), int(self.indices[k]), twin
+
+    def __getitem__(self, at)->dict: # student (3, s, s), teacher (3, t, t) if any, label, index (position in `images`)
+        epoch, i, twin = self.address(at)
         x, shown = self.images.read(i)
-        s, t = (self.views(x, self.seed, epoch + 1_000_000*int(self.copies[k]) + 500_000*twin, i) if self.train
-                else self.views.clean(x))
+        s, t = self.views(x, self.seed, epoch + 500_000*twin, i) if self.train else self.views.clean(x)
         item = dict(student=s, label=int(self.images.labels[shown]), index=shown)
         return item if t is None else item | dict(teacher=t)
 
@@ -271,6 +279,30 @@ class GlobalBatches(Sampler):
             bounds = torch.arange(len(batch)).tensor_split(self.world)[self.rank]
             if len(bounds): yield batch[bounds[0] : bounds[-1] + 1]
 
+# %% ../../nbs/data/51_views.ipynb #f8ca8fe6
+@contextmanager
+def deaf():
+    "Keep SIGTERM and SIGINT from this thread, and from processes that it starts, while the context lasts"
+    if not hasattr(signal, 'pthread_sigmask'): yield; return                        # a system without such masks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+# %% ../../nbs/data/51_views.ipynb #984294cf
+def as_reader(
+    worker:int=0, # number of the reader process, of no consequence
+):
+    "Make this process deaf to SIGTERM and SIGINT; it ends with its parent, or when that sends SIGTERM"
+    if not hasattr(signal, 'pthread_sigmask') or (parent := multiprocessing.parent_process()) is None: return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+def _end_with(parent):
+    "Wait for the end of `parent`, or for its SIGTERM, and end this process"
+    wait = getattr(signal, 'sigtimedwait', lambda signals, seconds: parent.join(seconds))   # macOS cannot tell who sent it
+    while parent.is_alive() and getattr(wait({signal.SIGTERM}, 1.), 'si_pid', None) != parent.pid: pass
+    os._exit(0)
+
 # %% ../../nbs/data/51_views.ipynb #0567d487
 def build_loader(
     images,              # `Images`
@@ -292,8 +324,49 @@ def build_loader(
     data = ViewDataset(images, indices, views, train, seed)
     batches = GlobalBatches(len(data), batch_size, seed, epoch, rank, world, start, stop, train, train, twins)
     return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
-                      pin_memory=torch.cuda.is_available() if pin is None else pin,
+                      pin_memory=torch.cuda.is_available() if pin is None else pin, worker_init_fn=as_reader,
                       generator=torch.Generator().manual_seed(seed))
+
+# %% ../../nbs/data/51_views.ipynb #132b0888
+class Readers:
+    "Reader processes that stay for a whole run and serve all its data sets"
+    def __init__(self,
+        data:dict,       # name → `ViewDataset` of all images
+        workers:int=0,   # processes; 0: batches are read here
+        pin:bool=False,  # pinned memory
+    ):
+        store_attr()
+        self.asked, self.loader = _Asked(), None
+
+    def __call__(self,
+        name:str,          # of a data set
+        chosen:ViewDataset,# some of its images
+        batches,           # `GlobalBatches` of the positions in `chosen`
+    ): # iterator of batches; the one before ends with it
+        "Read some images; the processes start at the first time"
+        self.asked.batches = ([(name, chosen.address(at)) for at in b] for b in batches)
+        if self.loader is None:
+            self.loader = DataLoader(_Named(self.data), batch_sampler=self.asked, num_workers=self.workers,
+                                     persistent_workers=self.workers > 0, pin_memory=self.pin,
+                                     worker_init_fn=as_reader, generator=torch.Generator().manual_seed(0))
+        with deaf(): return iter(self.loader)
+
+    def close(self):
+        "End the processes"
+        self.loader = None
+
+# %% ../../nbs/data/51_views.ipynb #864f750f
+class _Asked:
+    "The batches that are read next"
+    def __iter__(self): return iter(self.batches)
+
+class _Named(Dataset):
+    "Several data sets; an item is asked for by name and address"
+    def __init__(self, data): self.data = data
+
+    def __len__(self): return sum(map(len, self.data.values()))
+
+    def __getitem__(self, at): return self.data[at[0]][at[1]]
 
 # %% ../../nbs/data/51_views.ipynb #1c632741
 def throughput(

@@ -25,7 +25,7 @@ from .lesson import processes
 from .recipes import as_tree, differences, load_recipe, write_recipe
 from .rivals import Run, assemble, runs_of
 from .standings import gather, record, result_of
-from .trainer import Trainer, on_sigterm
+from .trainer import Trainer, on_stop
 
 # %% ../../nbs/training/76_compare.ipynb #36d0ed23
 def sentence(
@@ -241,8 +241,8 @@ def compare(
         print(f"{r.name}: {'failed: ' + found['failed'] if 'failed' in found else format(found['top1'], '.2f') + ' %'}",
               flush=True)
         record(gather(race, seeds, folder, jobs), folder)
-    with on_sigterm(_interrupt):
+    with on_stop(_interrupt):
         side_by_side(left, folder, device, ended, jobs) if jobs > 1 else in_turn(left, folder, device, ended)
     return record(gather(race, seeds, folder, jobs), folder)
 
-def _interrupt(): raise KeyboardInterrupt
+def _interrupt(): raise KeyboardInterrupt('stopped on request; the same command goes on with what is there')

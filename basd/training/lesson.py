@@ -6,6 +6,9 @@
 __all__ = ['processes', 'everyone', 'hold_memory', 'open_images', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
            'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD',
            'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
+__all__ = ['processes', 'everyone', 'hold_memory', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
+           'teacher_from_run', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD', 'clip_and_flag',
+           'part_gradients', 'pulls', 'autocast', 'evaluate', 'logits_of']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from ..data.cache import fingerprint
 from ..data.sources import Images, holdout, open_source
-from ..data.views import ViewDataset, Views
+from ..data.views import ViewDataset, Views, as_reader
 from ..geometry.alignment import student_health
 from ..geometry.statistics import global_mean, rank, world
 from ..methods.objective import Needs, Progress, Shapes, Target
@@ -297,6 +300,14 @@ def pulls(
     out |= {f'share/{k}': g.norm()/ce.norm() for k,g in (gradients | {'all': rest}).items() if k != 'ce'}
     return out | {'conflict': torch.nn.functional.cosine_similarity(rest, ce, dim=0)}
 
+# %% ../../nbs/training/63_lesson.ipynb #5ea8806d
+def autocast(
+    device,
+    precision:str, # "float32" or "bf16"
+):
+    "The autocast context of a recipe's precision"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16')
+
 # %% ../../nbs/training/63_lesson.ipynb #0d0fb4c1
 @torch.no_grad()
 def evaluate(
@@ -308,13 +319,20 @@ def evaluate(
     batch:int=256,
     workers:int=0,
     precision:str='float32',
-)->dict: # top1 and top5 in %, loss in nats, n
+    read=None,        # from a data set and a batch size to batches; None: a `DataLoader`
+    stop=None,        # asked before each batch, on all ranks: is this to end?
+)->dict|None: # top1 and top5 in %, loss in nats, n; None if it was to end
     "Accuracy and cross-entropy of `model`, exact on any number of ranks"
     was = model.training
     model.eval()
     mine = ViewDataset(images, indices[rank()::world()], Views(size, None, geometry='fixed'), train=False)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for b in torch.utils.data.DataLoader(mine, batch, num_workers=workers):
+    loader = lambda data, batch: torch.utils.data.DataLoader(data, batch, num_workers=workers, worker_init_fn=as_reader,
+                                                             generator=torch.Generator().manual_seed(0))
+    batches = iter((read or loader)(mine, batch))
+    for _ in range(0, -(-len(indices)//world()), batch):    # as many on each rank, as they ask each other
+        if stop is not None and stop(): model.train(was); return None
+        if (b := next(batches, None)) is None: continue
         y = b['label'].to(device, non_blocking=True)
         with autocast(device, precision): z = model(b['student'].to(device, non_blocking=True)).logits
         hit = z.topk(min(5, z.shape[1])).indices == y[:, None]
@@ -340,18 +358,10 @@ def logits_of(
     "What a model says of clean images, in the order of `indices`"
     was, out = model.training, []
     model.eval()
-    for b in torch.utils.data.DataLoader(ViewDataset(images, indices, Views(size, None, geometry='fixed'), train=False),
-                                         batch):
+    data = ViewDataset(images, indices, Views(size, None, geometry='fixed'), train=False)
+    for b in torch.utils.data.DataLoader(data, batch, generator=torch.Generator().manual_seed(0)):
         with autocast(device, precision): z = model(b['student'].to(device)).logits
         if z is None: break
         out.append(z.float().cpu())
     model.train(was)
     return torch.cat(out) if out else None
-
-# %% ../../nbs/training/63_lesson.ipynb #5ea8806d
-def autocast(
-    device,
-    precision:str, # "float32" or "bf16"
-):
-    "The autocast context of a recipe's precision"
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16')

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trainer', 'interactive', 'share_of', 'in_lines', 'on_sigterm', 'lasting', 'print_row', 'best_weights']
+__all__ = ['Trainer', 'interactive', 'share_of', 'Stopped', 'on_stop', 'print_row', 'best_weights']
 
 # %% ../../nbs/training/65_trainer.ipynb #9eaf95f9
 import json
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.cache import sync, write_atomic
 from ..data.mixing import blend_images, blend_labels, draw_blend
-from ..data.views import Views, build_loader
+from ..data.views import GlobalBatches, Readers, ViewDataset, Views, build_loader
 from ..geometry.statistics import global_mean, step_generator, world
 from ..methods.objective import Needs, Progress, Target, find_objective
 from ..methods.symptoms import symptoms
@@ -398,6 +399,7 @@ def start(self:Trainer,
     offset = self.restore() if resume else 0
     self.log = Log(self.run, offset) if rank() == 0 else None
     self.arrange()
+    self.start_readers()
     self.note_statistics()
     if self.t.compile:
         for m in (self.lesson.student, self.teacher): m and m.attach()
@@ -429,17 +431,28 @@ def told_to_stop(self:Trainer)->bool:
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag.item() > 0
 
+# %% ../../nbs/training/65_trainer.ipynb #d1262bd7
+class Stopped(KeyboardInterrupt):
+    "A signal asked for the end while there was no step to be finished"
+
 # %% ../../nbs/training/65_trainer.ipynb #45579aff
 @contextmanager
-def on_sigterm(
-    action, # called without arguments
+def on_stop(
+    action, # called without arguments, once
 ):
-    "Call `action` on SIGTERM while the context lasts (main thread only)"
-    try: old = signal.signal(signal.SIGTERM, lambda *_: action())
-    except ValueError: old = None # not the main thread
+    "Call `action` on SIGTERM or SIGINT while the context lasts; a second SIGINT interrupts (main thread only)"
+    began = []
+    def handle(number, frame):
+        if began and number == signal.SIGINT and time.monotonic() - began[0] > 1: raise KeyboardInterrupt
+        if not began: began.append(time.monotonic()); action()
+    old = {}
+    try:
+        for s in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(s) is not signal.SIG_IGN: old[s] = signal.signal(s, handle)
+    except ValueError: pass # not the main thread
     try: yield
     finally:
-        if old is not None: signal.signal(signal.SIGTERM, old)
+        for s,handler in old.items(): signal.signal(s, handler)
 
 # %% ../../nbs/training/65_trainer.ipynb #68c5f91d
 @patch
@@ -449,14 +462,17 @@ def train(self:Trainer)->dict|None: # the result, also in `result.json`; None if
     first, self.from_here = self.done, (self.step, time.perf_counter())
     epochs = range(first, self.t.epochs)
     if self.bars: epochs = master_bar(epochs)
-    with in_words(self.run):
+    with in_words(self.run), on_stop(lambda: setattr(self, 'stopping', True)):
         if self.fatal.item() >= 0: self.give_up(saved=True)     # resumed where nothing is to be gone on with
-        with on_sigterm(lambda: setattr(self, 'stopping', True)):
+        try:
             for epoch in epochs:
                 if not self.train_epoch(epoch, epochs if self.bars else None): return None
                 self.end_epoch(epoch)
                 if epoch == first and rank() == 0: self.tell_expected()
         return self.finish()
+                if not (self.train_epoch(epoch, epochs if self.bars else None) and self.end_epoch(epoch)): return None
+            return self.finish()
+        finally: self.readers.close()
 
 # %% ../../nbs/training/65_trainer.ipynb #8d4dbf5d
 @patch
@@ -490,15 +506,16 @@ def train_epoch(self:Trainer,
 )->bool: # False if the run was asked to stop
     "The steps of one epoch that are still to be made"
     end = (epoch + 1)*self.per_epoch
-    steps, batches = end - self.step, iter(self.read(epoch, self.step, end, self.views, self.recipe.data.workers))
+    steps = end - self.step
+    if not steps: return True                   # stopped while it was evaluated
+    batches = self.served(epoch, end)
     for _ in progress_bar(range(steps), parent=bar) if bar else range(steps):
         self.optimize([next(batches) for _ in range(self.t.accumulate)])
         if bar: bar.child.comment = self.comment
+        if self.step == end: return True        # `end_epoch` asks again, and saves
         stop = self.told_to_stop()
-        if stop or self.t.save_every and self.step % self.t.save_every == 0 and self.step % self.per_epoch:
-            self.save('last.pt')
+        if stop or self.t.save_every and self.step % self.t.save_every == 0: self.save('last.pt')
         if stop: return False
-    return True
 
 # %% ../../nbs/training/65_trainer.ipynb #101d894e
 @patch
@@ -507,26 +524,47 @@ def read(self:Trainer,
     start:int,     # first step
     stop:int,      # step to stop before, of the same epoch
     views:Views,
-    workers:int=0, # reader processes
 ):
-    "This rank's micro-batches of some steps"
+    "This rank's micro-batches of some steps, read by this process"
     a, first = self.t.accumulate, epoch*self.per_epoch
     return build_loader(self.images, self.lessons(epoch), views, self.recipe.data.batch_size//a,
-                        seed=self.t.seed, epoch=epoch, rank=rank(), world=world(), workers=workers,
+                        seed=self.t.seed, epoch=epoch, rank=rank(), world=world(),
                         start=(start - first)*a, stop=(stop - first)*a,
                         pin=self.device.type == 'cuda', twins=self.needs.twins)
+
+# %% ../../nbs/training/65_trainer.ipynb #59c268e1
+@patch
+def served(self:Trainer,
+    epoch:int,
+    stop:int,      # step to stop before
+): # iterator of micro-batches
+    "This rank's micro-batches from here on, read by the run's readers"
+    as_read = self.read(epoch, self.step, stop, self.views)
+    return self.readers('fit', as_read.dataset, as_read.batch_sampler)
+
+# %% ../../nbs/training/65_trainer.ipynb #7c3be95b
+@patch
+def start_readers(self:Trainer):
+    "Tell the readers of the run what they may be asked for"
+    clean = Views(self.size_s, None, geometry='fixed')
+    self.readers = Readers(dict(fit=ViewDataset(self.images, None, self.views, seed=self.t.seed),
+                                val=ViewDataset(self.images, None, clean, train=False),
+                                test=ViewDataset(self.test, None, clean, train=False)),
+                           self.recipe.data.workers, pin=self.device.type == 'cuda')
 
 # %% ../../nbs/training/65_trainer.ipynb #03d3756a
 @patch
 def end_epoch(self:Trainer,
     epoch:int,
-):
+)->bool: # False if the run was asked to stop
     "Evaluate on the validation images, log, and save"
     if world() > 1: distribute_bn(self.lesson.student, world(), reduce=True)
     row = dict(kind='epoch', step=self.step, epoch=epoch + 1, seconds=self.elapsed())
     models = {'': self.lesson.student} | ({'_ema': self.ema.module} if self.ema is not None else {})
     for suffix,model in models.items() if self.val else ():
-        row |= {f'val_{k}{suffix}': v for k,v in self.evaluate(model, self.images, self.val).items() if k != 'n'}
+        found = self.evaluate(model, self.images, self.val)
+        if found is None: self.save('last.pt'); return False
+        row |= {f'val_{k}{suffix}': v for k,v in found.items() if k != 'n'}
     if rank() == 0:
         self.log.write(row)
         print_row(self.recipe, row, self.t.epochs)
@@ -536,6 +574,7 @@ def end_epoch(self:Trainer,
         self.save('best.pt')
     self.done = epoch + 1
     self.save('last.pt')
+    return True
 
 # %% ../../nbs/training/65_trainer.ipynb #3e61ccfe
 @patch
@@ -573,15 +612,16 @@ def print_row(recipe, row, epochs):
 
 # %% ../../nbs/training/65_trainer.ipynb #bf209460
 @patch
-def evaluate(self:Trainer, model, images, indices)->dict:
-    "`evaluate` with the run's own settings"
-    return evaluate(model, images, indices, self.size_s, self.device,
-                    workers=0 if self.recipe.data.memory else self.recipe.data.workers,
-                    precision=self.t.precision)
+def evaluate(self:Trainer, model, images, indices)->dict|None:
+    "`evaluate` with the run's own settings and readers; None if the run was asked to stop"
+    name = 'test' if images is self.test else 'val'
+    read = lambda data, n: self.readers(name, data, GlobalBatches(len(data), n, shuffle=False, drop_last=False))
+    return evaluate(model, images, indices, self.size_s, self.device, precision=self.t.precision, read=read,
+                    stop=self.told_to_stop)
 
 # %% ../../nbs/training/65_trainer.ipynb #2c0f3e5b
 @patch
-def finish(self:Trainer)->dict:
+def finish(self:Trainer)->dict|None: # None if the run was asked to stop
     "Test last, best and averaged weights, export the headline, draw the figures"
     student, result = self.lesson.student, {}
     weights = ({'last': student.model.state_dict(), 'best': best_weights(self.run)}
@@ -590,6 +630,8 @@ def finish(self:Trainer)->dict:
     for name,w in weights.items():
         student.model.load_state_dict(w)
         result[name] = self.evaluate(student, self.test, list(range(len(self.test))))
+        if result[name] is None: break
+    if None in result.values(): student.model.load_state_dict(last); return None
     headline = self.t.headline if self.t.headline in weights else 'last'
     out = dict(headline=headline, test=result, best_epoch=self.best['epoch'], val_top1=self.best['top1'],
                seconds=self.elapsed(), skipped_images=len(self.images.skipped) + len(self.test.skipped))
@@ -602,7 +644,7 @@ def finish(self:Trainer)->dict:
         # last: a run that has it has ended
         write_atomic(self.run/'result.json', lambda p: p.write_text(json.dumps(out, indent=1)))
     student.model.load_state_dict(last)
-    if world() > 1: dist.barrier()
+    self.stopping = self.told_to_stop()                     # and the ranks meet once more
     return out
 
 # %% ../../nbs/training/65_trainer.ipynb #6c4d409a
