@@ -5,10 +5,7 @@
 # %% auto #0
 __all__ = ['processes', 'everyone', 'hold_memory', 'open_images', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
            'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD',
-           'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
-__all__ = ['processes', 'everyone', 'hold_memory', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
-           'teacher_from_run', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD', 'clip_and_flag',
-           'part_gradients', 'pulls', 'autocast', 'evaluate', 'logits_of']
+           'clip_and_flag', 'part_gradients', 'pulls', 'autocast', 'evaluate', 'logits_of']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
