@@ -3,6 +3,10 @@
 For each block `l` of a ViT-Tiny the student is that block's tokens in other channels (a random rotation) plus Gaussian
 noise. Every form of the selector then has to name `l`. One JSON holds the distances of all forms.
 
+The same under MixUp and CutMix, where the teacher sees the images whole. The student is then either what the targets of
+training ask for, the planted layer's tokens blended as the images are, or what a model makes of blended images, the
+planted layer's tokens of the blended images themselves. The selector blends the teacher's rows, or takes them as they are.
+
     python experiments/planted_layers.py --data DIR_OF_PARQUET --weights vit_tiny_patch16_224.augreg.safetensors
 """
 import argparse
@@ -20,7 +24,8 @@ import timm
 import torch
 from PIL import Image
 
-from basd.geometry.selector import GrassmannSelector
+from basd.data.mixing import Blend, blend_images
+from basd.geometry.selector import GrassmannSelector, blend_tokens
 from basd.geometry.statistics import effective_rank
 
 FORMS = {
@@ -29,6 +34,8 @@ FORMS = {
     "procrustes": dict(space="channel", procrustes=True),
     "sample": dict(),
 }
+# the image's own share, and the side of the box that comes in from the partner, relative to the image's
+BLENDS = {"MixUp 0.2": (.2, None), "MixUp 0.5": (.5, None), "MixUp 0.8": (.8, None), "CutMix 0.5": (.5, .5**.5)}
 
 
 def read_images(folder, count):
@@ -38,12 +45,16 @@ def read_images(folder, count):
     return [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in table.column("img").to_pylist()]
 
 
+def as_tensor(images):
+    "Images as the model takes them, (B, 3, 224, 224)"
+    x = torch.stack([torch.from_numpy(np.array(i.resize((224, 224), Image.BICUBIC))) for i in images])
+    return x.permute(0, 3, 1, 2).float().div(255).sub(.5).div(.5)
+
+
 @torch.no_grad()
-def block_tokens(images, weights, batch=16):
+def block_tokens(x, weights, batch=16):
     "Patch tokens after each block, L × (B, N, D), class token removed"
     model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=weights).eval()
-    x = torch.stack([torch.from_numpy(np.array(i.resize((224, 224), Image.BICUBIC))) for i in images])
-    x = x.permute(0, 3, 1, 2).float().div(255).sub(.5).div(.5)
     parts = [model.forward_intermediates(b, output_fmt="NLC", intermediates_only=True) for b in x.split(batch)]
     return [torch.cat(layer) for layer in zip(*parts)]
 
@@ -54,15 +65,38 @@ def turned(x, noise, generator):
     return x @ Q + noise*(x - x.mean((0, 1))).square().mean().sqrt()*torch.randn(x.shape, generator=generator)
 
 
-def measure(xs, options, args, seed):
-    "Distances (L, L) and mean entropy: one row a planted layer, one column a teacher layer"
+def measure(shown, xs, options, args, seed, blend=None, grid=(14, 14)):
+    "Distances (L, L) and mean entropy: one row a planted layer as `shown`, one column a teacher layer"
     torch.manual_seed(seed)
     widths = [x.shape[-1] for x in xs]
-    selector = GrassmannSelector(widths[:1], widths, rank=args.rank, dim=args.dim, max_rows=args.rows, **options)
+    selector = GrassmannSelector(widths, widths, rank=args.rank, dim=args.dim, max_rows=args.rows, **options)
     generator = torch.Generator().manual_seed(1000 + seed)
-    with torch.no_grad(): mixes = [selector([turned(x, args.noise, generator)], xs) for x in xs]
-    return (torch.cat([m.report["distances"] for m in mixes]),
-            torch.cat([m.report["entropy"] for m in mixes]).mean().item())
+    planted, grids = [turned(x, args.noise, generator) for x in shown], [grid]*len(xs)
+    with torch.no_grad(): mix = selector(planted, xs, grids, grids, blend=blend)
+    return mix.report["distances"], mix.report["entropy"].mean().item()
+
+
+def hits(distances):
+    "How many planted layers are nearest to their own"
+    return int((distances.argmin(1) == torch.arange(len(distances))).sum())
+
+
+def blends(images, xs, args):
+    "Planted layers found under each blend, with blended rows and with those of whole images, one number a seed"
+    images, xs, out = as_tensor(images[:args.blended]), [x[:args.blended] for x in xs], {}
+    partner = torch.arange(len(images)) ^ 1
+    for name, (lam, side) in BLENDS.items():
+        out[name] = {of: dict(blended=[], whole=[]) for of in ("blended tokens", "blended images")}
+        for seed in range(args.seeds):
+            corner = torch.rand(2, generator=torch.Generator().manual_seed(seed))*(1 - (side or 0))
+            blend = Blend(partner, torch.tensor(lam), None if side is None else torch.cat([corner, corner + side]))
+            keep = blend.keep(xs[0].shape[1], (14, 14))
+            for of, shown in {"blended tokens": [blend_tokens(x, blend, keep) for x in xs],
+                              "blended images": block_tokens(blend_images(images, blend), args.weights)}.items():
+                for rows, how in (("blended", blend), ("whole", None)):
+                    out[name][of][rows].append(hits(measure(shown, xs, {}, args, seed, how)[0]))
+        print(name, out[name], flush=True)
+    return out
 
 
 def main():
@@ -70,6 +104,7 @@ def main():
     parser.add_argument("--data", required=True, help="folder of parquet files with an img column")
     parser.add_argument("--weights", required=True, help="safetensors of timm's vit_tiny_patch16_224")
     parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--blended", type=int, default=64, help="images of the part with blends")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
@@ -79,20 +114,21 @@ def main():
     args = parser.parse_args()
 
     start = time.time()
-    xs = block_tokens(read_images(args.data, args.images), args.weights)
+    images = read_images(args.data, args.images)
+    xs = block_tokens(as_tensor(images), args.weights)
     forms = {}
     for name, options in FORMS.items():
-        runs = [measure(xs, options, args, seed) for seed in range(args.seeds)]
-        hits = [int((d.argmin(1) == torch.arange(len(xs))).sum()) for d, _ in runs]
-        forms[name] = dict(found=sum(hits), planted=len(xs)*args.seeds, found_by_seed=hits,
+        runs = [measure(xs, xs, options, args, seed) for seed in range(args.seeds)]
+        by_seed = [hits(d) for d, _ in runs]
+        forms[name] = dict(found=sum(by_seed), planted=len(xs)*args.seeds, found_by_seed=by_seed,
                            entropy=float(np.mean([e for _, e in runs])),
                            distances=[[round(v, 4) for v in row] for row in runs[0][0].tolist()])
-        print(name, hits, f"entropy {forms[name]['entropy']:.4f}", flush=True)
+        print(name, by_seed, f"entropy {forms[name]['entropy']:.4f}", flush=True)
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     result = dict(model="vit_tiny_patch16_224 (augreg, ImageNet)", data="first CIFAR-10 test images, 224 px bicubic",
                   images=args.images, rows=args.rows, rank=args.rank, dim=args.dim, noise=args.noise, seeds=args.seeds,
-                  layers=len(xs), forms=forms,
+                  layers=len(xs), forms=forms, blended_images=args.blended, blends=blends(images, xs, args),
                   effective_rank=[round(effective_rank(x.flatten(0, 1)).item(), 1) for x in xs],
                   commit=git.stdout.strip(), torch=torch.__version__, timm=timm.__version__,
                   hardware=f"{platform.machine()} CPU, {os.cpu_count()} cores", seconds=round(time.time() - start, 1))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .selector import Mix, mix_tokens, mixing_weights
+from .selector import Mix, blend_tokens, mix_tokens, mixing_weights
 from .statistics import global_mean, images_at_once, island, no_autocast
 
 # %% ../../nbs/geometry/07_frequency.ipynb #3810bdba
@@ -168,18 +168,21 @@ def profiles(self:FrequencySelector,
     xs_t:list,          # teacher tokens, L × (B, N_t, D_t)
     grids_s:list|None=None, # (height, width) of each point's tokens; a sequence where None
     grids_t:list|None=None, # (height, width) of each layer's tokens; a sequence where None
+    blend=None,         # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
 )->tuple[Tensor, Tensor]: # shares, (P, K) and (L, K)
     "How each layer spreads its energy, over all ranks"
     for who, xs, widths in (('student', xs_s, self.widths_s), ('teacher', xs_t, self.widths_t)):
         if [x.shape[-1] for x in xs] != widths:
             raise ValueError(f"{who} layers of widths {[x.shape[-1] for x in xs]}, but the selector was made for "
                              f"{widths}; make one for these")
-    xs, grids = [*xs_s, *xs_t], [*(grids_s or [None]*len(xs_s)), *(grids_t or [None]*len(xs_t))]
+    whole, xs = len(xs_s), [*xs_s, *xs_t]
+    grids = [*(grids_s or [None]*len(xs_s)), *(grids_t or [None]*len(xs_t))]
     sizes = {tuple(g or (1, x.shape[1])) for x,g in zip(xs, grids)}
     if self.bins is None and len(sizes) > 1:
         raise ValueError(f"bins=None compares frequency by frequency, but the layers lie on grids {sorted(sizes)}; "
                          "set bins, for instance bins=8")
-    e = global_mean(torch.stack([profile(x, g, self.bins) for x,g in zip(xs, grids)]))
+    shown = lambda i, x, g: x if blend is None or i < whole else blend_tokens(x, blend, blend.keep(x.shape[1], g))
+    e = global_mean(torch.stack([profile(shown(i, x, g), g, self.bins) for i,(x,g) in enumerate(zip(xs, grids))]))
     return shares(e, self.drop_dc).split([len(xs_s), len(xs_t)])
 
 # %% ../../nbs/geometry/07_frequency.ipynb #67ae6c0e
@@ -190,9 +193,10 @@ def forward(self:FrequencySelector,
     grids_s:list|None=None, # (height, width) of each point's tokens; a sequence where None
     grids_t:list|None=None, # (height, width) of each layer's tokens; a sequence where None
     generator=None,     # not used: nothing is drawn
+    blend=None,         # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
 )->Mix:
     "Compare every extraction point with every teacher layer"
-    p, q = self.profiles(xs_s, xs_t, grids_s, grids_t)
+    p, q = self.profiles(xs_s, xs_t, grids_s, grids_t, blend)
     d, tau, zero = profile_dist(p[:, None], q, self.dist), self.temperatures, self.rho.new_zeros(())
     w = mixing_weights(d, tau.to(d.dtype), self.normalise)
     H = layer_entropy(w)

@@ -83,7 +83,7 @@ def targets(self:BASDFourier,
 @patch
 def forward(self:BASDFourier, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
     "One evaluation of the objective"
-    mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids)
+    mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, blend=target.blend)
     ys, align = self.targets(mix.weights.detach(), student, teacher)
     compare = lambda ys, grids: self.loss(student.tokens, ys, None, student.grids, grids)
     raw = blended(compare, student.tokens, ys, student.grids, student.grids, target.blend)

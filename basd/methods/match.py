@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..geometry.features import Features
 from ..geometry.fixed_maps import layer_map, pairs_of
 from ..geometry.resampling import resample_tokens
+from ..geometry.selector import blend_tokens
 from ..geometry.statistics import step_generator
 from ..losses.balance import ramp
 from ..losses.paired import compares, find_feature_loss, made_for, told
-from .basd import cut
 from .distill import LogitLoss, LogitOptions
 from ..models.students import copy_layers
 from .objective import (
@@ -129,7 +129,7 @@ def blended(
     if blend is None: return loss(ys, gt)
     if blend.box is None: return torch.lerp(loss([y[blend.partner] for y in ys], gt), loss(ys, gt), blend.lam)
     places = [resample_tokens(y, x.shape[1], a, b) for x,y,a,b in zip(xs, ys, gt, gs)]
-    return loss([cut(y, blend, blend.keep(y.shape[1], g)) for y,g in zip(places, gs)], gs)
+    return loss([blend_tokens(y, blend, blend.keep(y.shape[1], g)) for y,g in zip(places, gs)], gs)
 
 # %% ../../nbs/methods/33_match.ipynb #2a0fdae8
 @patch

@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..geometry.features import Features
+from ..geometry.selector import blend_tokens
 from ..geometry.statistics import island, no_autocast
 from ..losses.hidden import Hidden
-from .basd import cut
 from .match import blended
 from .objective import (
     Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings)
@@ -212,4 +212,4 @@ def shown(
 )->Tensor:    # (B, N, D), or (B, 2N, D) of a superposition, in which both images are there to be asked about
     "A teacher's tokens of the blended images"
     if blend is None: return y
-    return torch.cat([y, y[blend.partner]], 1) if blend.box is None else cut(y, blend, blend.keep(y.shape[1], grid))
+    return torch.cat([y, y[blend.partner]], 1) if blend.box is None else blend_tokens(y, blend, blend.keep(y.shape[1], grid))
