@@ -8,7 +8,6 @@ __all__ = ['difficulties', 'ranks', 'fuse', 'difficulty', 'find_difficulty', 'lo
            'POCLOptions', 'POCL']
 
 # %% ../../nbs/methods/36_curriculum.ipynb #8f6e97ab
-import importlib
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..geometry.features import Features
 from ..losses.logits import logit_kl
+from ..losses.paired import imported
 from .distill import LogitLoss, LogitOptions
 from .objective import (
     Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings)
@@ -64,10 +64,7 @@ def find_difficulty(
     name:str, # a registered name, or "package.module:function" for your own
 ):
     "The score of difficulty called `name`"
-    if ':' in name:
-        module, _, attr = name.partition(':')
-        try: return getattr(importlib.import_module(module), attr)
-        except (ImportError, AttributeError) as e: raise ValueError(f"score {name!r} cannot be imported: {e}") from None
+    if ':' in name: return imported(name, f'score {name!r}')
     if name not in difficulties:
         raise ValueError(f"unknown score {name!r}; "
                          f"allowed: {', '.join(sorted(difficulties))}, or package.module:function")

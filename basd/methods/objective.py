@@ -19,6 +19,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from ..geometry.features import Features
+from ..losses.paired import imported
 
 # %% ../../nbs/methods/30_objective.ipynb #e1f501db
 class Target(NamedTuple):
@@ -174,11 +175,7 @@ def find_objective(
     name:str, # a registered name, or "package.module:Class" for your own
 ):
     "The `Objective` class called `name`"
-    if ':' in name:
-        module, _, attr = name.partition(':')
-        try: return getattr(importlib.import_module(module), attr)
-        except (ImportError, AttributeError) as e:
-            raise ValueError(f"method.name={name!r} cannot be imported: {e}") from None
+    if ':' in name: return imported(name, f'method.name={name!r}')
     if name not in objectives:
         import basd.methods as room
         for m in pkgutil.iter_modules(room.__path__): importlib.import_module(f'{room.__name__}.{m.name}')

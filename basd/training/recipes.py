@@ -7,6 +7,10 @@ __all__ = ['Whole', 'Count', 'Seed', 'Share', 'Positive', 'Amount', 'Keywords', 
            'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'merge', 'parsed',
            'read_recipe', 'recipe_names', 'parse_override', 'check', 'origin', 'teachers_of', 'check_teachers',
            'resolve', 'load_recipe', 'as_tree', 'write_recipe', 'differences']
+__all__ = ['Whole', 'Count', 'Seed', 'Share', 'Positive', 'Amount', 'Pixels', 'packaged', 'whole', 'DataRecipe', 'ViewRecipe',
+           'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'merge', 'parsed', 'read_recipe',
+           'recipe_names', 'parse_override', 'check', 'resolve', 'stored', 'own_names', 'load_recipe', 'as_tree',
+           'write_recipe', 'differences']
 
 # %% ../../nbs/training/60_recipes.ipynb #80195464
 import difflib
@@ -24,6 +28,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 import basd
 from ..data.pictures import MAX_PIXELS
+from ..losses.paired import trusted, trusting
 from ..methods.objective import Objective, find_objective, objectives, settings
 
 # %% ../../nbs/training/60_recipes.ipynb #df78f592
@@ -151,6 +156,8 @@ class Recipe:
     teacher:TeacherRecipe = field(default_factory=TeacherRecipe)
     method:MethodRecipe = field(default_factory=MethodRecipe)
     train:TrainRecipe = field(default_factory=TrainRecipe)
+    # was it found in a run, and not trusted; such a recipe fetches nothing
+    foreign:bool = field(default=False, init=False, compare=False, repr=False)
 
 # %% ../../nbs/training/60_recipes.ipynb #cbbb22b7
 def merge(
@@ -212,9 +219,12 @@ packaged = Path(basd.__file__).parent/'recipes'
 # %% ../../nbs/training/60_recipes.ipynb #04abd6f2
 def read_recipe(
     name:str, # of a packaged recipe, or a .yaml file
-    above=(), # files that extend this one
 )->dict:
     "The recipe `name` as it is written, with whatever it extends merged in"
+    return _merged(name, ())[0]
+
+def _merged(name, above):
+    "A recipe with what it extends, and the files that were read; `above`: those that extend this one"
     if not isinstance(name, str):
         raise ValueError(f"extends={name!r}: should be the name of a recipe or of a .yaml file")
     file = name.endswith(('.yaml', '.yml'))
@@ -230,12 +240,13 @@ def read_recipe(
     raw = parsed(path.read_bytes(), path.name)
     if not isinstance(raw, dict):
         raise ValueError(f"{path.name} must hold keys and values at its top level, not {type(raw).__name__}")
-    base = raw.pop('extends', None)
-    tree = ({'name': path.stem,
-             **(merge(read_recipe(base, (*above, path.resolve())), raw) if base is not None else raw)}
-            | ({'name': raw.get('name', path.stem)} if base is not None else {}))
+    base, files = raw.pop('extends', None), [path]
+    if base is None: tree = {'name': path.stem, **raw}
+    else:
+        below, more = _merged(base, (*above, path.resolve()))
+        tree, files = {**merge(below, raw), 'name': raw.get('name', path.stem)}, files + more
     _check_stages(tree.get('stages'))
-    return tree
+    return tree, files
 
 # %% ../../nbs/training/60_recipes.ipynb #6e0f309e
 def recipe_names()->list:
@@ -408,13 +419,8 @@ def resolve(
 def _objective(name):
     "The method called `name`; a recipe names methods, and nothing else that can be imported"
     if not isinstance(name, str): raise ValueError(f"method.name={_short(name)}: should be the name of a method")
-    module, colon, attr = name.partition(':')
-    if colon and not (attr.isidentifier() and all(p.isidentifier() for p in module.split('.'))):
-        raise ValueError(f"method.name={name!r}: should be written package.module:Class")
     try: found = find_objective(name)
-    except ValueError as e: raise ValueError(f"{e}{_close(name, objectives)}") from None
-    except Exception as e:
-        raise ValueError(f"method.name={name!r} cannot be imported: {type(e).__name__}: {e}") from None
+    except ValueError as e: raise ValueError(f"{e}{_close(name, objectives) if ':' not in name else ''}") from None
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(f"method.name={name!r} is no method; name a subclass of Objective")
     return found
@@ -433,13 +439,41 @@ def _keywords(section, s, own):
         if k in (f.name for f in fields(s)): raise ValueError(f"{section}.kwargs.{k}: write {section}.{k} instead")
         if k in (*own, 'attention'): raise ValueError(f"{section}.kwargs.{k} is not for a recipe to say; leave it out")
 
+# %% ../../nbs/training/60_recipes.ipynb #c074b13f
+def stored(
+    path, # of a recipe
+)->bool:
+    "Is this the recipe of a run, by its name?"
+    return Path(path).name == 'recipe.yaml'
+
+# %% ../../nbs/training/60_recipes.ipynb #b7601916
+def own_names(
+    overrides, # "key=value" strings
+)->set:
+    "Whatever in these could name code of one's own"
+    def walk(x):
+        if isinstance(x, dict): return set().union(*(walk(v) for kv in x.items() for v in kv))
+        if isinstance(x, list): return set().union(*map(walk, x))
+        return {x} if isinstance(x, str) and ':' in x else set()
+    return walk([parse_override(o) for o in overrides])
+
 # %% ../../nbs/training/60_recipes.ipynb #6097591f
 def load_recipe(
     name:str,         # of a packaged recipe, or a .yaml file
     overrides=(),     # "key=value" strings
+    trust:bool=False, # a recipe that was found in a run, too, may import code and fetch what it names
 )->dict:              # stage → Recipe; the key is '' for a recipe without stages
     "Read, merge, override and check a recipe"
-    tree = read_recipe(name)
+    tree, files = _merged(name, ())
+    trust, found = trust or trusted(), any(map(stored, files))
+    with trusting(True if trust or not found else own_names(overrides), *(f.parent for f in files if f.parent != packaged
+                  and (trust or not stored(f))), Path.cwd()):
+        stages = _stages(name, tree, overrides)
+    for r in stages.values(): r.foreign = found and not trust
+    return stages
+
+def _stages(name, tree, overrides):
+    "The recipes of all stages"
     for text in overrides:
         key, known = (text.partition('=')[0].split('.'),
                       [k for k,v in (tree.get('stages') or {}).items() if v is not None])
@@ -467,6 +501,7 @@ def as_tree(
 )->dict:
     "The recipe as plain data, every default filled in"
     tree = asdict(recipe)
+    tree.pop('foreign')
     return tree | {'method': {'name': recipe.method.name, **tree['method']['options']}}
 
 # %% ../../nbs/training/60_recipes.ipynb #67579475
