@@ -1,6 +1,13 @@
 "`python -m basd`, `torchrun -m basd` and the console script are the `basd` command."
-import signal
+import os
 import sys
+
+# `-m` puts the working directory first on the import path, as if whatever lies in it were ours to run
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    here, home = sys.path.pop(0), os.path.dirname(os.path.dirname(__file__))
+    if os.path.realpath(here) == os.path.realpath(home): sys.path.append(here)      # a checkout of basd
+
+import signal
 
 
 def start()->int: # exit status

@@ -80,12 +80,13 @@ _admitted = set()                                  # names that were
 # %% ../../nbs/losses/09_paired.ipynb #a8b1098f
 @contextmanager
 def trusting(
-    names=True, # "package.module:Class" names that may be imported, in addition to those that may already; True: all
+    names=True, # "package.module:Class" names that may be imported, in addition to those that may already;
+                # True: all, False: no more
     *folders,   # where their modules are sought besides
 ):
     "Let recipes that are read in this block name code of their own"
     before, there = _allowed.get()
-    mark = _allowed.set((True if names is True or before is True else {*before, *names}, (*there, *folders)))
+    mark = _allowed.set((True if names is True or before is True else {*before, *(names or ())}, (*there, *folders)))
     try: yield
     finally: _allowed.reset(mark)
 

@@ -74,10 +74,11 @@ def open_run(
     weights:str='headline',# "last", "best", "ema" or "headline"
     images:int=512,        # how many are shown
     device='cpu',
+    trust:bool=False,      # the run's recipe may import code of its own and fetch what it names
 )->Opened:
     "A run and what is needed to ask its student"
     run = Path(run)
-    recipe, found = read_run(run), saved_weights(run)
+    recipe, found = read_run(run, trust), saved_weights(run)
     train, fit, _, test = open_data(recipe)
     return Opened(name or run.name, run, recipe, found[chosen(found, weights, recipe, run)],
                   train, fit, test, images, device)
@@ -145,6 +146,7 @@ def analyze(
     weights:str='headline',       # of each run
     images:int=512,               # shown for each metric
     device:str|None=None,         # "cpu" or "cuda"; a GPU where there is one if None
+    trust:bool=False,             # the runs' recipes may import code of their own and fetch what they name
 )->dict: # metric → run → result, or {skipped: why}; problems: sentences about runs and metrics that do not exist
     "Measure runs and draw them side by side"
     if not run_dirs: raise ValueError("there are no runs to analyse; name at least one run directory")
@@ -154,7 +156,7 @@ def analyze(
     with processes(device) as here:
         opened = []
         for run,name in zip(run_dirs, distinct(run_dirs)):
-            try: opened.append(open_run(run, name, weights, images, here))
+            try: opened.append(open_run(run, name, weights, images, here, trust))
             except (ValueError, OSError) as e: out['problems'].append(f"{run}: {e}")
         folder.mkdir(parents=True, exist_ok=True)
         for name in [m for m in metrics if opened and (wanted is None or m in wanted)]:

@@ -381,10 +381,11 @@ def bench(
     sizes=None,           # for `growth`, or a function from the recipe to them; left out if None
     cached:bool=False,    # the teacher's answers come from a disk
     hold:bool=True,       # keep freed memory, as the trainer does on a CPU
+    trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
     gpu_checks:bool=True, # on a GPU: name the largest kernels, and make 20 steps in which waiting for it is an error
 )->dict:
     "Measure a recipe's step beside its lower bound"
-    chosen = load_recipe(recipe, overrides)
+    chosen = load_recipe(recipe, overrides, trust)
     r = list(chosen.values())[-1]                       # of a recipe in stages, the last
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     b = Bench(r, device, cached=cached, hold=hold)

@@ -162,12 +162,13 @@ def note(
 # %% ../../nbs/training/61_checkpoints.ipynb #a67beb9d
 def read_run(
     path, # run directory
+    trust:bool=False, # the recipe may import code of its own and fetch what it names
 )->Recipe:
     "The recipe of the run in `path`"
     path = Path(path)
     if not (path/'recipe.yaml').is_file():
         raise FileNotFoundError(f"{path} is not a run directory: it holds no recipe.yaml")
-    return load_recipe(str(path/'recipe.yaml'))['']
+    return load_recipe(str(path/'recipe.yaml'), trust=trust)['']
 
 # %% ../../nbs/training/61_checkpoints.ipynb #1479ebc3
 def environment()->dict:

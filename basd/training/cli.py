@@ -42,9 +42,10 @@ def train(
     resume:bool=False,    # go on with the run in `run_dir`
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     bars:bool|None=None,  # progress bars; None: where somebody watches
+    trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
 )->dict:                  # stage → result; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
-    stages = load_recipe(recipe, overrides)
+    stages = load_recipe(recipe, overrides, trust)
     check_device(device)
     with on_stop(stopped), processes(device) as here:
         run, results = Path(run_dir or default_run_dir(recipe)), {}
@@ -218,7 +219,10 @@ def parser()->argparse.ArgumentParser:
                    help='let freed memory go back to the system, which a CPU run otherwise keeps')
     b.add_argument('--growth', action='store_true',
                    help='also with other batch sizes, token counts, widths, layers and points')
-    for s in (t, e, a, c, b): s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
+    for s in (t, e, a, c, b):
+        s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
+        s.add_argument('--trust', action='store_true',
+                       help='let recipes found in runs import code of their own, and fetch what they name')
     r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
     r.add_argument('name', nargs='?', help='print this recipe')
     return p
@@ -245,14 +249,15 @@ def run(
         check_folder('--' + option.replace('_', '-'), getattr(args, option, None))
     if args.command == 'train':
         if args.resume and not args.run_dir: raise ValueError("--resume needs --run-dir, the run to go on with")
-        train(args.recipe, *args.overrides, run_dir=args.run_dir, resume=args.resume, device=args.device)
+        train(args.recipe, *args.overrides, run_dir=args.run_dir, resume=args.resume, device=args.device,
+              trust=args.trust)
     elif args.command == 'evaluate':
         judge(args)
     elif args.command == 'analyze':
         from basd.training.analyze import analyze, told
         done, left = told(analyze(*args.run_dirs, wanted=args.metrics and args.metrics.split(','),
                                   output_dir=args.output_dir, weights=args.weights, images=args.images,
-                                  device=args.device), args.output_dir)
+                                  device=args.device, trust=args.trust), args.output_dir)
         for line in done: print(line)
         for line in left: print(f'basd: {line}', file=sys.stderr)
         if not done: raise ValueError("nothing could be analysed; the lines above say why")
@@ -260,11 +265,11 @@ def run(
         from basd.training.compare import compare
         from basd.training.standings import told
         print(told(compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder,
-                           jobs=args.jobs, device=args.device)))
+                           jobs=args.jobs, device=args.device, trust=args.trust)))
     elif args.command == 'bench':
         from basd.training.bench import bench, sizes_around, table     # the profiler is not for everyday starts
         print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device,
-                          cached=args.cached, hold=not args.release, sizes=sizes_around if args.growth else None)))
+                          cached=args.cached, trust=args.trust, hold=not args.release, sizes=sizes_around if args.growth else None)))
     elif args.name: print(yaml.safe_dump(read_recipe(args.name), sort_keys=False, allow_unicode=True), end='')
     else:
         for name,about,paper in recipes(): print(f'{name:24} {about}' + f' [{paper}]'*bool(paper))
@@ -286,7 +291,7 @@ def judge(
 ):
     "Accuracies, then the report"
     from basd.training.reports import OtherClasses, evaluate, look, summary # neither are these
-    try: found = evaluate(args.run_dir, args.weights, args.device, args.on)
+    try: found = evaluate(args.run_dir, args.weights, args.device, args.on, args.trust)
     except OtherClasses as e: found = print(f'basd: {e}', file=sys.stderr) or {}
     if int(os.environ.get('RANK', 0)): return                       # one rank speaks for all
     for name,r in found.items():
@@ -294,7 +299,7 @@ def judge(
               f"cross-entropy {r['loss']:.4f}  ({r['n']} images)")
     if args.quick or 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1: return
     print(summary(look(args.run_dir, 'headline' if args.weights == 'all' else args.weights, args.device, args.on,
-                       args.corrupted)))
+                       args.corrupted, trust=args.trust)))
 
 # %% ../../nbs/training/79_cli.ipynb #924f0bfb
 def main(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sentence', 'fail', 'settle', 'refuse_others', 'blocked', 'in_turn', 'recipe_file', 'Worker', 'log_file', 'has_ended',
-           'serve', 'side_by_side', 'checked', 'compare']
+           'serve', 'side_by_side', 'checked', 'refuse_to_fetch', 'compare']
 
 # %% ../../nbs/training/76_compare.ipynb #a3c0de04
 import json
@@ -20,9 +20,10 @@ import torch
 
 import basd
 from ..data.cache import write_atomic
+from ..losses.paired import trusting
 from .checkpoints import read_run
 from .lesson import processes
-from .recipes import as_tree, differences, load_recipe, write_recipe
+from .recipes import Recipe, as_tree, differences, load_recipe, write_recipe
 from .rivals import Run, assemble, runs_of
 from .standings import gather, record, result_of
 from .trainer import Trainer, on_stop
@@ -120,14 +121,15 @@ class Worker:
         device:str|None,
         threads:int,     # of the process
     ):
-        code = ('import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); '
+        # it finds modules where this process does, and not in the working directory, which -c would put first
+        code = ('import sys; sys.path[:] = sys.argv[3:]; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); '
                 'from basd.training.compare import serve; serve(sys.argv[1], sys.argv[2] or None)')
-        path = os.pathsep.join(filter(None, [str(Path(basd.__file__).parent.parent), os.environ.get('PYTHONPATH')]))
+        path = [str(Path(basd.__file__).parent.parent), *filter(None, sys.path)]
         self.folder, self.run = folder, None
         with open(log_file(folder, run.name), 'a') as f:
-            self.process = subprocess.Popen([sys.executable, '-c', code, str(folder), device or ''],
+            self.process = subprocess.Popen([sys.executable, '-c', code, str(folder), device or '', *path],
                                             stdin=subprocess.PIPE, stdout=f, stderr=f, text=True,
-                                            env=os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS=str(threads)))
+                                            env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
         self.begin(run)
 
     def begin(self, run):
@@ -211,6 +213,17 @@ def checked(
         fail(at, f'its process ended with status {status} before the run did; see {folder}/logs/{run.name}.txt')
     return run
 
+# %% ../../nbs/training/76_compare.ipynb #6bec9e38
+def refuse_to_fetch(
+    recipe:Recipe,
+):
+    "A recipe that was found in a run fetches nothing; the file that a race makes of it no longer says where it was found"
+    wants = [k for k,v in {'data.download': recipe.data.download, 'student.pretrained': recipe.student.pretrained,
+                           'teacher.pretrained': recipe.teacher.pretrained}.items() if v]
+    if recipe.foreign and wants:
+        raise ValueError(f"{wants[0]}=true in a recipe that was found in a run: look at it, then allow that "
+                         "with --trust (in Python: trust=True)")
+
 # %% ../../nbs/training/76_compare.ipynb #4b676c29
 def compare(
     *recipes:str,             # names of packaged recipes, or .yaml files
@@ -220,6 +233,7 @@ def compare(
     jobs:int=1,               # runs side by side, each in a process of its own
     baseline:str='ce',        # the rival that others are tested against; labels alone is added if no rival is it
     device:str|None=None,     # "cpu" or "cuda"; a GPU where there is one if None
+    trust:bool=False,         # recipes that were found in runs may import code of their own and fetch what they name
 )->dict: # of `gather`; also results.json, table.md, table.csv and race.png in `folder`
     "Train each recipe with each seed under one budget, and write the table"
     seeds, folder = list(range(seeds)) if isinstance(seeds, int) else list(seeds), Path(folder)
@@ -228,8 +242,9 @@ def compare(
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise ValueError("a race starts its own processes; "
                          "run it without torchrun, and with jobs for several at a time")
-    race = assemble(recipes, overrides, baseline)
+    with trusting(trust): race = assemble(recipes, overrides, baseline)
     runs = runs_of(race, seeds, folder)
+    for r in runs: refuse_to_fetch(r.recipe)
     refuse_others(runs, folder)
     for r in runs:
         recipe_file(folder, r).parent.mkdir(parents=True, exist_ok=True)

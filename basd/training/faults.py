@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ..data.cache import no_room
 from ..geometry.features import Features
 from ..geometry.statistics import rank, world
+from ..losses.paired import trusting
 from .checkpoints import load, rng_state, set_rng_state
 from .lesson import autocast, everyone, part_gradients
 from .recipes import as_tree, resolve
@@ -163,12 +164,14 @@ def in_a_sentence(
 def replay(
     run,          # run directory with a `nonfinite.pt`
     device='cpu',
+    trust:bool=False, # its recipe may import code of its own and fetch what it names
 )->dict: # of `repeat`: parts, term, of, layer
     "Repeat the lesson that ended a run"
     from basd.training.trainer import Trainer                   # which imports this page
     found, before = load(Path(run)/'nonfinite.pt'), rng_state()
     t = Trainer.__new__(Trainer)                # without its data and its run directory
-    t.recipe, t.device = resolve(found['recipe']), torch.device(device)
+    with trusting(trust, run, Path.cwd()): t.recipe, t.device = resolve(found['recipe']), torch.device(device)
+    t.recipe.foreign = not trust
     t.t, t.recipe.teacher.cache = t.recipe.train, None
     t.step, t.classes, t.per_epoch, t.total = (found[k] for k in ('step', 'classes', 'per_epoch', 'total'))
     try:

@@ -6,6 +6,9 @@
 __all__ = ['processes', 'everyone', 'hold_memory', 'open_images', 'open_data', 'build_student', 'build_teacher', 'one_teacher',
            'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD',
            'clip_and_flag', 'part_gradients', 'pulls', 'autocast', 'evaluate', 'logits_of']
+__all__ = ['processes', 'everyone', 'hold_memory', 'fetching', 'open_images', 'open_data', 'build_student', 'build_teacher',
+           'one_teacher', 'teacher_from_run', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD',
+           'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
@@ -13,10 +16,13 @@ import gc
 import math
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub.constants as hub
 import torch
 import torch.distributed as dist
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 
@@ -30,6 +36,7 @@ from ..models.students import create_student, load_student
 from ..models.teachers import Several, create_teacher, frozen
 from .checkpoints import read_run
 from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, teachers_of
+from .recipes import DataRecipe, Recipe, TeacherRecipe, check, read_recipe
 
 # %% ../../nbs/training/63_lesson.ipynb #c98eb3ed
 @contextmanager
@@ -64,6 +71,26 @@ def hold_memory()->bool: # did it work; only where the C library is glibc
     mmap_max, trim_threshold, top_pad = -4, -1, -2      # glibc's numbers for its settings
     return all(mallopt(k, v) == 1 for k,v in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)))
 
+# %% ../../nbs/training/63_lesson.ipynb #8fb81a0c
+@contextmanager
+def fetching(
+    recipe:Recipe,
+):
+    "Keep off the network what is opened here, if the recipe was found and nobody has trusted it"
+    if not recipe.foreign: yield; return
+    models = [recipe.student, recipe.teacher, *(check(TeacherRecipe, o) for o in recipe.teacher.others)]
+    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
+    try:
+        for m in models:
+            about = get_pretrained_cfg(m.model, allow_unregistered=True) if m.model and m.pretrained else None
+            if about and not about.hf_hub_id: raise ValueError(f"the weights of {m.model} come from {about.url}")
+        yield
+    except ValueError as e:
+        if not (recipe.data.download or any(m.pretrained for m in models)): raise
+        raise ValueError(f"{e}; the recipe was found in a run, so nothing was fetched: look at it, then allow that "
+                         "with --trust (in Python: trust=True)") from None
+    finally: hub.HF_HUB_OFFLINE = before
+
 # %% ../../nbs/training/63_lesson.ipynb #d09ca3ef
 def open_images(
     data:DataRecipe,
@@ -80,7 +107,9 @@ def open_data(
 )->tuple: # (training images, training indices, validation indices, test images)
     "Training images with their split, and test images"
     d = recipe.data
-    opened = {split: open_images(d, split) for split in (d.train_split, d.test_split)}
+    with fetching(recipe):
+        opened = {split: open_images(replace(d, download=d.download and not recipe.foreign), split)
+                  for split in (d.train_split, d.test_split)}
     train, test = opened[d.train_split], opened[d.test_split]
     if d.val_size >= len(train):
         raise ValueError(f"data.val_size={d.val_size:g} leaves none of the {len(train)} training images")
@@ -105,7 +134,8 @@ def build_student(
                                           'pretrained', 'checkpoint')}
     points = ({None: [], 'default': None}.get(needs.points, needs.points) if not isinstance(needs.points, list)
               else needs.points)
-    student = create_student(num_classes=classes, points=points, attention=needs.attention, **options, **s.kwargs)
+    with fetching(recipe):
+        student = create_student(num_classes=classes, points=points, attention=needs.attention, **options, **s.kwargs)
     second = getattr(student.model, 'set_distilled_training', None)
     if needs.distilled and second is None:
         raise ValueError(f"student.model={s.model!r} has no distillation head, which the method trains; "
@@ -125,6 +155,10 @@ def build_teacher(
     if not needs.teacher: return None
     check_teachers(recipe)
     first, *others = [one_teacher(t, needs) for t in teachers_of(recipe).values()]
+    with fetching(recipe):
+        first, *others = [one_teacher(t, needs, recipe.method.name)
+                          for t in [recipe.teacher,
+                                    *(check(TeacherRecipe, o, 'teacher.others.') for o in recipe.teacher.others)]]
     return Several([first, *others]) if others else first
 
 # %% ../../nbs/training/63_lesson.ipynb #46fb239e
@@ -145,7 +179,10 @@ def teacher_from_run(
     attention:bool=True,
 ):
     "The student of an earlier run, frozen"
-    recipe, weights = read_run(run), Path(run)/'student.safetensors'
+    if not (Path(run)/'recipe.yaml').is_file():
+        raise FileNotFoundError(f"{run} is not a run directory: it holds no recipe.yaml")
+    read_recipe(str(Path(run)/'recipe.yaml'))               # whole, but nothing that it names is looked for
+    weights = Path(run)/'student.safetensors'
     if not weights.is_file(): raise FileNotFoundError(f"{run} holds no student.safetensors; has the run ended?")
     teacher = frozen(load_student(Path(run), layers=layers, attention=attention))
     teacher.origin = f'run {run}'

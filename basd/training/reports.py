@@ -18,8 +18,8 @@ from ..analysis.corruptions import robustness
 from ..analysis.evaluation import cost, predict, report, sheet
 from ..methods.objective import find_objective
 from .checkpoints import load, read_run, write_atomic
-from .lesson import (build_student, build_teacher, evaluate as measure, input_size, open_data, open_images,
-                             processes, rank)
+from .lesson import (build_student, build_teacher, evaluate as measure, fetching, input_size, open_data,
+                                  open_images, processes, rank)
 from .trainer import best_weights
 
 # %% ../../nbs/training/77_reports.ipynb #f8437663
@@ -87,7 +87,9 @@ def images_of(
     if on is None:
         train, fit, _, test = open_data(recipe)
         return train, fit, test
-    test = open_images(d, d.test_split, on)
+    with fetching(recipe):
+        d = replace(d, download=d.download and not recipe.foreign)
+        test = open_images(d, d.test_split, on)
     try: train = open_images(d, d.train_split, on)
     except (ValueError, OSError): return None, [], test                      # a source of test images only
     return train, list(range(len(train))), test
@@ -101,10 +103,11 @@ def evaluate(
     weights:str='all',    # "last", "best", "ema", "headline" or "all"
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     on:str|None=None,     # other images, in the words of `data.source`
+    trust:bool=False,     # the run's recipe may import code of its own and fetch what it names
 )->dict:                  # weights → {top1, top5, loss, n}; also written to `evaluation.json`
     "Accuracy of a run's weights on its test split, exact on any number of ranks"
     run = Path(run_dir)
-    recipe, out = read_run(run), {}
+    recipe, out = read_run(run, trust), {}
     if weights not in ('all', 'headline'): chosen(dict.fromkeys(('last', 'best', 'ema')), weights, recipe)
     found = saved_weights(run)
     names = list(found) if weights == 'all' else [chosen(found, weights, recipe, run)]
@@ -174,12 +177,13 @@ def look(
     on:str|None=None,     # other images, in the words of `data.source`
     corrupted:int=1000,   # test images that are corrupted; 0: none
     seen:int=10000,       # training images for neighbours and probe
+    trust:bool=False,     # the run's recipe may import code of its own and fetch what it names
     # of `report`, with robustness, cost, run, weights and images;
     # also `report.json` and `report.png` in the run directory
 )->dict:
     "Everything there is to say about a run's student; on one process"
     run = Path(run_dir)
-    recipe, found = read_run(run), saved_weights(run)
+    recipe, found = read_run(run, trust), saved_weights(run)
     name = chosen(found, weights, recipe, run)
     with processes(device) as here:
         train, fit, test = images_of(recipe, on)
