@@ -7,8 +7,8 @@ __all__ = ['processes', 'everyone', 'hold_memory', 'open_images', 'open_data', '
            'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD',
            'clip_and_flag', 'part_gradients', 'pulls', 'autocast', 'evaluate', 'logits_of']
 __all__ = ['processes', 'everyone', 'hold_memory', 'fetching', 'open_images', 'open_data', 'build_student', 'build_teacher',
-           'one_teacher', 'teacher_from_run', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD',
-           'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
+           'one_teacher', 'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer',
+           'ApartSGD', 'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of', 'autocast']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
@@ -34,9 +34,7 @@ from ..geometry.statistics import global_mean, rank, world
 from ..methods.objective import Needs, Progress, Shapes, Target
 from ..models.students import create_student, load_student
 from ..models.teachers import Several, create_teacher, frozen
-from .checkpoints import read_run
-from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, teachers_of
-from .recipes import DataRecipe, Recipe, TeacherRecipe, check, read_recipe
+from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, read_recipe, teachers_of
 
 # %% ../../nbs/training/63_lesson.ipynb #c98eb3ed
 @contextmanager
@@ -78,7 +76,7 @@ def fetching(
 ):
     "Keep off the network what is opened here, if the recipe was found and nobody has trusted it"
     if not recipe.foreign: yield; return
-    models = [recipe.student, recipe.teacher, *(check(TeacherRecipe, o) for o in recipe.teacher.others)]
+    models = [recipe.student, *teachers_of(recipe).values()]
     before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
     try:
         for m in models:
@@ -154,11 +152,7 @@ def build_teacher(
     "The frozen teacher of `recipe`, tapped where `needs` says; None if the method needs none"
     if not needs.teacher: return None
     check_teachers(recipe)
-    first, *others = [one_teacher(t, needs) for t in teachers_of(recipe).values()]
-    with fetching(recipe):
-        first, *others = [one_teacher(t, needs, recipe.method.name)
-                          for t in [recipe.teacher,
-                                    *(check(TeacherRecipe, o, 'teacher.others.') for o in recipe.teacher.others)]]
+    with fetching(recipe): first, *others = [one_teacher(t, needs) for t in teachers_of(recipe).values()]
     return Several([first, *others]) if others else first
 
 # %% ../../nbs/training/63_lesson.ipynb #46fb239e

@@ -6,11 +6,7 @@
 __all__ = ['Whole', 'Count', 'Seed', 'Share', 'Positive', 'Amount', 'Keywords', 'Pixels', 'packaged', 'whole', 'DataRecipe',
            'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'merge', 'parsed',
            'read_recipe', 'recipe_names', 'parse_override', 'check', 'origin', 'teachers_of', 'check_teachers',
-           'resolve', 'load_recipe', 'as_tree', 'write_recipe', 'differences']
-__all__ = ['Whole', 'Count', 'Seed', 'Share', 'Positive', 'Amount', 'Pixels', 'packaged', 'whole', 'DataRecipe', 'ViewRecipe',
-           'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'merge', 'parsed', 'read_recipe',
-           'recipe_names', 'parse_override', 'check', 'resolve', 'stored', 'own_names', 'load_recipe', 'as_tree',
-           'write_recipe', 'differences']
+           'resolve', 'stored', 'own_names', 'load_recipe', 'as_tree', 'write_recipe', 'differences']
 
 # %% ../../nbs/training/60_recipes.ipynb #80195464
 import difflib
