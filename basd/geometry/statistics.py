@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['no_autocast', 'island', 'world', 'rank', 'global_mean', 'centre', 'covariance', 'too_short', 'rounding', 'directions',
-           'images_at_once', 'in_pieces', 'steady', 'eigh_by_products', 'remote', 'eigh', 'eigvalsh', 'effective_rank',
-           'step_generator', 'draw_images']
+           'felt', 'images_at_once', 'in_pieces', 'steady', 'eigh_by_products', 'remote', 'eigh', 'eigvalsh',
+           'effective_rank', 'step_generator', 'draw_images']
 
 # %% ../../nbs/geometry/01_statistics.ipynb #ceaf54e7
 import math
@@ -100,9 +100,19 @@ def directions(
 )->Tensor:               # of length one, or zero, (..., D)
     "Unit vectors; zero with gradient zero where `x` is too short to have a direction"
     s = x.square().sum(-1, keepdim=True)
-    bound = (too_short(x, of) if short is None else short).clamp(min=torch.finfo(x.dtype).tiny**.5)
-    long = s >= bound.square()
-    return x*torch.where(long, torch.where(long, s, 1.).rsqrt(), 0.)
+    bound = (too_short(x, of) if short is None else short).clamp(min=torch.finfo(x.dtype).tiny**.3) # 1/s³ is finite
+    none = s < bound.square()
+    return x*torch.where(none, 0., torch.where(none, 1., s).rsqrt())
+
+# %% ../../nbs/geometry/01_statistics.ipynb #3baaf2e6
+def felt(
+    x:Tensor,            # tokens, (..., N, D)
+    of:Tensor|None=None, # what they are differences of, (..., N, D), if they are
+)->Tensor:               # (..., N, D)
+    "`x`, constant where the tokens of an image are far smaller than those of others, or nothing but rounding"
+    flat = lambda z: z.detach().flatten(-2)
+    short = torch.linalg.vector_norm(flat(x), dim=-1) < too_short(flat(x), None if of is None else flat(of))
+    return torch.where(short[..., None, None], x.detach(), x)
 
 # %% ../../nbs/geometry/01_statistics.ipynb #f5d3bc22
 def images_at_once(

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..geometry.alignment import HeadAligner
 from ..geometry.features import Attention
 from ..geometry.resampling import resample_attention, resample_keys, stencil
-from ..geometry.statistics import images_at_once, in_pieces, island, no_autocast
+from ..geometry.statistics import directions, images_at_once, in_pieces, island, no_autocast
 
 # %% ../../nbs/losses/12_attention.ipynb #592963a8
 def attention_kl(
@@ -61,7 +61,7 @@ def pseudo_attention(
     tau:float=.1,   # temperature of the cosines; at 0.1 an equal token outweighs an orthogonal one 22 000 to 1
 )->Attention:       # one head
     "Similarity of tokens in the form of attention, for models that have none; gradient to `x`"
-    with no_autocast(x): u = F.normalize(island(x), dim=-1, eps=1e-6)[:, None]
+    with no_autocast(x): u = directions(island(x))[:, None]
     return Attention(u, u, scale=1/tau)
 
 # %% ../../nbs/losses/12_attention.ipynb #fce01aa2

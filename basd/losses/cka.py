@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..geometry.resampling import resample_tokens
-from ..geometry.statistics import covariance, global_mean, island, no_autocast, world
+from ..geometry.statistics import covariance, felt, global_mean, island, no_autocast, world
 from .paired import feature_loss, paired
 
 # %% ../../nbs/losses/16_cka.ipynb #06858201
@@ -161,6 +161,9 @@ def one(self:CKA,
 )->Tensor:    # (...,)
     "The loss of rows with any leading dimensions"
     within = self.rows == 'within'
+    if within:
+        s = island(s)
+        s = felt(s - s.mean(-2, keepdim=True), s) if self.center else felt(s)
     debias = not self.biased(s.shape[-2]*(1 if within else world()), max(s.shape[-1], t.shape[-1]))
     c = cka(s, t, debias, self.center, 'gram' if within else None)
     return shortfall(c) if self.log else 1 - c

@@ -9,11 +9,10 @@ __all__ = ['own_head', 'log_predictions', 'trajectory', 'steps', 'Dynamics']
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import island, no_autocast
+from ..geometry.statistics import directions, island, no_autocast
 from .cka import CKA
 from .paired import at_places, feature_loss, paired
 
@@ -57,9 +56,10 @@ def steps(
     t:Tensor, # teacher's, constant, (J, B, C)
 )->Tensor:    # between 0 and 2, ()
     "One minus the cosine of first differences; a step of length zero has no direction and counts 1 where the other moves"
-    a, b = s.diff(dim=0), t.diff(dim=0)
-    still = (a.detach().norm(dim=-1) < 1e-6) & (b.norm(dim=-1) < 1e-6)
-    return torch.where(still, 0., 1 - F.cosine_similarity(a, b, dim=-1, eps=1e-6)).mean() if len(a) else s.new_zeros(())
+    if len(s) < 2: return s.new_zeros(())
+    a, b = (directions(z.diff(dim=0), of=z) for z in (s, t))
+    still = a.detach().square().sum(-1) + b.square().sum(-1) < .5
+    return torch.where(still, 0., 1 - (a*b).sum(-1)).mean()
 
 # %% ../../nbs/losses/23_dynamics.ipynb #d4c47499
 @feature_loss('dynamics')

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import centre, global_mean, island, no_autocast, rank, world
+from ..geometry.statistics import centre, directions, global_mean, island, no_autocast, rank, world
 from .paired import at_places, feature_loss, paired
 
 # %% ../../nbs/losses/17_gram.ipynb #83c6e319
@@ -19,9 +19,8 @@ def unit_tokens(
     x:Tensor,           # tokens, (..., N, D)
     center:bool=False,  # subtract the mean token first
 )->Tensor:              # (..., N, D)
-    "Tokens of unit length; those shorter than 1e-6 stay shorter"
-    if center: x = x - x.mean(-2, keepdim=True)
-    return F.normalize(x, dim=-1, eps=1e-6)
+    "Tokens of unit length; zero, with gradient zero, where a token is too short to have a direction"
+    return directions(x - x.mean(-2, keepdim=True), of=x) if center else directions(x)
 
 # %% ../../nbs/losses/17_gram.ipynb #6f67cc1d
 def gram_distance(
@@ -134,7 +133,7 @@ class PooledCorrelation(nn.Module):
     )->Tensor:    # images of this rank × images of all ranks, (B, W·B)
         "Cosines of mean tokens over temperature"
         z = island(x).mean(-2)
-        u = unit_tokens(centre(z) if self.center else z)
+        u = directions(centre(z), of=z) if self.center else directions(z)
         C = u @ all_rows(u).mT / self.tau
         if not self.mask: return C
         column, row = (torch.arange(n, device=C.device) for n in (C.shape[1], len(C)))

@@ -9,11 +9,10 @@ __all__ = ['in_coordinates', 'Hidden', 'loudness', 'AttentionTransfer']
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import island, no_autocast
+from ..geometry.statistics import directions, island, no_autocast
 from .paired import at_places, feature_loss
 
 # %% ../../nbs/losses/20_hidden.ipynb #4c6c3813
@@ -21,9 +20,10 @@ def in_coordinates(
     h:Tensor,        # tokens, (..., D)
     normalise:Literal['none', 'layer', 'unit'], # as they are, standardised token by token, or of unit length
 )->Tensor:           # (..., D)
-    "Tokens in the coordinates in which they are compared"
+    "Tokens in the coordinates in which they are compared; zero, with gradient zero, where there is nothing to normalise"
     if normalise == 'none': return h
-    return F.layer_norm(h, h.shape[-1:]) if normalise == 'layer' else F.normalize(h, dim=-1, eps=1e-6)
+    if normalise == 'unit': return directions(h)
+    return h.shape[-1]**.5*directions(h - h.mean(-1, keepdim=True), of=h)
 
 # %% ../../nbs/losses/20_hidden.ipynb #9a76d55e
 @feature_loss('hidden')
@@ -71,7 +71,7 @@ def loudness(
     p:float=2., # power
 )->Tensor:      # unit vectors over places, (B, N)
     "Where each image's tokens are large"
-    return F.normalize(h.abs().pow(p).mean(-1), dim=-1, eps=1e-6)
+    return directions(h.abs().pow(p).mean(-1))
 
 # %% ../../nbs/losses/20_hidden.ipynb #b1f3329d
 @feature_loss('at')

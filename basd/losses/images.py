@@ -11,26 +11,27 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import island, no_autocast
+from ..geometry.statistics import directions, island, no_autocast, rounding
 from .gram import all_rows
+from .hidden import in_coordinates
 from .paired import feature_loss, paired
 
 # %% ../../nbs/losses/22_images.ipynb #56667fbc
 def distances(
     z:Tensor, # embeddings, (B, D)
 )->Tensor:    # relative to their mean, zero diagonal, (B, B)
-    "Distances among images"
-    off = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    square = (z.square().sum(-1)[:, None] + z.square().sum(-1) - 2*z @ z.mT).clamp(min=1e-12)
-    d = torch.where(off, square, 1.).sqrt()*off
-    return d / (d.sum()/max(len(z)*(len(z) - 1), 1)).clamp(min=1e-6)
+    "Distances among images; zero, with gradient zero, where all coincide"
+    d = torch.cdist(z, z, compute_mode='donot_use_mm_for_euclid_dist')
+    mean = d.sum()/max(len(z)*(len(z) - 1), 1)
+    none = mean <= rounding(z.dtype)*z.detach().norm(dim=-1).mean()
+    return d*torch.where(none, 0., 1/torch.where(none, 1., mean))
 
 # %% ../../nbs/losses/22_images.ipynb #e884f9b7
 def angles(
     z:Tensor, # embeddings, (B, D)
 )->Tensor:    # cosines at vertex j between i and k, (B, B, B), first axis j
     "Angles of all triplets"
-    e = F.normalize(z - z[:, None], dim=-1, eps=1e-6) # e[j, i] = direction from j to i
+    e = directions(z - z[:, None], of=z) # e[j, i] = direction from j to i
     return e @ e.mT
 
 # %% ../../nbs/losses/22_images.ipynb #06777c13
@@ -55,9 +56,10 @@ class RKD(nn.Module):
         some,     # indices of the images whose angles are taken
     )->Tensor:    # ()
         "The loss of one pair of layers"
-        off = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-        d = (F.smooth_l1_loss(distances(x), distances(y), reduction='none')*off).sum() / off.sum().clamp(min=1)
-        return self.distance*d + self.angle*F.smooth_l1_loss(angles(x[some]), angles(y[some]))
+        far = F.smooth_l1_loss(distances(x), distances(y), reduction='sum')
+        turned, m = F.smooth_l1_loss(angles(x[some]), angles(y[some]), reduction='none'), len(x[some])
+        turned = turned.sum() - turned.diagonal(dim1=-2, dim2=-1).sum()
+        return self.distance*far/max(len(x)*(len(x) - 1), 1) + self.angle*turned/max(m*(m - 1)*(m - 2), 1)
 
 # %% ../../nbs/losses/22_images.ipynb #ddd2dc8b
 def pooled(
@@ -100,9 +102,9 @@ def edges(
     z:Tensor,          # vertices, (V, D)
     virtual:bool=False,# those of the second half are second views of the first
 )->Tensor:             # unit vectors, (V(V−1)/2, D) or (V²/4, D)
-    "Directions between vertices"
+    "Directions between vertices; zero, with gradient zero, where two coincide"
     i, j = pairs_of(len(z), virtual, z.device)
-    return F.normalize(z[i] - z[j], dim=-1, eps=1e-3)
+    return directions(z[i] - z[j], of=z)
 
 # %% ../../nbs/losses/22_images.ipynb #00d4d7e0
 class VRM(nn.Module):
@@ -130,7 +132,7 @@ class VRM(nn.Module):
             if self.virtual and len(s) % 2:
                 raise ValueError(f"virtual=True with {len(s)} images, whose second half cannot show the first again; "
                                  "give an even number")
-            x, y = (F.layer_norm(z, z.shape[-1:]) for z in (s, t))
+            x, y = (in_coordinates(z, 'layer') for z in (s, t))
             huber = lambda a, b: F.smooth_l1_loss(a, b, reduction='none').sum(-1)
             between = self.kept(huber(edges(x, self.virtual), edges(y, self.virtual)), s.detach())
             return self.images*between.mean() + self.classes*huber(edges(x.mT), edges(y.mT)).mean()
@@ -173,7 +175,7 @@ class CRD(nn.Module):
         with no_autocast(xs[0]):
             losses = []
             for f,g,(x,y) in zip(self.maps_s, self.maps_t, pooled(xs, ys)):
-                S = F.normalize(f(x), dim=-1, eps=1e-6) @ F.normalize(g(y), dim=-1, eps=1e-6).mT / self.tau
+                S = directions(f(x)) @ directions(g(y)).mT / self.tau
                 same = torch.arange(len(S), device=S.device)
                 losses.append((F.cross_entropy(S, same) + F.cross_entropy(S.mT, same))/2)
             return torch.stack(losses).mean()

@@ -12,8 +12,19 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..geometry.statistics import centre, covariance, global_mean, in_pieces, island, no_autocast, world
+from ..geometry.statistics import centre, covariance, global_mean, in_pieces, island, no_autocast, rounding, world
 from .paired import feature_loss, paired
+
+# %% ../../nbs/losses/10_rsd.ipynb #03930864
+def measured(
+    x:Tensor,          # rows, (..., M, D)
+    center:bool,       # subtract their mean
+)->tuple:              # rows (..., M, D); their variance, and whether it is but that of rounding (..., 1, D)
+    "What the columns of all ranks are divided by"
+    m = global_mean(x.mean(-2, keepdim=True)) if center else torch.zeros_like(x[..., :1, :])
+    x = x - m
+    var = global_mean(x.square().mean(-2, keepdim=True))
+    return x, var, var < torch.finfo(x.dtype).tiny + (rounding(x.dtype)*m.detach()).square()
 
 # %% ../../nbs/losses/10_rsd.ipynb #cc3e9dd3
 def standardise(
@@ -21,22 +32,25 @@ def standardise(
     center:bool=True,  # Pearson; without it columns are scaled by their root mean square, which makes P a cosine
     floor:float=1e-5,  # smallest standard deviation
 )->Tensor:             # (..., M, D)
-    "Columns of zero mean and unit variance over the rows of all ranks"
-    x = centre(x) if center else x
-    var = global_mean(x.square().mean(-2, keepdim=True))
-    return x*(var + floor**2).rsqrt()
+    "Columns of zero mean and unit variance over the rows of all ranks; zero where a column is constant"
+    x, var, none = measured(x, center)
+    return x*torch.where(none, 0., (torch.where(none, 1., var) + floor**2).rsqrt())
 
 # %% ../../nbs/losses/10_rsd.ipynb #80645ffa
 def cross_correlation(
     s:Tensor,          # student rows, (..., M, D)
     t:Tensor,          # teacher rows, (..., M, D)
     center:bool=True,  # Pearson correlation; False: cosine
+    floor:float=1e-5,  # a column of a smaller standard deviation is constant
 )->Tensor:             # teacher channels × student channels, (..., D, D)
-    "Correlation of every teacher channel with every student channel, in float32, over all ranks"
+    "Correlation of every teacher channel with every student channel, in float32, over all ranks; 0 for a constant one"
+    def parts(x): # rows, 1/σ of each column, (..., D)
+        x, var, none = measured(x, center)
+        none = none | (var < floor**2)
+        return x, torch.where(none, 0., torch.where(none, 1., var).rsqrt()).squeeze(-2)
     with no_autocast(s):
-        s, t = (centre(x) if center else x for x in island(s, t))
-        scale = lambda x: (global_mean(x.square().mean(-2)) + 1e-10).rsqrt()             # 1/σ of each column, (..., D)
-        return covariance(t, s) * scale(t)[..., None] * scale(s)[..., None, :]
+        (s, scale_s), (t, scale_t) = (parts(x) for x in island(s, t))
+        return covariance(t, s) * scale_t[..., None] * scale_s[..., None, :]
 
 # %% ../../nbs/losses/10_rsd.ipynb #4ce6e2bb
 def redundancy(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import draw_images, eigvalsh, global_mean, island, no_autocast, steady
+from ..geometry.statistics import draw_images, eigvalsh, felt, global_mean, island, no_autocast, steady
 
 # %% ../../nbs/losses/13_spectral.ipynb #4671c979
 def gram(
@@ -99,9 +99,11 @@ class Spectral(nn.Module):
         k:int,    # singular values to keep
     )->Tensor:    # (B, k), (1, k) for "batch", (B, 3) for "moments"
         "What of one layer is compared"
-        if self.form == 'moments': return moments(x - x.mean(-2, keepdim=True) if self.center else x)
-        if self.form == 'batch': return normalised(batch_spectrum(x, self.center), k, self.align, self.energy)[None]
-        return normalised(spectrum(x, self.center), k, self.align, self.energy)
+        with no_autocast(x):
+            if self.form == 'batch': return normalised(batch_spectrum(x, self.center), k, self.align, self.energy)[None]
+            x = island(x)
+            x = felt(x - x.mean(-2, keepdim=True), x) if self.center else felt(x)
+            return moments(x) if self.form == 'moments' else normalised(spectrum(x), k, self.align, self.energy)
 
 # %% ../../nbs/losses/13_spectral.ipynb #06ebfc19
 def batch_spectrum(
@@ -111,7 +113,7 @@ def batch_spectrum(
     "One spectrum of all tokens of the batch"
     with no_autocast(x):
         z = island(x).flatten(0, 1)
-        if center: z = z - global_mean(z.mean(0))
+        if center: z = felt((z - global_mean(z.mean(0)))[None], z[None])[0]
         lam = eigenvalues(global_mean(z.mT @ z / len(z)))
         return lam.clamp(min=1e-6*lam[:1].detach() + torch.finfo(lam.dtype).tiny).sqrt()
 
