@@ -111,16 +111,18 @@ class FormedAttention:
 class Features:
     "What one tapped forward pass hands over, one entry a tapped layer"
     tokens:list                # (B, N, D) tensors, prefix tokens removed
-    attention:list             # `Attention`, or None for a layer without global attention
+    attention:list             # `Attention`, or None for a layer without attention that can be read
     logits:Tensor|None=None    # (B, C), or None for a model without a head
     grids:list|None=None       # (height, width) of the tokens, or None for a layer without a grid
     # logits of a second head that listens to a teacher, (B, C), if the model has one and is training
     distilled:Tensor|None=None
     # `Features` of each, where several models were asked; the fields above are then the first one's
     members:list|None=None
+    unread:list|None=None      # why a layer has no attention, in words; None for one that has
 
     def __post_init__(self):
         if self.grids is None: self.grids = [None]*len(self.tokens)
+        if self.unread is None: self.unread = [None]*len(self.tokens)
         if not len(self.tokens) == len(self.attention) == len(self.grids):
             raise ValueError(f"{len(self.tokens)} token layers, {len(self.attention)} attention layers and "
                              f"{len(self.grids)} grids: one of each a tapped layer")
