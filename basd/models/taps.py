@@ -37,7 +37,7 @@ def layer_names(
     at, part = _timm_part(model)
     if part is None: return _listed(model)
     modules = dict(part.named_modules())
-    listed = [_called(i['module'], modules) for i in part.feature_info if i['module'] in modules]
+    listed = [_called(i['module'], modules) for i in part.feature_info if i['module'] in modules and i['module']]
     stem = next((j for j,n in enumerate(listed) if list(modules[n].children())), 0)
     return [at + n for n in dict.fromkeys(listed[stem:])] or _listed(model)
 
@@ -77,9 +77,10 @@ def _listed(model):
     best = max(found, key=lambda g: (sum(bool(list(modules[n].children())) for n in g), len(g), sum(map(size, g))))
     heavy = max(best, key=size)
     whole = isinstance(model, nn.Sequential) and type(modules[heavy]) is not nn.Sequential and list(modules[heavy].children())
-    if not whole or size(heavy) < .9*size(''): return best
-    try: return [f'{heavy}.{n}' for n in _listed(modules[heavy])]        # a sequence around one large model
-    except ValueError: return best
+    if whole and size(heavy) > .9*size(''):                             # a sequence around one large model
+        try: return [f'{heavy}.{n}' for n in _listed(modules[heavy])]
+        except ValueError: pass
+    return [_called(n, modules) for n in best]
 
 # %% ../../nbs/models/40_taps.ipynb #f08c16c2
 def resolve_layers(
