@@ -11,7 +11,18 @@ from forks import end, on_ranks, start
 from torch.testing import assert_close
 
 from basd.data.views import build_loader
-from basd.geometry.statistics import global_mean, rank, world
+from basd.geometry.alignment import InterpAligner, target_health
+from basd.geometry.frequency import FrequencySelector
+from basd.geometry.grassmann import orthonormal_scores, overlap, scores, subspace
+from basd.geometry.projections import reconstruction
+from basd.geometry.selector import GrassmannSelector, draw_places
+from basd.geometry.statistics import centre, covariance, draw_images, effective_rank, global_mean, rank, step_generator, world
+from basd.losses.balance import Balance
+from basd.losses.cka import CKA
+from basd.losses.gram import PooledCorrelation
+from basd.losses.images import CRD, RKD, VRM
+from basd.losses.rsd import RSD
+from basd.losses.spectral import Spectral
 from basd.training.checkpoints import load
 from basd.training.cli import main
 from basd.training.faults import replay
@@ -88,6 +99,79 @@ def test_a_hole_on_one_rank(tmp_path):
     assert all(v.isfinite().all() for v in load(run/"last.pt")["lesson"].values())
     repeated = replay(run)                                              # without the hole
     assert not repeated["term"] and all(math.isfinite(v) for v in repeated["parts"].values())
+
+
+def pieces(x, y, b):
+    ("What is made of student tokens (b, 9, 12) and teacher tokens (b, 9, 10) of this rank: name → its modules, and "
+     "either a statistic of all ranks, or a share of a mean over ranks")
+    D, E, n = x.shape[-1], y.shape[-1], torch.tensor(200.)
+    rows_x, rows_y = x.flatten(0, 1), y.flatten(0, 1)
+    made = lambda cls, *words, **more: (torch.manual_seed(0), cls(*words, **more).double())[1]
+    def whitened(z, k=3):
+        z = centre(z)
+        return scores(z, *subspace(covariance(z), k))[None]
+    along = lambda z, k=3: orthonormal_scores(centre(z), torch.eye(z.shape[-1], k, dtype=z.dtype))[None]
+    interp = made(InterpAligner, 9, E, 4)
+    selectors = dict(eigh={}, tracked=dict(solver="track"), turned=dict(space="channel", procrustes=True), channel=dict(space="channel"))
+    selectors = {k: made(GrassmannSelector, [D], [E, E], rank=3, dim=8, **v) for k, v in selectors.items()}
+    frequency, balances = made(FrequencySelector, [D], [E, E], bins=2), {f: Balance(["a", "b"], form=f) for f in ("reference", "paper", "original")}
+    mixed = lambda s: (m := s([x], [y, y.square()], *([[(3, 3)], [(3, 3)]*2] if s is frequency else []))).weights.sum(0)*n + m.regulariser
+    rsd = {f"{norm} {center} {pooled}": made(RSD, [D], [E], norm=norm, center=center, pooled=pooled)
+           for norm in ("layer", "batch") for center in (True, False) for pooled in (True, False)}
+    spectral = {f"{center}": Spectral("batch", center=center) for center in (True, False)}
+    cka = {f"{rows} {debias}": CKA(rows=rows, debias=debias) for rows in ("token", "image", "within") for debias in (True, False, None)
+           if rows == "token" or debias is not None}
+    near = {k: made(c, **o) for k, (c, o) in dict(
+        rkd=(RKD, dict(images=None)), correlation=(PooledCorrelation, {}), centered=(PooledCorrelation, dict(center=True)),
+        crd=(CRD, dict(widths_s=[D], widths_t=[E]))).items()}
+    statistics = dict(
+        centre=(None, lambda: centre(rows_x).square().mean() if world() == 1 else global_mean(centre(rows_x).square().mean())),
+        covariance=(None, lambda: covariance(rows_x)), cross=(None, lambda: covariance(centre(rows_x), centre(rows_y))),
+        effective_rank=(None, lambda: effective_rank(rows_x)), health=(None, lambda: torch.stack(list(target_health(x).values()))),
+        scores=(None, lambda: overlap(whitened(rows_x), whitened(rows_y))), along=(None, lambda: overlap(along(rows_x), along(rows_y))),
+        interp=(None, lambda: (interp.fit(y), interp.projection @ interp.projection.mT + interp.mean)[1]),
+        tokens=(None, lambda: reconstruction(rows_y, rows_x[:, :10])), mean=(None, lambda: reconstruction(rows_y, rows_x[:, :10], "mean")),
+        frequency=(frequency, lambda: mixed(frequency)),
+        **{f"selector {k}": (s, lambda s=s: mixed(s)) for k, s in selectors.items()},
+        **{f"rsd {k}": (l, lambda l=l: l([x], [y])) for k, l in rsd.items()},
+        **{f"spectral {k}": (None, lambda l=l: l([x], l.target([y], [8]))) for k, l in spectral.items()},
+        **{f"cka {k}": (None, lambda l=l: l([x], [y])) for k, l in cka.items() if not k.startswith("within")},
+        **{f"balance {k}": (None, lambda l=l: l(torch.stack([x.square().mean(), y.square().mean()]), n, n)[1]["weights"]) for k, l in balances.items()})
+    means = {**{k: (l, lambda l=l: l([x], [y])) for k, l in near.items()},
+             "vrm": (None, lambda: VRM()(x[:, 0], y[:, 0].new_zeros(b, D).index_add(1, torch.arange(E), y[:, 0]), None)),
+             **{f"cka {k}": (None, lambda l=l: l([x], [y])) for k, l in cka.items() if k.startswith("within")}}
+    return statistics, means
+
+
+def every_piece():
+    "Values and gradients of all pieces on this rank's share of 16 images, and how much is drawn on all ranks together"
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    loud = 1 + torch.arange(16.).double()[:, None, None]/8                   # ranks see images of other size and mean
+    whole = draw(16, 9, 12)*loud + loud, draw(16, 9, 10)*loud + draw(16, 1, 10) + loud
+    x, y = (z.chunk(world())[rank()] for z in whole)
+    scale, values, gradients = torch.ones(12, dtype=torch.float64, requires_grad=True), {}, {}
+    for average, found in zip((False, True), pieces(x*scale, y, len(x))):
+        for name, (module, f) in found.items():
+            value = f()
+            leaves = [scale, *(p for p in (module.parameters() if module is not None else ()) if p.requires_grad)]
+            grads = (torch.autograd.grad((value*torch.linspace(1, 2, value.numel()).view_as(value)).sum(), leaves, retain_graph=True,
+                                         allow_unused=True, materialize_grads=True) if value.requires_grad else [])
+            values[name] = global_mean(value.detach()) if average else value.detach()
+            for i, d in enumerate(grads): gradients[f"{name}, {i}"] = global_mean(d)
+    total = lambda places, images=len(x): torch.tensor(images*world()*len(places))
+    drawn = torch.zeros(16).index_add(0, draw_images(len(x), 8, step_generator(0, 0)) + rank()*len(x), torch.ones(8//world()))
+    values |= dict(images=global_mean(drawn)*world(), places=total(draw_places(9, len(x), 2, 64)),
+                   rsd=total(RSD([12], [10], max_rows=64).draw(9, len(x))), cka=total(CKA(max_rows=64).draw(9, len(x))))
+    return values, gradients
+
+
+def test_every_piece_on_several_ranks(tmp_path):
+    "Each statistic is that of all ranks, each loss averages to that of one rank, and so do the gradients"
+    (values, gradients), others = on_ranks(every_piece, ranks=1, folder=tmp_path), on_ranks(every_piece, ranks=2, folder=tmp_path)
+    for one, two in zip((values, gradients), others):
+        assert one.keys() == two.keys()
+        for k in one: assert_close(two[k], one[k], rtol=1e-7, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
 
 
 FRAME = [w for w in TINY if not w.startswith(("method.", "teacher.kwargs"))] + [
