@@ -114,7 +114,7 @@ def settle(run, whole, rows, race):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--minutes", type=float, default=12, help="no new kill after so long (default 12)")
     p.add_argument("--out", default=str(ROOT/"experiments"/"results"/"kill.json"))

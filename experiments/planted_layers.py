@@ -100,7 +100,8 @@ def blends(images, xs, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--data", required=True, help="folder of parquet files with an img column")
     parser.add_argument("--weights", required=True, help="safetensors of timm's vit_tiny_patch16_224")
     parser.add_argument("--images", type=int, default=128)

@@ -56,7 +56,7 @@ def measure(words):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--rows", choices=("cpu", "gpu"), default="cpu")
     p.add_argument("--only", nargs="*", help="names of rows to measure anew; the others stay")
     p.add_argument("--out", default=None)

@@ -45,7 +45,7 @@ def summary(cases):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--only", nargs="*", help="names of files below tests/")
     p.add_argument("--fuzz", type=float, default=60, help="seconds of the fuzz test, for each seed")
     p.add_argument("--seeds", type=int, default=3)

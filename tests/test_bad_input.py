@@ -189,6 +189,7 @@ ARGUMENTS = [
     (["bench", "--frobnicate"], "--frobnicate"), (["recipes", "--frobnicate"], "--frobnicate"),
     (["train", "quickstart", "--run-dir"], "--run-dir"), (["evaluate", "run", "--weights"], "--weights"),
     (["analyze", "run", "--images"], "--images"),
+    (["compare", "ce", "--seed", "3"], "--seed"), (["train", "quickstart", "--res"], "--res"),
     (["compare", "ce", "--seeds"], "--seeds"), (["bench", "--reps"], "--reps"),
     (["compare", "ce", "--seeds", "many"], "'many'"), (["compare", "ce", "--seeds", "0"], "--seeds"),
     (["compare", "ce", "--seeds", "-1"], "--seeds"), (["compare", "ce", "--seeds", str(10**12)], "--seeds"),

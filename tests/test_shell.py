@@ -54,3 +54,12 @@ def test_non_finite_loss_is_named(tmp_path, capsys):
     assert {k: found[k] for k in ("term", "of", "layer")}.items() <= replay(tmp_path/"run").items()
     assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0", "--resume") == 2
     assert capsys.readouterr().err == err
+
+
+def test_a_comparison_without_its_baseline_has_failed(tmp_path, capsys):
+    "The table is written, and the status says that it lacks what the others are compared with"
+    words = ["compare", "hinton", "--seeds", "1", "--folder", str(tmp_path), "--set", "data.train_size=128",
+             "train.epochs=1", "train.warmup_epochs=0", "student.width=24", "student.depth=2"]
+    assert main([*words, "train.clip=null", "train.lr=1.0e+30", "stages.teacher.train.lr=1.0e-3"]) == 1
+    assert "failed: loss 'ce' was not finite" in capsys.readouterr().out and (tmp_path/"table.md").is_file()
+    assert main(words) == 2 and "run of another recipe" in capsys.readouterr().err

@@ -45,7 +45,8 @@ def run(path, flags):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--flags", default="", help="run the cells with these flags too")
     args = parser.parse_args()

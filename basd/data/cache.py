@@ -6,6 +6,7 @@
 __all__ = ['Layout', 'fingerprint', 'unfinished', 'sweep', 'write_atomic', 'sync', 'no_room', 'Cache', 'readable']
 
 # %% ../../nbs/data/53_cache.ipynb #f0e7f6d9
+import ctypes
 import errno
 import hashlib
 import json
@@ -105,10 +106,19 @@ def sweep(
         if p.suffix[1:].isdigit() and not _alive(int(p.suffix[1:])): p.unlink(missing_ok=True)
 
 def _alive(pid):
+    if os.name == 'nt': return _opens(pid)                  # there os.kill(pid, 0) is Ctrl-C
     try: os.kill(pid, 0)
-    except ProcessLookupError: return False
+    except (ProcessLookupError, OverflowError): return False
     except OSError: return True                             # somebody else's process
     return True
+
+def _opens(pid):
+    "Is there such a process on Windows? It can be opened, or not for want of rights, and has no exit status"
+    kernel, status = ctypes.windll.kernel32, ctypes.c_ulong()
+    handle = kernel.OpenProcess(0x1000, False, pid)         # to ask for what everybody may know
+    if not handle: return kernel.GetLastError() == 5        # access denied
+    try: return not kernel.GetExitCodeProcess(handle, ctypes.byref(status)) or status.value == 259  # still active
+    finally: kernel.CloseHandle(handle)
 
 # %% ../../nbs/data/53_cache.ipynb #8a23b06e
 def write_atomic(

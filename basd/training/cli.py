@@ -150,7 +150,9 @@ def summarise(
 
 # %% ../../nbs/training/79_cli.ipynb #772dcd2b
 class Parser(argparse.ArgumentParser):
-    "One sentence where the words make no sense"
+    "One sentence where the words make no sense; options are written out, as `--seed` might be meant for `train.seed`"
+    def __init__(self, *args, **kw): super().__init__(*args, allow_abbrev=False, **kw)
+
     def error(self, message): self.exit(2, f"basd: {message}; see {self.prog} --help\n")
 
 # %% ../../nbs/training/79_cli.ipynb #2809e650
@@ -242,7 +244,7 @@ def parse(
 # %% ../../nbs/training/79_cli.ipynb #db00f18d
 def run(
     args:argparse.Namespace, # of `parser`
-):
+)->int|None: # exit status, if it is not 0
     "Do what the command line says"
     check_device(getattr(args, 'device', None))
     for option in ('out', 'output_dir', 'folder'):
@@ -264,8 +266,10 @@ def run(
     elif args.command == 'compare':
         from basd.training.compare import compare
         from basd.training.standings import told
-        print(told(compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder,
-                           jobs=args.jobs, device=args.device, trust=args.trust)))
+        found = compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder,
+                        jobs=args.jobs, device=args.device, trust=args.trust)
+        print(told(found))
+        return int(any(r['failed'] for r in found['rows']))
     elif args.command == 'bench':
         from basd.training.bench import bench, sizes_around, table     # the profiler is not for everyday starts
         print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device,
@@ -304,17 +308,16 @@ def judge(
 # %% ../../nbs/training/79_cli.ipynb #924f0bfb
 def main(
     argv=None, # words after `basd`; those of the shell if None
-)->int:        # exit status: 0, 2 for bad input, or 130 if interrupted
+)->int:        # exit status: 0, 1 where a run of a comparison failed, 2 for bad input, 130 if interrupted
     "The `basd` command"
     args = parse(argv)
-    try: run(args)
+    try: return run(args) or 0
     except (ValueError, OSError, NonFiniteLoss) as e:
         if not ours(e): raise
         return complain(e)
     except KeyboardInterrupt as e:
         print(f"basd: {e or 'interrupted'}", file=sys.stderr)
         return 0 if isinstance(e, Stopped) else 130
-    return 0
 
 # %% ../../nbs/training/79_cli.ipynb #081036e9
 def ours(

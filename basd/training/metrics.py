@@ -10,6 +10,7 @@ __all__ = ['Meter', 'Sentinel', 'Log', 'read_log', 'series', 'plot_series', 'plo
 import json
 import os
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -90,9 +91,13 @@ class Log:
     def offset(self)->int: return self.path.stat().st_size
 
 def _board(run):
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: return None
-    return SummaryWriter(run/'tensorboard')
+    if find_spec('tensorboard') is None: return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(run/'tensorboard')
+    except Exception as e:      # of whatever it needs; nothing of the run depends on it
+        print(f"TensorBoard is installed but does not work here ({type(e).__name__}: {e}); {run}/metrics.jsonl has "
+              "all that it would show", flush=True)
 
 # %% ../../nbs/training/62_metrics.ipynb #6c58a426
 def read_log(
