@@ -308,10 +308,12 @@ def flat(root):
 
 
 def odd(root):
-    "A folder called as an image, a link, a class that only tests have, a name in other letters"
+    "A folder called as an image, a link, a class that tests lack, a name in other letters, a pipe, a loop, a text"
     (pets(root)/"train"/"cat"/"0.jpg").mkdir()
     (root/"train"/"cat"/"2.png").symlink_to(root/"train"/"cat"/"0.png")
-    shutil.copytree(root/"test"/"cat", root/"test"/"eel")
+    os.mkfifo(root/"train"/"cat"/"pipe.png")
+    (root/"train"/"dog"/"all").symlink_to("..")
+    (root/"train"/"dog"/"notes.txt").write_text("a good dog")
     shutil.copytree(root/"test"/"cat", root/"train"/"ca té ' \U0001F431")
 
 
@@ -329,9 +331,12 @@ FOLDERS = {
                     "train holds no images in class folders"),
     "texts": (texts, "train holds no images in class folders"),
     "no classes": (flat, "train holds no images in class folders"),
-    "one class": (lambda root: only(root, lambda p: "cat" in p.parts), "pets holds one class alone, 'cat'"),
+    "one class": (lambda root: only(root, lambda p: "cat" in p.parts), "pets/train holds one class alone, 'cat'"),
     "broken link": (lambda root: (pets(root)/"train"/"cat"/"0.jpg").symlink_to("nowhere.jpg"),
                     "pets/train/cat/0.jpg cannot be decoded"),
+    "a class for tests alone": (lambda root: shutil.copytree(pets(root)/"test"/"cat", root/"test"/"eel"),
+                                "pets/test has images of class 'eel', which is none of the 2 classes of the training split"),
+    "a class in capitals": (lambda root: (pets(root)/"test"/"cat").rename(root/"test"/"Cat"), "did you mean 'cat'"),
     "odd but sound": (odd, "works"),
 }
 if os.getuid() != 0: FOLDERS["no permission"] = (forbidden, "pets/train/cat cannot be read")
@@ -449,8 +454,8 @@ def test_odd_images(here, capsys):
     pets(here/"pets")
     for name in GOOD: (here/"pets"/"train"/"dog"/name).write_bytes(IMAGES[name][0])
     source = open_source("pets", "train")
-    assert set(GOOD) < {os.path.basename(path) for path, _ in source.dataset.reader.samples}
-    for i, (path, _) in enumerate(source.dataset.reader.samples):
+    assert set(GOOD) < {os.path.basename(path) for path in source.dataset}
+    for i, path in enumerate(source.dataset):
         name = os.path.basename(path)
         if name not in GOOD: continue
         wanted = np.asarray((IMAGES[name][1] or PICTURE).convert("RGB")).astype(int)

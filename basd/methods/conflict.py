@@ -69,7 +69,7 @@ class DualHead(Objective):
                                               nn.Linear(student.widths[-1], classes))
 
     @classmethod
-    def needs(cls, options): return Needs(points=options.points, layers=[], teacher=True)
+    def needs(cls, options): return Needs(points=options.points, layers=[], teacher=True, logits=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
         "One evaluation of the objective"

@@ -47,6 +47,7 @@ class Needs:
     layers:Any=None         # teacher layers, in the same words; None for none
     attention:bool=False    # keep queries and keys of those layers
     teacher:bool=False      # run the teacher at all
+    logits:bool=False       # compare the teacher's logits with the student's: both must be of the same classes
     distilled:bool=False    # train the student's second, distillation head; a student that has one is refused otherwise
     twins:bool=False        # every image twice in a batch, the second half showing the first again in other views
 

@@ -100,7 +100,7 @@ class AMTML(Objective):
         self.hint = Hidden([student.widths[p] for p,_ in self.pairs], [m.widths[-1] for m in members], 'layer')
 
     @classmethod
-    def needs(cls, options): return Needs(points=options.points, layers=options.layers, teacher=True)
+    def needs(cls, options): return Needs(points=options.points, layers=options.layers, teacher=True, logits=True)
 
     def no_weight_decay(self)->set: return {'weigh.theta', 'weigh.w'}
 

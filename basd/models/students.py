@@ -75,13 +75,14 @@ def student_of(
 
 # %% ../../nbs/models/42_students.ipynb #d250d35d
 def save_student(
-    student:Tapped, # made by `create_student`, or with `architecture` and `model_args` set
+    student:Tapped, # made by `create_student`, or with `architecture` and `model_args` set; `label_names`, if set, names its classes
     folder,         # gets student.safetensors and student.json
 ):
     "Write the student so that timm can load it without this package"
     folder, args = Path(folder), dict(student.model_args)
     config = dict(architecture=student.architecture, num_classes=args.pop('num_classes', None), model_args=args,
                   input_size=list(student.input_size),
+                  **({} if getattr(student, 'label_names', None) is None else dict(label_names=list(student.label_names))),
                   mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist())
     save_file({k: v.detach().cpu().contiguous() for k,v in student.model.state_dict().items()},
               folder/'student.safetensors')
@@ -90,16 +91,20 @@ def save_student(
 # %% ../../nbs/models/42_students.ipynb #ed7efea4
 def read_config(
     path, # student.json
-)->dict: # architecture, num_classes, model_args, input_size
+)->dict: # architecture, num_classes, model_args, input_size, and label_names if the classes have names
     "What kind of student a run left"
     try:
         c = json.loads(Path(path).read_text())
         if (isinstance(c['architecture'], str | None) and isinstance(c['model_args'], dict)
                 and len(c['input_size']) == 3
+                and _names(c.get('label_names'), c['num_classes'])
                 and all(isinstance(n, int) for n in (c['num_classes'], *c['input_size']))): return c
     except (ValueError, KeyError, TypeError, RecursionError): pass
     raise ValueError(f"{path} is damaged: it says nothing of architecture, num_classes, model_args and input_size; "
                      "export the student again")
+
+def _names(names, classes):
+    return names is None or isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
 
 # %% ../../nbs/models/42_students.ipynb #ac378317
 def load_student(
@@ -120,6 +125,9 @@ def load_student(
     student = student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1])
     student.origin = origin_of(m, False, weights)
     return student
+    s = student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1])
+    s.label_names = c.get('label_names')
+    return s
 
 # %% ../../nbs/models/42_students.ipynb #84b60ccd
 def copy_layers(

@@ -29,8 +29,10 @@ class Teacher(Tapped):
 
     @torch.no_grad()
     def forward(self, x, *args, **kwargs)->Features:
-        "One forward pass without gradient"
-        return super().forward(x, *args, **kwargs)
+        "One forward pass without gradient; `columns` of its logits, none of them where there are no columns"
+        f = super().forward(x, *args, **kwargs)
+        if self.columns is None or f.logits is None: return f
+        return replace(f, logits=f.logits.index_select(1, self.columns) if len(self.columns) else None)
 
 # %% ../../nbs/models/41_teachers.ipynb #9166bb1f
 def frozen(
@@ -38,6 +40,7 @@ def frozen(
 )->Teacher:
     "Make `tapped` a teacher"
     tapped.__class__ = Teacher
+    tapped.register_buffer('columns', None, persistent=False)    # which logits, in the student's order; None: all as they are
     return tapped.train().requires_grad_(False)
 
 # %% ../../nbs/models/41_teachers.ipynb #7242b72e

@@ -80,6 +80,8 @@ def open_run(
     run = Path(run)
     recipe, found = read_run(run, trust), saved_weights(run)
     train, fit, _, test = open_data(recipe)
+    recipe, found = read_run(run), saved_weights(run)
+    train, fit, _, test = open_data(recipe, run)
     return Opened(name or run.name, run, recipe, found[chosen(found, weights, recipe, run)],
                   train, fit, test, images, device)
 

@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = ['save', 'digest', 'load', 'last_state', 'rng_state', 'set_rng_state', 'start_run', 'note', 'read_run', 'environment',
            'hold_run']
+__all__ = ['save', 'digest', 'load', 'last_state', 'rng_state', 'set_rng_state', 'start_run', 'read_run', 'environment',
+           'read_classes', 'hold_run']
 
 # %% ../../nbs/training/61_checkpoints.ipynb #ec56ee03
 import errno
@@ -108,13 +110,20 @@ def start_run(
     resume:bool=False, # go on with the run that `path` holds, or begin it if `path` is empty
     images:dict|None=None, # fingerprints of the images, "train" and "test"; None: neither recorded nor compared
     made_of:dict|None=None, # what else is to stand in `environment.json`: device, images, models, steps
+    classes=None,      # their names, in the order of the head; None: not recorded
+    notes=(),          # sentences about the images, for environment.json
 )->Path:
     "Make the run directory, or check that the one there holds a run of the same recipe"
     path = Path(path)
     if resume and path.is_dir(): sweep(path)
-    if resume and (path/'recipe.yaml').is_file(): return _same_images(_same_recipe(path, recipe), images)
+    def name():
+        if classes is not None: write_atomic(path/'classes.json', lambda p: p.write_text(json.dumps(list(classes), indent=1)))
+    if resume and (path/'recipe.yaml').is_file():
+        _same_images(_same_recipe(path, recipe), images)
+        if not (path/'classes.json').is_file(): name()
+        return path
     # more than a killed start leaves
-    there = ([p.name for p in path.iterdir() if p.name != 'environment.json' and p.name[0] != '.']
+    there = ([p.name for p in path.iterdir() if p.name not in ('environment.json', 'classes.json') and p.name[0] != '.']
              if path.is_dir() else [])
     if resume and there:
         raise FileNotFoundError(f"{path} is not a run directory: it holds {there[0]} and no recipe.yaml")
@@ -125,6 +134,8 @@ def start_run(
     write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(
         environment() | ({} if images is None else dict(data=images))
         | ({} if made_of is None else dict(made_of=made_of)), indent=1), encoding='utf-8'))
+        environment() | ({} if images is None else dict(data=images)) | (dict(notes=list(notes)) if notes else {}), indent=1)))
+    name()
     write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
     return path
 
@@ -142,9 +153,14 @@ def _same_images(path, images):
         raise ValueError(f"{path}/environment.json is damaged and does not say what images the run began with; "
                          "delete it to resume without asking") from None
     for split, mark in (images or {}).items():
-        if there.get(split, mark) != mark:
+        old = str(there.get(split, mark))
+        if '-' in mark and '-' not in old:
+            print(f"{path} was begun when fingerprints were of 256 images; its {split} images are not compared")
+        elif old != mark:
+            times = mark.startswith('times-') and old.startswith('times-')
             raise ValueError(f"{path} holds a run of other {dict(train='training').get(split, split)} images "
-                             f"(fingerprint {there[split]} there, {mark} here); put those back, or begin a new run")
+                             f"(fingerprint {old} there, {mark} here); put those back, "
+                             f"{'delete environment.json there if they were only copied, ' if times else ''}or begin a new run")
     return path
 
 # %% ../../nbs/training/61_checkpoints.ipynb #60c6d5b0
@@ -190,6 +206,21 @@ def _git():
     try: commit, dirty = run('rev-parse', 'HEAD'), run('status', '--porcelain')
     except (OSError, subprocess.TimeoutExpired): return None
     return dict(commit=commit.stdout.strip(), clean=not dirty.stdout) if commit.returncode == 0 else None
+
+# %% ../../nbs/training/61_checkpoints.ipynb #f993a87a
+def read_classes(
+    run,          # run directory
+)->list|None:     # names, in the order of the head; None: it keeps none
+    "What the classes of a run are called"
+    for file,key in (('classes.json', None), ('student.json', 'label_names')):
+        if not (path := Path(run)/file).is_file(): continue
+        try: names = json.loads(path.read_text())
+        except (ValueError, RecursionError): names = ''
+        if isinstance(names, dict): names = names.get(key)
+        if isinstance(names, list) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names) > 0: return names
+        if key is None or isinstance(names, str): raise ValueError(f"{path} is damaged and does not name the run's classes; "
+                                        "write them there again as a list, in the order of the head")
+    return None
 
 # %% ../../nbs/training/61_checkpoints.ipynb #7588ea17
 def hold_run(

@@ -300,10 +300,12 @@ def judge(
     if int(os.environ.get('RANK', 0)): return                       # one rank speaks for all
     for name,r in found.items():
         print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  "
-              f"cross-entropy {r['loss']:.4f}  ({r['n']} images)")
+              f"cross-entropy {r['loss']:.4f}  ({r['n']} images{_of_some(r)})")
     if args.quick or 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1: return
     print(summary(look(args.run_dir, 'headline' if args.weights == 'all' else args.weights, args.device, args.on,
                        args.corrupted, trust=args.trust)))
+
+def _of_some(r): return f", judged among their own {r['classes']} classes" if 'classes' in r else ''
 
 # %% ../../nbs/training/79_cli.ipynb #924f0bfb
 def main(

@@ -6,6 +6,10 @@
 __all__ = ['processes', 'everyone', 'hold_memory', 'fetching', 'open_images', 'open_data', 'build_student', 'build_teacher',
            'one_teacher', 'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer',
            'ApartSGD', 'clip_and_flag', 'part_gradients', 'pulls', 'autocast', 'evaluate', 'logits_of']
+__all__ = ['processes', 'everyone', 'hold_memory', 'open_images', 'run_classes', 'notes_on', 'open_data', 'build_student',
+           'build_teacher', 'one_teacher', 'teacher_from_run', 'of_classes', 'input_size', 'dry_run', 'Lesson',
+           'make_optimizer', 'ApartSGD', 'clip_and_flag', 'part_gradients', 'pulls', 'evaluate', 'logits_of',
+           'autocast']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
@@ -26,12 +30,16 @@ from torch import Tensor, nn
 from ..data.cache import fingerprint
 from ..data.sources import Images, holdout, open_source
 from ..data.views import ViewDataset, Views, as_reader
+from ..data.sources import Folder, Images, OtherClasses, holdout, open_source
+from ..data.views import ViewDataset, Views
 from ..geometry.alignment import student_health
 from ..geometry.statistics import global_mean, rank, world
 from ..methods.objective import Needs, Progress, Shapes, Target
 from ..models.students import create_student, load_student
 from ..models.teachers import Several, create_teacher, frozen
 from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, read_recipe, teachers_of
+from .checkpoints import read_classes, read_run
+from .recipes import DataRecipe, Recipe, TeacherRecipe, check
 
 # %% ../../nbs/training/63_lesson.ipynb #c98eb3ed
 @contextmanager
@@ -91,21 +99,65 @@ def open_images(
     data:DataRecipe,
     split:str,
     source:str|None=None, # in the words of `data.source`; None: the recipe's own
+    classes:list|None=None, # names by which to number; None: the source's own
+    whose:str='the training split', # they are, for the message
 )->Images:
     "One split of the images of a recipe, or of another source read in the same way"
-    return Images(open_source(source or data.source, split, root=data.root, download=data.download),
+    table = source is None or source.startswith('hfds/')
+    found = open_source(source or data.source, split, root=data.root, download=data.download,
+                        image_key=data.image_key if table else None, label_key=data.label_key if table else None)
+    return Images(found if classes is None else found.under(classes, whose),
                   memory=data.memory, on_bad=data.on_bad, max_pixels=data.max_pixels)
+
+# %% ../../nbs/training/63_lesson.ipynb #fb513af4
+def run_classes(
+    run,              # run directory
+    data:DataRecipe,  # of its recipe
+)->list|None:         # names, in the order of the head; None: it has not begun to learn
+    "What the classes of a run are called; those of a run older than names are numbered as it numbered them"
+    if (kept := read_classes(run)) is not None: return kept
+    if not any((Path(run)/f).is_file() for f in ('last.pt', 'student.json')): return None
+    try: source = open_source(data.source, data.train_split, root=data.root, download=data.download,
+                              image_key=data.image_key, label_key=data.label_key)
+    except ValueError as e:
+        raise ValueError(f"{run} was made before runs kept the names of their classes, and its training images, "
+                         f"which have them, cannot be opened: {e}") from None
+    names = sorted(source.classes) if isinstance(source, Folder) else source.classes
+    if rank() == 0: print(f"{run} was made before runs kept the names of their classes; they are taken from its training images, in the order "
+          f"of that time: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}")
+    return names
+
+# %% ../../nbs/training/63_lesson.ipynb #8138c8c9
+def notes_on(
+    train:Images,
+    test:Images,
+    fingerprints:dict, # of both, "train" and "test"
+)->list:               # sentences
+    "What a run says about its images before it begins"
+    notes, empty = [*train.source.notes], (train.labels.bincount(minlength=train.num_classes) == 0).nonzero().squeeze(1).tolist()
+    if empty: notes.append(f"{len(empty)} of the {train.num_classes} classes have no images in {train.source.name}, "
+                           f"{train.classes[empty[0]]!r} for one; each keeps its number and is not learned")
+    if fingerprints['train'] == fingerprints['test']:
+        notes.append("test and training images are the same, so test accuracy is of images that were learned")
+    else: notes += [n for n in test.source.notes if n not in notes]
+    return notes
 
 # %% ../../nbs/training/63_lesson.ipynb #11ad42c7
 def open_data(
     recipe:Recipe,
+    run=None,      # directory of a run that has begun: it named the classes
 )->tuple: # (training images, training indices, validation indices, test images)
-    "Training images with their split, and test images"
+    "Training images with their split, and test images, all numbered by the classes of the training split"
     d = recipe.data
     with fetching(recipe):
         opened = {split: open_images(replace(d, download=d.download and not recipe.foreign), split)
                   for split in (d.train_split, d.test_split)}
     train, test = opened[d.train_split], opened[d.test_split]
+    train = open_images(d, d.train_split, classes=None if run is None else run_classes(run, d), whose=f'the run in {run}')
+    test = train if d.test_split == d.train_split else open_images(d, d.test_split, classes=train.classes)
+    if len(kinds := train.labels.unique()) < 2:
+        raise ValueError(f"{train.source.name} holds one class alone, {train.classes[int(kinds)]!r}, "
+                         "so there is nothing to tell apart; give each class a folder or a number of its own")
     if d.val_size >= len(train):
         raise ValueError(f"data.val_size={d.val_size:g} leaves none of the {len(train)} training images")
     fit, val = holdout(len(train), train.labels, d.val_size if d.val_size < 1 else int(d.val_size), d.split_seed)
@@ -145,11 +197,15 @@ def build_student(
 def build_teacher(
     recipe:Recipe,
     needs:Needs,
+    classes:list|None=None, # names of the student's classes; None: not compared
 ):
     "The frozen teacher of `recipe`, tapped where `needs` says; None if the method needs none"
     if not needs.teacher: return None
     check_teachers(recipe)
     with fetching(recipe): first, *others = [one_teacher(t, needs) for t in teachers_of(recipe).values()]
+    first, *others = [one_teacher(t, needs, recipe.method.name, classes)
+                      for t in [recipe.teacher,
+                                *(check(TeacherRecipe, o, 'teacher.others.') for o in recipe.teacher.others)]]
     return Several([first, *others]) if others else first
 
 # %% ../../nbs/training/63_lesson.ipynb #46fb239e
@@ -162,6 +218,15 @@ def one_teacher(
     if t.run is not None: return teacher_from_run(t.run, layers, needs.attention)
     return create_teacher(t.model, layers=layers, attention=needs.attention,
                           **{k: getattr(t, k) for k in ('pretrained', 'checkpoint', 'untrained', 'img_size')}, **t.kwargs)
+    method:str, # its name, for the message
+    classes:list|None=None, # names of the student's classes; None: not compared
+):
+    "A frozen teacher"
+    layers = 'all' if needs.layers is None else needs.layers
+    if t.run is not None: return of_classes(teacher_from_run(t.run, layers, needs.attention), classes, t.run, needs.logits)
+    if t.model is None: raise ValueError(f"method {method!r} needs a teacher; set teacher.model or teacher.run")
+    return create_teacher(t.model, pretrained=t.pretrained, checkpoint=t.checkpoint, img_size=t.img_size,
+                          layers=layers, attention=needs.attention, **t.kwargs)
 
 # %% ../../nbs/training/63_lesson.ipynb #a2c6c4c1
 def teacher_from_run(
@@ -191,6 +256,27 @@ def described(
                 digest=fingerprint(model.model.state_dict()),
                 parameters=sum(p.numel() for p in model.model.parameters()), input_size=list(model.input_size),
                 mean=numbers(model.mean), std=numbers(model.std))
+    teacher.label_names = teacher.label_names or read_classes(run)
+    return teacher
+
+# %% ../../nbs/training/63_lesson.ipynb #888016a5
+def of_classes(
+    teacher,             # frozen, with `label_names`, in the order of its logits, or None if they are not known
+    classes:list|None,   # the student's, by name; None: leave the teacher as it is
+    run,                 # where the teacher is from, for the message
+    compared:bool=False, # are its logits compared with the student's
+):                       # `teacher`
+    "Put a teacher's logits into the student's order of classes"
+    names = teacher.label_names
+    if classes is None or names is None or names == classes: return teacher
+    at = {c: i for i,c in enumerate(names)}
+    strange = next((c for c in classes if c not in at), None)
+    if strange is not None and compared:
+        raise OtherClasses(f"the teacher in {run} has not learned class {strange!r} ({len(names)} classes: "
+                           f"{', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''}), and the method compares "
+                           "logits; take a teacher of the same classes, or a method that compares tokens alone")
+    teacher.columns = torch.tensor([] if strange is not None else [at[c] for c in classes], dtype=torch.long)
+    return teacher
 
 # %% ../../nbs/training/63_lesson.ipynb #a5aea743
 def input_size(
@@ -347,10 +433,12 @@ def evaluate(
     read=None,        # from a data set and a batch size to batches; None: a `DataLoader`
     stop=None,        # asked before each batch, on all ranks: is this to end?
 )->dict|None: # top1 and top5 in %, loss in nats, n; None if it was to end
+)->dict: # top1 and top5 in %, loss in nats, n; classes, if the images are of some of the model's classes and judged among these
     "Accuracy and cross-entropy of `model`, exact on any number of ranks"
     was = model.training
     model.eval()
     mine = ViewDataset(images, indices[rank()::world()], Views(size, None, geometry='fixed'), train=False)
+    among = None if images.among is None else torch.tensor(images.among, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     loader = lambda data, batch: torch.utils.data.DataLoader(data, batch, num_workers=workers, worker_init_fn=as_reader,
                                                              generator=torch.Generator().manual_seed(0))
@@ -360,6 +448,7 @@ def evaluate(
         if (b := next(batches, None)) is None: continue
         y = b['label'].to(device, non_blocking=True)
         with autocast(device, precision): z = model(b['student'].to(device, non_blocking=True)).logits
+        if among is not None: z, y = z[:, among], torch.searchsorted(among, y)
         hit = z.topk(min(5, z.shape[1])).indices == y[:, None]
         sums += torch.stack([hit[:, 0].sum(), hit.any(1).sum(),
                              nn.functional.cross_entropy(z.float(), y, reduction='sum'),
@@ -367,7 +456,7 @@ def evaluate(
     if world() > 1: dist.all_reduce(sums)
     model.train(was)
     top1, top5, loss, n = sums.tolist()
-    return dict(top1=100*top1/n, top5=100*top5/n, loss=loss/n, n=int(n))
+    return dict(top1=100*top1/n, top5=100*top5/n, loss=loss/n, n=int(n)) | ({} if among is None else dict(classes=len(among)))
 
 # %% ../../nbs/training/63_lesson.ipynb #ed285cd3
 @torch.no_grad()

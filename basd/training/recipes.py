@@ -53,6 +53,8 @@ class DataRecipe:
     download:bool = False                 # may missing data be fetched
     train_split:str = 'train'
     test_split:str = 'test'
+    image_key:str|None = None             # of "hfds/…": column of the images; null: the only one
+    label_key:str|None = None             # column of the classes, as numbers or texts; null: the only one, or "label"
     train_size:Count|None = None            # use only this many of the training images, drawn by `split_seed`
     val_size:Amount = .1 # held out of the training images: a share below 1, a number of images from 1 on
     split_seed:Seed = 42

@@ -35,6 +35,8 @@ from .checkpoints import hold_run, last_state, load, note, rng_state, save, set_
 from .faults import NonFiniteLoss, in_a_sentence, in_words, look_again
 from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, described, dry_run, evaluate,
                                   everyone, hold_memory, input_size, logits_of, make_optimizer, open_data,
+from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate,
+                                  everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on, open_data,
                                   part_gradients, pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
 from .recipes import Recipe
@@ -77,7 +79,7 @@ def build_data(self:Trainer):
     if d.batch_size % share:
         raise ValueError(f"data.batch_size={d.batch_size} cannot be shared by {world()} ranks × "
                          f"{self.t.accumulate} accumulation steps{twice}; make it a multiple of {share}")
-    self.images, self.fit, self.val, self.test = open_data(self.recipe)
+    self.images, self.fit, self.val, self.test = open_data(self.recipe, self.run)
     self.classes = self.images.num_classes
     if len(self.fit) < d.batch_size:
         raise ValueError(f"data.batch_size={d.batch_size} is larger than the training set of {len(self.fit)} images; "
@@ -92,7 +94,8 @@ def build_models(self:Trainer):
     r, v, needs = self.recipe, self.recipe.views, self.needs
     torch.manual_seed(self.t.seed)
     student = build_student(r, self.classes, needs).to(self.device)
-    self.teacher = build_teacher(r, needs)
+    student.label_names = self.images.classes
+    self.teacher = build_teacher(r, needs, self.images.classes)
     if self.teacher is not None: self.teacher = self.teacher.to(self.device)
     self.size_s, self.size_t = input_size(student), None if self.teacher is None else input_size(self.teacher)
     torch.manual_seed(self.t.seed + 1)
@@ -383,6 +386,10 @@ def start(self:Trainer,
         start_run(self.run, self.recipe, resume, dict(train=self.images.fingerprint(), test=self.test.fingerprint()),
                   made_of)
         for line in in_lines(made_of): print(f"{self.recipe.name or 'run'}: {line}", flush=True)
+        marks = dict(train=self.images.fingerprint(), test=self.test.fingerprint())
+        notes = notes_on(self.images, self.test, marks)
+        start_run(self.run, self.recipe, resume, marks, self.images.classes, notes)
+        for note in notes: print(f"{self.recipe.name or 'run'}: {note}", flush=True)
         self.lock = hold_run(self.run)
     if world() > 1: dist.barrier()
     # `done`: epochs evaluated
