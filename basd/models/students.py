@@ -123,11 +123,8 @@ def load_student(
     m, args = build(c['architecture'], num_classes=c['num_classes'], **c['model_args'])
     load_weights(m, weights)
     student = student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1])
-    student.origin = origin_of(m, False, weights)
+    student.origin, student.label_names = origin_of(m, False, weights), c.get('label_names')
     return student
-    s = student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1])
-    s.label_names = c.get('label_names')
-    return s
 
 # %% ../../nbs/models/42_students.ipynb #84b60ccd
 def copy_layers(

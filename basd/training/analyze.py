@@ -79,8 +79,6 @@ def open_run(
     "A run and what is needed to ask its student"
     run = Path(run)
     recipe, found = read_run(run, trust), saved_weights(run)
-    train, fit, _, test = open_data(recipe)
-    recipe, found = read_run(run), saved_weights(run)
     train, fit, _, test = open_data(recipe, run)
     return Opened(name or run.name, run, recipe, found[chosen(found, weights, recipe, run)],
                   train, fit, test, images, device)

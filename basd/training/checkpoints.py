@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = ['save', 'digest', 'load', 'last_state', 'rng_state', 'set_rng_state', 'start_run', 'note', 'read_run', 'environment',
-           'hold_run']
-__all__ = ['save', 'digest', 'load', 'last_state', 'rng_state', 'set_rng_state', 'start_run', 'read_run', 'environment',
            'read_classes', 'hold_run']
 
 # %% ../../nbs/training/61_checkpoints.ipynb #ec56ee03
@@ -111,13 +109,12 @@ def start_run(
     images:dict|None=None, # fingerprints of the images, "train" and "test"; None: neither recorded nor compared
     made_of:dict|None=None, # what else is to stand in `environment.json`: device, images, models, steps
     classes=None,      # their names, in the order of the head; None: not recorded
-    notes=(),          # sentences about the images, for environment.json
 )->Path:
     "Make the run directory, or check that the one there holds a run of the same recipe"
     path = Path(path)
     if resume and path.is_dir(): sweep(path)
     def name():
-        if classes is not None: write_atomic(path/'classes.json', lambda p: p.write_text(json.dumps(list(classes), indent=1)))
+        if classes is not None: write_atomic(path/'classes.json', lambda p: p.write_text(json.dumps(list(classes), indent=1), encoding='utf-8'))
     if resume and (path/'recipe.yaml').is_file():
         _same_images(_same_recipe(path, recipe), images)
         if not (path/'classes.json').is_file(): name()
@@ -134,7 +131,6 @@ def start_run(
     write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(
         environment() | ({} if images is None else dict(data=images))
         | ({} if made_of is None else dict(made_of=made_of)), indent=1), encoding='utf-8'))
-        environment() | ({} if images is None else dict(data=images)) | (dict(notes=list(notes)) if notes else {}), indent=1)))
     name()
     write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
     return path
@@ -214,7 +210,7 @@ def read_classes(
     "What the classes of a run are called"
     for file,key in (('classes.json', None), ('student.json', 'label_names')):
         if not (path := Path(run)/file).is_file(): continue
-        try: names = json.loads(path.read_text())
+        try: names = json.loads(path.read_text(encoding='utf-8'))
         except (ValueError, RecursionError): names = ''
         if isinstance(names, dict): names = names.get(key)
         if isinstance(names, list) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names) > 0: return names

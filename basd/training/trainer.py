@@ -34,8 +34,6 @@ from .cached import CachedTeacher, refuse_moving
 from .checkpoints import hold_run, last_state, load, note, rng_state, save, set_rng_state, start_run
 from .faults import NonFiniteLoss, in_a_sentence, in_words, look_again
 from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, described, dry_run, evaluate,
-                                  everyone, hold_memory, input_size, logits_of, make_optimizer, open_data,
-from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, evaluate,
                                   everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on, open_data,
                                   part_gradients, pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
@@ -382,14 +380,10 @@ def start(self:Trainer,
 ):
     "Open the run directory and set up, or take up, the state of the run"
     if rank() == 0:
-        made_of = self.made_of()
-        start_run(self.run, self.recipe, resume, dict(train=self.images.fingerprint(), test=self.test.fingerprint()),
-                  made_of)
-        for line in in_lines(made_of): print(f"{self.recipe.name or 'run'}: {line}", flush=True)
         marks = dict(train=self.images.fingerprint(), test=self.test.fingerprint())
-        notes = notes_on(self.images, self.test, marks)
-        start_run(self.run, self.recipe, resume, marks, self.images.classes, notes)
-        for note in notes: print(f"{self.recipe.name or 'run'}: {note}", flush=True)
+        notes, made_of = notes_on(self.images, self.test, marks), self.made_of()
+        start_run(self.run, self.recipe, resume, marks, made_of | (dict(notes=notes) if notes else {}), self.images.classes)
+        for line in (*in_lines(made_of), *notes): print(f"{self.recipe.name or 'run'}: {line}", flush=True)
         self.lock = hold_run(self.run)
     if world() > 1: dist.barrier()
     # `done`: epochs evaluated
