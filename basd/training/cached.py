@@ -52,7 +52,7 @@ class CachedTeacher:
         self.layout = Layout({k: v.shape[1:] for k,v in to_record(features, self.form).items()}, dtype)
         # image → record
         self.rows = torch.full((len(images),), -1).scatter_(0, torch.as_tensor(indices), torch.arange(len(indices)))
-        weights = teacher.state_dict() | {n: b for n,b in teacher.named_buffers() if n in ('mean', 'std')}
+        weights = teacher.state_dict() | {n: b for n,b in teacher.named_buffers() if n in ('mean', 'std', 'columns')}
         parts = dict(teacher=fingerprint(weights),
                      layers=fingerprint([teacher.names, self.form.forms]),
                      view=fingerprint([views.size_t, views.interpolation, views.geometry]),

@@ -1,0 +1,121 @@
+"""Classes have names: a run keeps those of its training split, and whatever meets it later is numbered by them."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from basd.training.checkpoints import read_classes
+from basd.training.cli import main
+
+COLOURS = dict(ant=(220, 30, 30), bee=(30, 220, 30), cow=(30, 30, 220), dog=(220, 220, 30))
+WORDS = ["data.train_split=Training", "data.test_split=Testing", "data.workers=0", "data.batch_size=12", "data.val_size=12",
+         "views.photometry=none", "views.erase=0", "views.mixup=0", "views.cutmix=0", "student.img_size=16",
+         "student.patch_size=8", "student.depth=1", "student.width=32", "student.heads=2", "student.drop_path=0",
+         "train.epochs=8", "train.lr=0.01", "train.warmup_epochs=0", "train.ema=null", "train.log_every=4"]
+CE, LOGITS = ["deit_cifar", *WORDS, "method.name=ce"], ["deit_cifar", *WORDS, "method.name=distill"]
+
+
+def zoo(root, per_class=16, **splits):
+    "Coloured squares: split → {name of the class: what it shows}"
+    rng = np.random.default_rng(0)
+    for split, classes in splits.items():
+        for name, shows in classes.items():
+            (root/split/name).mkdir(parents=True)
+            for i in range(per_class):
+                x = np.clip(COLOURS[shows] + rng.normal(0, 20, (16, 16, 3)), 0, 255).astype("uint8")
+                Image.fromarray(x).save(root/split/name/f"{i}.png")
+    return root
+
+
+def called(*names, **others): return {n: n for n in names} | others
+
+
+def run(capsys, *words, status=0):
+    "The command, in this process; what it says on its two streams"
+    assert main([str(w) for w in words]) == status
+    return capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A run on three classes, of which its tests lack the middle one"
+    at = tmp_path_factory.mktemp("classes")
+    zoo(at/"zoo", Training=called("ant", "bee", "cow"), Testing=called("ant", "cow"))
+    assert main(["train", *CE, f"data.source={at/'zoo'}", "--run-dir", str(at/"run")]) == 0
+    return at
+
+
+def test_a_split_without_the_middle_class(trained):
+    result = json.loads((trained/"run"/"result.json").read_text())
+    assert result["val_top1"] == 100 and result["test"]["best"]["top1"] == 100              # 50 by its own numbers
+    assert result["test"]["best"]["classes"] == 2
+    notes = json.loads((trained/"run"/"environment.json").read_text())["made_of"]["notes"]
+    assert notes == ["zoo/Testing has 2 of the 3 classes (not 'bee'); accuracy on it is measured among these"]
+
+
+def test_a_run_and_its_student_name_their_classes(trained):
+    assert json.loads((trained/"run"/"classes.json").read_text()) == ["ant", "bee", "cow"]
+    assert json.loads((trained/"run"/"student.json").read_text())["label_names"] == ["ant", "bee", "cow"]
+
+
+def test_other_images(trained, tmp_path, capsys):
+    "Numbered by name: fewer classes and in another order; a name of their own has no accuracy"
+    words = ["evaluate", trained/"run", "--quick", "--on"]
+    said = run(capsys, *words, zoo(tmp_path/"few", Testing=called("bee", "cow"))).out
+    assert "top-1 100.00 %" in said and "judged among their own 2 classes" in said
+    said = run(capsys, *words, zoo(tmp_path/"renamed", Testing=called("bee", "cow", emmet="ant")))
+    assert "renamed/Testing has images of class 'emmet', which is none of the 3 classes" in said.err and "top-1" not in said.out
+    full = zoo(tmp_path/"full", Training=called("bee", "cow", emmet="ant"), Testing=called("bee", "cow", emmet="ant"))
+    said = run(capsys, "evaluate", trained/"run", "--corrupted", "0", "--on", full)
+    assert "class 'emmet'" in said.err and "k-NN: 100.00 %" in said.out and "top-1: left out" in said.out
+    said = run(capsys, "evaluate", trained/"run", "--corrupted", "0", "--weights", "best").out
+    report = json.loads((trained/"run"/"report.json").read_text())
+    assert [c["name"] for c in report["per_class"]["classes"]] == ["ant", "cow"] and report["accuracy"]["top1"] == 100
+    assert "among 2 of 3 classes" in said
+
+
+def test_a_run_that_is_older_than_names(trained, tmp_path, capsys):
+    "Says so, and is numbered as it was"
+    old = shutil.copytree(trained/"run", tmp_path/"old")
+    (old/"classes.json").unlink()
+    student = json.loads((old/"student.json").read_text())
+    del student["label_names"]
+    (old/"student.json").write_text(json.dumps(student))
+    assert read_classes(old) is None
+    said = run(capsys, "evaluate", old, "--quick").out
+    assert f"{old} was made before runs kept the names of their classes" in said and "top-1 100.00 %" in said
+    (old/"result.json").unlink()
+    environment = json.loads((old/"environment.json").read_text())
+    environment["data"] = dict(train="0123456789abcdef", test="0123456789abcdef")
+    (old/"environment.json").write_text(json.dumps(environment))
+    said = run(capsys, "train", *CE, f"data.source={trained/'zoo'}", "--run-dir", old, "--resume").out
+    assert "was made before" in said and "its train images are not compared" in said
+    assert read_classes(old) == ["ant", "bee", "cow"] and (old/"result.json").is_file()
+
+
+def test_a_teacher_of_other_classes(trained, tmp_path, capsys):
+    "Its logits are taken by name; where it has not learned one of the student's classes they are refused"
+    teacher = [f"teacher.run={trained/'run'}", "teacher.model=null"]
+    two = zoo(tmp_path/"two", Training=called("cow", "ant"), Testing=called("cow", "ant"))
+    run(capsys, "train", *LOGITS, *teacher, f"data.source={two}", "train.epochs=1", "--run-dir", tmp_path/"two-run")
+    last = [json.loads(line) for line in (tmp_path/"two-run"/"metrics.jsonl").read_text().splitlines()]
+    assert any("agreement" in row for row in last)
+    more = zoo(tmp_path/"more", Training=called("cow", "dog"), Testing=called("cow", "dog"))
+    said = run(capsys, "train", *LOGITS, *teacher, f"data.source={more}", "--run-dir", tmp_path/"no", status=2).err
+    assert "has not learned class 'dog' (3 classes: 'ant', 'bee', 'cow')" in said and not (tmp_path/"no").exists()
+
+
+def test_what_is_said_before_the_first_step(tmp_path, capsys):
+    "Equal splits, classes without images, the order of numbers"
+    root = zoo(tmp_path/"zoo", 4, Training={str(i): "ant" if i % 2 else "cow" for i in range(12)})
+    (root/"Training"/"12").mkdir()
+    said = run(capsys, "train", *CE, f"data.source={root}", "data.test_split=Training", "train.epochs=1", "--run-dir",
+               tmp_path/"run").out
+    assert "test and training images are the same, so test accuracy is of images that were learned" in said
+    assert "1 of the 13 classes have no images in zoo/Training, '12' for one" in said
+    assert read_classes(tmp_path/"run") == [*map(str, range(13))]
+    shutil.copytree(root/"Training", root/"Testing")                                    # a copy is as equal as a name
+    assert "test and training images are the same" in run(
+        capsys, "train", *CE, f"data.source={root}", "train.epochs=1", "--run-dir", tmp_path/"copy").out
