@@ -4,6 +4,8 @@ import os
 import random
 import signal
 import subprocess
+import sys
+import time
 
 import kills
 import pytest
@@ -111,6 +113,50 @@ def test_a_rank_that_dies(run, undisturbed):
     assert status == [2, -signal.SIGKILL]
     assert "has lost another rank" in said and "last.pt holds step 4" in said and "Traceback" not in said
     ends_equal(TRAIN, run, undisturbed(TRAIN, ranks=2), ranks=2)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_rank_that_is_stopped(run, asked):
+    "Its connections stay open. The other rank says for whom it waits, and ends at the limit, or when it is asked to"
+    words = [*TRAIN, "train.epochs=100", f"train.rank_timeout={60 if asked else 6}"]
+    out = run.parent/"out.txt"
+    ranks = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=2)
+    kills.wait_for_training(ranks, run)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    if asked:
+        while "waits for rank 1, not heard of for" not in out.read_text() and ranks[0].exitcode is None: time.sleep(.1)
+        os.kill(ranks[0].pid, signal.SIGTERM)
+    ranks[0].join(kills.LIMIT)
+    ranks[1].kill(); ranks[1].join()
+    said = out.read_text()
+    assert ranks[0].exitcode == 2 and "Traceback" not in said, said
+    assert "waits for rank 1, not heard of for" in said
+    assert ("stopped on request while it waits for rank 1" if asked else "has lost another rank") in said
+
+
+def test_torchrun_passes_a_signal_on(run, undisturbed):
+    "Its own status is that of a launcher that was stopped; each rank ends well, and nothing is lost"
+    out = run.parent/"out.txt"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with open(out, "w") as file:
+            job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+                                    "basd", *TRAIN, "data.workers=2", "--run-dir", str(run), "--resume"], stdout=file,
+                                   stderr=file, env={**os.environ, **kills.ENVIRONMENT}, start_new_session=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        kills.wait_for_training([Started(job)], run)
+        os.killpg(job.pid, number)
+        job.wait(kills.LIMIT)
+        said = out.read_text()
+        assert "stopped on request and saved" in said and "exitcode" not in said and "DataLoader" not in said, said
+    ends_equal([*TRAIN, "data.workers=2"], run, undisturbed([*TRAIN, "data.workers=2"], ranks=2), ranks=2)
+
+
+class Started:
+    "A process of `subprocess`, as `kills` looks at those of `multiprocessing`"
+    def __init__(self, process): self.process = process
+
+    @property
+    def exitcode(self): return self.process.poll()
 
 
 def test_torchrun_starts_it_again(run, undisturbed):

@@ -47,7 +47,7 @@ def train(
     "Train a recipe, all its stages in turn"
     stages = load_recipe(recipe, overrides, trust)
     check_device(device)
-    with on_stop(stopped), processes(device) as here:
+    with on_stop(stopped), processes(device, max(r.train.rank_timeout for r in stages.values())) as here:
         run, results = Path(run_dir or default_run_dir(recipe)), {}
         if resume and not run.is_dir(): raise FileNotFoundError(f"there is no run at {run} to resume")
         for stage in stages: connect(stages, stage, run)

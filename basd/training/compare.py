@@ -23,6 +23,7 @@ from ..data.cache import write_atomic
 from ..losses.paired import trusting
 from .checkpoints import read_run
 from .lesson import processes
+from .ranks import launched
 from .recipes import Recipe, as_tree, differences, load_recipe, write_recipe
 from .rivals import Run, assemble, runs_of
 from .standings import gather, record, result_of
@@ -239,7 +240,7 @@ def compare(
     seeds, folder = list(range(seeds)) if isinstance(seeds, int) else list(seeds), Path(folder)
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds}: give at least one, and none twice")
     if jobs < 1: raise ValueError(f"jobs={jobs}: should be at least 1")
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if launched().world > 1:
         raise ValueError("a race starts its own processes; "
                          "run it without torchrun, and with jobs for several at a time")
     with trusting(trust): race = assemble(recipes, overrides, baseline)

@@ -7,13 +7,18 @@ __all__ = ['processes', 'everyone', 'hold_memory', 'fetching', 'open_images', 'g
            'build_student', 'build_teacher', 'one_teacher', 'teacher_from_run', 'of_classes', 'described', 'input_size',
            'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD', 'clip_and_flag', 'part_gradients', 'pulls', 'autocast',
            'evaluate', 'logits_of']
+__all__ = ['processes', 'everyone', 'check_compiler', 'hold_memory', 'fetching', 'open_images', 'open_data', 'build_student',
+           'build_teacher', 'one_teacher', 'teacher_from_run', 'described', 'input_size', 'dry_run', 'Lesson',
+           'make_optimizer', 'ApartSGD', 'clip_and_flag', 'part_gradients', 'pulls', 'autocast', 'evaluate',
+           'logits_of']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
 import gc
 import math
 import os
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,23 +38,26 @@ from ..methods.objective import Needs, Progress, Shapes, Target
 from ..models.students import create_student, load_student
 from ..models.teachers import Several, create_teacher, frozen
 from .checkpoints import read_classes
+from .ranks import joined, launched
 from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, read_recipe, teachers_of
 
 # %% ../../nbs/training/63_lesson.ipynb #c98eb3ed
 @contextmanager
 def processes(
     device:str|None=None, # "cpu" or "cuda"; None takes a GPU where there is one
+    timeout:float=600.,   # seconds that ranks wait for each other
 ):
-    "Join the group that `torchrun` announced, if any; yields this rank's device"
+    "Join the group that a launcher announced, if any; yields this rank's device"
+    me = launched()
     cuda = torch.cuda.is_available() if device is None else torch.device(device).type == 'cuda'
-    here = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
+    here = torch.device('cuda', me.local) if cuda else torch.device('cpu')
     if cuda: torch.cuda.set_device(here)
-    joined = 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized()
-    if joined: dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
-    try: yield here
+    several = me.world > 1 and not dist.is_initialized()
+    try:
+        with joined(me, cuda, timeout) if several else nullcontext(): yield here
     finally:
-        if joined or cuda: gc.collect()     # what holds on to the group, or to a GPU's memory, goes first
-        if joined: dist.destroy_process_group()
+        if several or cuda: gc.collect()    # what holds on to the group, or to a GPU's memory, goes first
+        if several and dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/training/63_lesson.ipynb #36ac7066
 def everyone(
@@ -59,6 +67,18 @@ def everyone(
     if world() == 1: return [x]
     dist.all_gather_object(found := [None]*world(), x)
     return found
+
+# %% ../../nbs/training/63_lesson.ipynb #2e048047
+def check_compiler(
+    device, # that the compiled model runs on
+):
+    "Refuse `train.compile` where nothing can be compiled"
+    new = time.time_ns() % 1_000_003
+    try: torch.compile(lambda x: (x + new).sin())(torch.zeros(16, device=device))
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:160].rstrip('. ')
+        raise ValueError(f"train.compile=true does not work here ({why}); install what it needs, as g++ for a CPU, "
+                         "or leave it out") from e
 
 # %% ../../nbs/training/63_lesson.ipynb #330506ae
 def hold_memory()->bool: # did it work; only where the C library is glibc

@@ -126,6 +126,7 @@ class TrainRecipe:
     accumulate:Count = 1                  # forward passes an optimizer step
     precision:Literal['float32', 'bf16'] = 'float32'
     compile:bool = False
+    rank_timeout:Positive = 600.          # seconds that ranks wait for each other before the run ends
     ema:Annotated[float, Field(ge=0, lt=1)]|None = None # decay of the averaged student; None: no average
     log_every:Count = 50                  # optimizer steps a row of metrics.jsonl
     gradient_shares:bool = True           # measure at logging steps how hard parts pull on the student; not if compiled

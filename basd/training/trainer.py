@@ -35,6 +35,8 @@ from .checkpoints import hold_run, last_state, load, note, rng_state, save, set_
 from .faults import NonFiniteLoss, in_a_sentence, in_words, look_again
 from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, described, dry_run, evaluate,
                                   everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on, open_data,
+from .lesson import (Lesson, autocast, build_student, build_teacher, check_compiler, clip_and_flag, described,
+                                  dry_run, evaluate, everyone, hold_memory, input_size, logits_of, make_optimizer, open_data,
                                   part_gradients, pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
 from .recipes import Recipe
@@ -51,6 +53,7 @@ class Trainer:
     ):
         self.recipe, self.run, self.device, self.t = recipe, Path(run), torch.device(device), recipe.train
         self.bars = rank() == 0 and (interactive() if bars is None else bars)
+        if self.t.compile: check_compiler(self.device)
         with in_words(self.run):
             self.build_data()
             self.build_models()
