@@ -33,10 +33,9 @@ from ..models.students import save_student
 from .cached import CachedTeacher, refuse_moving
 from .checkpoints import hold_run, last_state, load, note, rng_state, save, set_rng_state, start_run
 from .faults import NonFiniteLoss, in_a_sentence, in_words, look_again
-from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, described, dry_run, evaluate,
-                                  everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on, open_data,
 from .lesson import (Lesson, autocast, build_student, build_teacher, check_compiler, clip_and_flag, described,
-                                  dry_run, evaluate, everyone, hold_memory, input_size, logits_of, make_optimizer, open_data,
+                                  dry_run, evaluate, everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on,
+                                  open_data,
                                   part_gradients, pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
 from .recipes import Recipe
