@@ -3,9 +3,9 @@
     python tests/mutate.py [--only losses.rsd methods …] [--jobs 2]
 
 `mutants.yaml` lists the changes. Each is made in a copy of the repository, in the notebook's cell and in the module that
-the cell exports to. Then run, until the first red: the module's own page; the pages of the three rooms that import it;
-the properties of `test_properties.py`; for a mean over ranks, the methods on several ranks; every other page that
-imports the module. What turned red must be green without the change. Processes are forked from one that has imported
+the cell exports to. Then run, until the first red: the module's own page; for a mean over ranks, every piece on two ranks; the
+pages of the three rooms that import it; the properties of `test_properties.py`; for a mean over ranks, every method on
+several; all other pages that import the module. What turned red must be green without the change. Processes are forked from one that has imported
 torch, so that a page costs what its cells cost. Results go to experiments/results/mutants.json; with `--only`, those of
 other modules are kept.
 """
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("geometry", "losses", "methods")
 LIST, RESULTS = ROOT/"tests"/"mutants.yaml", ROOT/"experiments"/"results"/"mutants.json"
 PROPERTIES = "tests/test_properties.py"
-RANKS = "tests/test_ranks.py::test_every_method_on_several_ranks"
+RANKS = [f"tests/test_ranks.py::test_every_{what}_on_several_ranks" for what in ("piece", "method")]
 LIMIT = 300         # seconds for one page or test file
 HEAVY = ("torch", "timm", "torchvision.transforms.v2", "matplotlib.pyplot", "sklearn.datasets", "scipy.linalg", "torchmetrics",
          "safetensors.torch", "pydantic", "fastprogress", "fastcore.test", "execnb.shell", "nbdev.process", "hypothesis",
@@ -81,25 +81,33 @@ def changed(mutant, root):
 
 
 @cache
+def pages():
+    "Page → its code, in reading order"
+    return {str(p.relative_to(ROOT)): "\n".join("".join(c["source"]) for c in code(json.loads(p.read_text())))
+            for p in sorted(ROOT.glob("nbs/*/[!.]*.ipynb"), key=lambda p: p.name)}
+
+
 def importers(module):
-    "Pages and test files that name `module` in their code, in reading order"
+    "Pages that name `module` in their code"
     named = re.compile(rf"\bbasd\.{re.escape(module)}\b")
-    return [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("nbs/*/*.ipynb"), key=lambda p: p.name)
-            if any(named.search("".join(c["source"])) for c in code(json.loads(p.read_text())))]
+    return [p for p, text in pages().items() if named.search(text)]
 
 
 def concerned(mutant):
     "What is run for a mutant, in order"
-    own, pages = page(mutant["module"]), importers(mutant["module"])
-    near = [p for p in pages if p.split("/")[1] in ROOMS]
-    ranks = [RANKS] if mutant["kind"] == "ranks" else []
-    return list(dict.fromkeys([own, *near, PROPERTIES, *ranks, *mutant.get("also", []), *pages]))
+    own, others = page(mutant["module"]), importers(mutant["module"])
+    near = [p for p in others if p.split("/")[1] in ROOMS]
+    ranks = RANKS if mutant["kind"] == "ranks" else []
+    return list(dict.fromkeys([own, *ranks[:1], *near, PROPERTIES, *ranks[1:], *others]))
+
+
+def git(*words, root=ROOT): return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip("\0\n")
 
 
 def copy_of(root, to):
     "A copy of what git tracks, compiled"
-    for name in subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout.split("\0"):
-        if name and (root/name).is_file():
+    for name in git("ls-files", "-z", root=root).split("\0"):
+        if (root/name).is_file():
             (to/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root/name, to/name)
     subprocess.run([sys.executable, "-m", "compileall", "-q", "basd", "tests"], cwd=to, check=True)
@@ -218,14 +226,14 @@ def main():
     os.nice(10)
     sys.path.append(str(ROOT/"tools"))
     for name in HEAVY: importlib.import_module(name)
-    began, found = time.time(), []
+    began, found, commit = time.time(), [], git("rev-parse", "--short", "HEAD")
     with tempfile.TemporaryDirectory() as tmp:
         clean = Path(tmp).resolve()/"clean"
         clean.mkdir()
         copy_of(ROOT, clean)
         with ProcessPoolExecutor(args.jobs, mp_context=_context) as pool:
             for f in as_completed([pool.submit(judge, m, clean, args.own) for m in chosen]):
-                m = f.result()
+                m = f.result() | dict(commit=commit)
                 found.append(m)
                 print(f"{m['module']} {m['number']}, {m['kind']}, {m['new']!r}:", f"killed by {m['by']}, {m['how']}" if m["by"]
                       else f"SURVIVED {m.get('survives', '')}", f"({m['seconds']} s)",
@@ -243,7 +251,7 @@ def keep(found, args, seconds):
     same = lambda m, k: k in every and all(every[k].get(w) == m.get(w) for w in ("old", "new"))
     before = json.loads(args.out.read_text())["mutants"] if args.out.is_file() else []
     found = {(m["module"], m["number"]): m for m in [*before, *found]}
-    found = [every[k] | {w: m[w] for w in ("by", "how", "seconds")} for k, m in found.items() if same(m, k)]
+    found = [every[k] | {w: m[w] for w in ("by", "how", "seconds", "commit")} for k, m in found.items() if same(m, k)]
     found.sort(key=lambda m: list(every).index((m["module"], m["number"])))
     args.out.write_text(json.dumps(dict(
         mutants=found, score=score(found), listed=len(every), seconds=round(seconds), date=time.strftime("%Y-%m-%d"),

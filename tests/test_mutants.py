@@ -1,0 +1,21 @@
+"The list of mutants is up to date with the code; whether anything turns red by them is for `mutate.py` to find out"
+from collections import Counter
+
+import mutate
+import pytest
+
+MUTANTS = mutate.mutants()
+
+
+@pytest.mark.parametrize("module", sorted({m["module"] for m in MUTANTS}))
+def test_each_applies(module):
+    for m in MUTANTS:
+        if m["module"] == module: mutate.changed(m, mutate.ROOT)
+
+
+def test_the_list_is_what_it_should_be():
+    rooms = {f"{room}.{p.stem}" for room in mutate.ROOMS for p in (mutate.ROOT/"basd"/room).glob("[!_]*.py")}
+    assert {m["module"] for m in MUTANTS} == rooms, "a module without mutants, or the other way round"
+    assert not [x for x, n in Counter((m["module"], m["old"], m["new"]) for m in MUTANTS).items() if n > 1]
+    assert all(m["why"] for m in MUTANTS) and len(MUTANTS) >= 120
+    assert all(mutate.concerned(m)[0] == mutate.page(m["module"]) for m in MUTANTS)
