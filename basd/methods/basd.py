@@ -27,7 +27,7 @@ from ..losses.relational import Relational
 from ..losses.rsd import RSD
 from ..losses.spectral import Spectral
 from .objective import (
-    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings)
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, seeded, settings)
 
 # %% ../../nbs/methods/31_basd.ipynb #a9c4a281
 @settings
@@ -100,10 +100,14 @@ class BASD(Objective):
         super().__init__(options, student, teacher, classes)
         self.student, self.teacher = student, teacher
         learned = options.rule is None
-        self.selector = (GrassmannSelector(student.widths, teacher.widths, **vars(options.selector)) if learned
-                         else FixedSelector(student.widths, teacher.widths, options.rule))
-        self.aligners = nn.ModuleList(self.make_aligner(p) for p in range(len(student.widths)))
-        self.losses = nn.ModuleDict({n: make for n,make in self.make_losses().items() if make is not None})
+        with seeded('selector'):
+            self.selector = (GrassmannSelector(student.widths, teacher.widths, **vars(options.selector)) if learned
+                             else FixedSelector(student.widths, teacher.widths, options.rule))
+        self.aligners, self.losses = nn.ModuleList(), nn.ModuleDict()
+        for p in range(len(student.widths)):
+            with seeded(f'aligners.{p}'): self.aligners.append(self.make_aligner(p))
+        for n,make in self.loss_makers().items():
+            with seeded(f'losses.{n}'): self.losses[n] = make()
         if not self.losses:
             raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral")
         if options.targets == 'live':                                   # nothing trains what the law would have trained
@@ -131,17 +135,15 @@ def make_aligner(self:BASD,
 
 # %% ../../nbs/methods/31_basd.ipynb #fa58f915
 @patch
-def make_losses(self:BASD)->dict: # name → module, or None
+def loss_makers(self:BASD)->dict: # name → function that makes the module
     "The losses that the options ask for and the two models allow"
     o, s, t = self.options.losses, self.student, self.teacher
     widths = s.widths if self.options.aligner.width == 'student' else [self.selector.mixed_width]*len(s.widths)
-    losses = dict(rsd=o.rsd and RSD(s.widths, widths, **vars(o.rsd)), rel=o.rel and Relational(**vars(o.rel)),
-                  attn=None, spectral=o.spectral and Spectral(**vars(o.spectral)))
-    if o.attn:
-        missing = self.attention_missing()
-        if missing: warnings.warn(f"L_attn is left out: {missing}")
-        else: losses['attn'] = AttentionKL(s.heads, t.heads, **vars(o.attn))
-    return losses
+    make = dict(rsd=lambda: RSD(s.widths, widths, **vars(o.rsd)), rel=lambda: Relational(**vars(o.rel)),
+                attn=lambda: AttentionKL(s.heads, t.heads, **vars(o.attn)), spectral=lambda: Spectral(**vars(o.spectral)))
+    missing = o.attn and self.attention_missing()
+    if missing: warnings.warn(f"L_attn is left out: {missing}")
+    return {n: f for n,f in make.items() if getattr(o, n) is not None and not (n == 'attn' and missing)}
 
 # %% ../../nbs/methods/31_basd.ipynb #595a9b2d
 @patch

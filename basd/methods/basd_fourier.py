@@ -20,7 +20,7 @@ from ..losses.fourier import Fourier
 from .basd import AlignerOptions, grids_of_mixed, learned
 from .match import blended
 from .objective import (
-    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings)
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, seeded, settings)
 
 # %% ../../nbs/methods/34_basd_fourier.ipynb #7ac78d76
 SelectorOptions = options_of(FrequencySelector, 'widths_s', 'widths_t')
@@ -55,13 +55,15 @@ class BASDFourier(Objective):
             if None in shapes.grids:
                 raise ValueError(f"method basd_fourier compares maps, but layer {shapes.grids.index(None)} of the "
                                  f"{who}'s tapped layers has no grid; tap others, or use method basd")
-        self.selector = FrequencySelector(student.widths, teacher.widths, **vars(options.selector))
+        with seeded('selector'):
+            self.selector = FrequencySelector(student.widths, teacher.widths, **vars(options.selector))
         o, width = options.aligner, self.selector.mixed_width
         widths = student.widths if o.width == 'student' else [width]*len(student.widths)
         make = (lambda *a, **k: TokenAligner(*a, codes=o.codes, **k)) if o.kind == 'cross' else InterpAligner
-        self.aligners = nn.ModuleList(make(n, width, d, grid_out=g)
-                                      for n,d,g in zip(student.tokens, widths, student.grids))
-        self.loss = Fourier(student.widths, widths, **vars(options.fourier))
+        self.aligners = nn.ModuleList()
+        for p,(n,d,g) in enumerate(zip(student.tokens, widths, student.grids)):
+            with seeded(f'aligners.{p}'): self.aligners.append(make(n, width, d, grid_out=g))
+        with seeded('loss'): self.loss = Fourier(student.widths, widths, **vars(options.fourier))
 
     @classmethod
     def needs(cls, options): return Needs(points=options.points, layers=options.layers, teacher=True)

@@ -24,7 +24,7 @@ from ..losses.paired import compares, find_feature_loss, made_for, told
 from .distill import LogitLoss, LogitOptions
 from ..models.students import copy_layers
 from .objective import (
-    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings)
+    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, seeded, settings)
 
 # %% ../../nbs/methods/33_match.ipynb #5e64d40c
 def checked_loss(
@@ -85,8 +85,11 @@ class Match(Objective):
         super().__init__(options, student, teacher, classes)
         self.sides = {n: self.sides_of(n, o, len(student.widths), len(teacher.widths))
                       for n,o in options.losses.items()}
-        self.losses = nn.ModuleDict({n: self.make(n, o, student, teacher) for n,o in options.losses.items()})
-        self.logits = LogitLoss(options.logits, classes) if options.logits is not None else None
+        self.losses = nn.ModuleDict()
+        for n,o in options.losses.items():
+            with seeded(f'losses.{n}'): self.losses[n] = self.make(n, o, student, teacher)
+        with seeded('logits'):
+            self.logits = LogitLoss(options.logits, classes) if options.logits is not None else None
 
     def sides_of(self, name, options, P:int, L:int)->tuple:
         "Points and teacher layers that a loss is given: side by side, or all of both"
