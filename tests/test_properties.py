@@ -204,6 +204,16 @@ def choices(cls, p):
     return [p.default]
 
 
+def settled(make, forget):
+    "What `make` makes, once options that belong to another form are forgotten; that they are refused is tested elsewhere"
+    for _ in range(20):
+        try: return make()
+        except ValueError as e:
+            if not (said := re.match(r"(\w+)=.* belongs to ", str(e), re.DOTALL)): raise
+            forget(said[1])
+    return make()
+
+
 def options(cls, *skip):
     "A strategy of keyword arguments of `cls`"
     ps = [p for n, p in inspect.signature(cls).parameters.items() if p.default is not p.empty and n not in skip]
@@ -227,8 +237,8 @@ def loss_of(name, given, batch):
     cls, P = find_feature_loss(name), len(batch.student)
     L = len(batch.teacher) if compares(cls) == "layers" else P
     torch.manual_seed(0)
-    loss = made_for(cls, given, dict(widths_s=[WIDTH_S]*P, widths_t=[batch.width_t]*L,
-                                     heads_s=[HEADS_S]*P, heads_t=[batch.heads_t]*L))
+    shapes = dict(widths_s=[WIDTH_S]*P, widths_t=[batch.width_t]*L, heads_s=[HEADS_S]*P, heads_t=[batch.heads_t]*L)
+    loss = settled(lambda: made_for(cls, given, shapes), given.pop)
     teacher = tapped(batch.width_t, batch.case)
     if hasattr(loss, "meet"): loss.meet(teacher if batch.case.same else tapped(WIDTH_S, batch.case), teacher)
     return loss
@@ -305,8 +315,8 @@ def structural(name, given, batch, order=None):
     told = dict(rsd=([WIDTH_S]*len(xs), [WIDTH_S]*len(xs)),
                 attn=([HEADS_S]*len(xs),
                       [batch.heads_t]*len(ys) if given.get("scope") == "all_layers" else batch.heads_t)).get(name, ())
-    loss, g, blend = (STRUCTURE[name](*told, **given).to(xs[0].dtype), step_generator(0, 0),
-                      batch.blend if order is None else None)
+    loss, g, blend = (settled(lambda: STRUCTURE[name](*told, **given), given.pop).to(xs[0].dtype),
+                      step_generator(0, 0), batch.blend if order is None else None)
     aligned = [values(batch.case.kind_t, x.shape, batch.case.size_t, g).to(x.dtype) for x in xs]
     if order is not None: aligned, ys = [y[order] for y in aligned], [y[order] for y in ys]
     blended = lambda t: t if blend is None else t.lerp(t[blend.partner], 1 - blend.lam)
@@ -391,9 +401,9 @@ def of_logits(name, given, case):
     "A loss on logits, with what it learns"
     if name == "ofa": return lambda s, t, target, epoch: ofa(s, t.softmax(-1), target.labels), []
     if name == "dual_head": return lambda s, t, target, epoch: binary_kl(s, t), []
-    o = LogitOptions(**given)
     torch.manual_seed(0)
-    loss = LogitLoss(o, CLASSES)
+    forget = lambda n: given.pop(n) if n in given else delattr(given["temperature"], n)
+    loss = settled(lambda: LogitLoss(LogitOptions(**given), CLASSES), forget)
     def run(s, t, target, epoch):
         raw, tau, anchor = loss(s, t, target, epoch)
         return raw if tau is None else raw + anchor
@@ -562,14 +572,18 @@ SAID = {f"{c.__name__}Options": c
         for c in (GrassmannSelector, FrequencySelector, Balance, Fourier, Temperature, *STRUCTURE.values())}
 SMALL = dict(rank=2, dim=8, max_rows=32, settle=1, start_from_teacher=False)
 LACKING = dict(match=lambda: st.lists(st.sampled_from(sorted(feature_losses)), min_size=1, max_size=3, unique=True).map(
-                   lambda names: dict(losses={n: {} for n in names})),
-               pocl=lambda: st.just(dict(loss="kl", temperature=None)))    # what a method's options cannot be without
+                   lambda names: dict(losses={n: {} for n in names})))     # what a method's options cannot be without
 
 
 @dataclass
 class Drawn:
     "Options of a method, to be made where a refusal is waited for"
     cls: type; given: dict
+
+    def forget(self, name):
+        self.given.pop(name, None)
+        for v in self.given.values():
+            if isinstance(v, Drawn): v.forget(name)
 
     def __call__(self): return self.cls(**{k: v() if isinstance(v, Drawn) else v for k, v in self.given.items()})
 
@@ -589,8 +603,6 @@ def settings_of(draw, cls):
         elif f.type is str and asked:
             given[f.name] = draw(st.sampled_from(choices(asked, inspect.signature(asked).parameters[f.name])))
         elif f.type == (int | None): given[f.name] = draw(st.sampled_from([default, 4]))
-    # a switch of this one loss; that others refuse it is tested on its page
-    if given.get("loss") != "vrm": given.pop("virtual", None)
     return Drawn(cls, given)
 
 
@@ -613,7 +625,7 @@ def test_methods(name):
             objective = cls(drawn(), Shapes.of(batch.features("student")), Shapes.of(taught()), CLASSES)
             objective.meet(tapped(WIDTH_S, case), tapped(batch.width_t, case))
             return objective
-        objective = attempt(make, tally, "options")
+        objective = attempt(lambda: settled(make, drawn.forget), tally, "options")
         if objective is None: return
         def run(i):
             with autocast(case):

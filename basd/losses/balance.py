@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..geometry.statistics import global_mean, island, no_autocast
+from .paired import belongs
 
 # %% ../../nbs/losses/14_balance.ipynb #85c799d5
 def inverse_softmax(
@@ -85,6 +86,9 @@ class Balance(nn.Module):
             raise ValueError(f"weights leaves out {min(set(names) - set(weights))!r}; give one of each loss")
         if weights and form != 'fixed':
             raise ValueError(f"weights are for form='fixed'; form={form!r} makes its own")
+        if form != 'reference':
+            belongs(Balance, "form='reference'", repr(form), u_max=u_max, beta=beta, floor=floor, settle=settle)
+        if form == 'fixed': belongs(Balance, 'forms that make weights', repr(form), temperature=temperature)
         for what,v,ok in (('temperature', temperature, temperature is None or temperature > 0),
                           ('u_max', u_max, u_max > 0),
                           ('settle', settle, settle > 0)):

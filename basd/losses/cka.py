@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..geometry.resampling import resample_tokens
 from ..geometry.statistics import covariance, felt, global_mean, island, no_autocast, world
-from .paired import feature_loss, paired
+from .paired import belongs, feature_loss, paired
 
 # %% ../../nbs/losses/16_cka.ipynb #06858201
 def _debiased(h, ab, a, b, n): return n/(n - 3)*(h - ab/(n - 2) + a*b/((n - 1)*(n - 2)))
@@ -104,6 +104,7 @@ class CKA(nn.Module):
             raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
         if debias and not center:
             raise ValueError("debias=True with center=False; only the centred form has a debiased one, so drop either")
+        if rows != 'token' and max_rows is not None: belongs(CKA, "rows='token'", repr(rows), max_rows=max_rows)
         self.rows, self.debias, self.log, self.max_rows, self.center = rows, debias, log, max_rows, center
 
     def biased(self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..geometry.statistics import directions, island, no_autocast, rounding
 from .gram import all_rows
 from .hidden import in_coordinates
-from .paired import feature_loss, paired
+from .paired import belongs, feature_loss, paired
 
 # %% ../../nbs/losses/22_images.ipynb #56667fbc
 def distances(
@@ -48,6 +48,7 @@ class RKD(nn.Module):
             raise ValueError(f"distance={distance} and angle={angle}; give weights of at least 0, not both 0")
         if images is not None and images < 3:
             raise ValueError(f"images={images}; an angle takes 3, or give None for all")
+        if not angle: belongs(RKD, 'angles', 'distances alone', images=images)
         self.distance, self.angle, self.images = distance, angle, images
 
     def one(self,

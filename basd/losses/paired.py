@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['feature_losses', 'told', 'paired', 'at_places', 'feature_loss', 'find_feature_loss', 'trusting', 'trusted',
-           'imported', 'made_for', 'compares']
+           'imported', 'made_for', 'compares', 'belongs']
 
 # %% ../../nbs/losses/09_paired.ipynb #1541240a
 import importlib
@@ -132,3 +132,15 @@ def compares(
 )->str:  # "tokens" or "attention" of pairs, or "layers": tokens of all points and all layers
     "What `cls` is given of each layer"
     return getattr(cls, 'of', 'tokens')
+
+# %% ../../nbs/losses/09_paired.ipynb #36e5374c
+def belongs(
+    of,       # class whose options they are
+    to:str,   # where they are read, in words: "form='svd'"
+    here:str, # what was chosen instead, in words
+    **given,  # names → values
+):
+    "Refuse options that nothing reads here"
+    for name,v in given.items():
+        if v != inspect.signature(of).parameters[name].default:
+            raise ValueError(f"{name}={v!r} belongs to {to}, not to {here}; leave one of them out")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..geometry.statistics import centre, covariance, global_mean, in_pieces, island, no_autocast, rounding, world
-from .paired import feature_loss, paired
+from .paired import belongs, feature_loss, paired
 
 # %% ../../nbs/losses/10_rsd.ipynb #03930864
 def measured(
@@ -118,6 +118,7 @@ class RSD(nn.Module):
             raise ValueError(f"gamma={gamma} leaves a head of width {min(widths_s)} no hidden channel; raise gamma")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
+        if pooled: belongs(RSD, 'pooled=False', 'pooled=True, whose rows are images', max_rows=max_rows)
         self.kappa, self.center, self.pooled, self.reduction, self.max_rows = kappa, center, pooled, reduction, max_rows
         self.at_once = None # points at a time; None: all, or one where they are large
         together = len(set(widths_s)) == len(set(widths_t)) == 1

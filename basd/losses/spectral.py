@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..geometry.statistics import draw_images, eigvalsh, felt, global_mean, island, no_autocast, steady
+from .paired import belongs
 
 # %% ../../nbs/losses/13_spectral.ipynb #4671c979
 def gram(
@@ -82,7 +83,7 @@ class Spectral(nn.Module):
         energy:bool=False,       # compare shares of energy
         align:str='truncate',    # "truncate", or "pool" as the original
         reduction:str='sum',     # over singular values: "sum", or "mean" as the original
-        samples:int|None=None,   # images a step, over all ranks, drawn at random in pairs; None: all, as always for 'batch'
+        samples:int|None=None,   # images a step, over all ranks, drawn at random in pairs; None: all
     ):
         super().__init__()
         for name,v,allowed in (('form', form, ('svd', 'batch', 'moments')),
@@ -91,6 +92,9 @@ class Spectral(nn.Module):
             if v not in allowed: raise ValueError(f"{name}={v!r}; choose one of {', '.join(map(repr, allowed))}")
         if samples is not None and samples < 1:
             raise ValueError(f"samples={samples}; give a positive number of images, or None for all")
+        if form == 'batch': belongs(Spectral, "forms that take images one by one", "'batch'", samples=samples)
+        if form == 'moments':
+            belongs(Spectral, "forms with singular values", "'moments'", energy=energy, align=align, reduction=reduction)
         self.form, self.center, self.energy, self.align, self.reduction, self.samples = (
             form, center, energy, align, reduction, samples)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.statistics import no_autocast
+from .paired import belongs
 
 # %% ../../nbs/losses/19_temperature.ipynb #c6795ede
 class Reversal(torch.autograd.Function):
@@ -60,6 +61,8 @@ class Temperature(nn.Module):
         if not low < init < low + span:
             raise ValueError(f"init={init} is outside of the range ({low:g}, {low + span:g}); "
                              "choose a temperature inside")
+        if kind == 'global': belongs(Temperature, "kind='sample'", "'global'", hidden=hidden)
+        if not reversed: belongs(Temperature, 'reversed=True', 'reversed=False', epochs=epochs)
         self.init, self.low, self.span, self.epochs, self.reversed, self.anchor = (
             init, low, span, epochs, reversed, anchor)
         share = (init - low)/span

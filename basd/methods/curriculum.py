@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..geometry.features import Features
 from ..losses.logits import logit_kl
-from ..losses.paired import imported
-from .distill import LogitLoss, LogitOptions
+from ..losses.paired import belongs, imported
 from .objective import (
     Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings)
 
@@ -147,7 +146,7 @@ def subsets(
 
 # %% ../../nbs/methods/36_curriculum.ipynb #512dbec8
 @settings
-class POCLOptions(LogitOptions):
+class POCLOptions:
     "Everything that a recipe may say about a curriculum"
     scores:list[str] = field(default_factory=lambda: ['loss', 'disagreement']) # judges of difficulty, fused
     stages:Annotated[int, Field(ge=1)] = 4
@@ -155,12 +154,14 @@ class POCLOptions(LogitOptions):
     patience:Annotated[int, Field(ge=1)] = 2   # epochs without progress, of "plateau" and "validation"
     temperatures:tuple[float, float] = (1., 2.)# of the first and of the last stage
     alphas:tuple[float, float] = (.7, 1.)      # share of the teacher, likewise
-    balanced:bool = True                       # cut each class by itself
+    balanced:bool = True                       # cut each class by itself; "validation" cuts the ranking as a whole
+    direction:Literal['forward', 'reverse'] = 'forward' # of the divergence
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.loss != 'kl' or self.temperature is not None:
-            raise ValueError("a curriculum sets the temperature of loss='kl' by itself; leave out loss and temperature")
+        if self.until == 'time': belongs(POCLOptions, "until='plateau' and 'validation'", "'time'", patience=self.patience)
+        if self.until == 'validation':
+            belongs(POCLOptions, "until='time' and 'plateau'", "'validation'", balanced=self.balanced)
+        if self.stages == 1: belongs(POCLOptions, 'several stages', 'one', until=self.until)
         if not self.scores: raise ValueError("scores is empty; name at least one judge of difficulty")
         for name in self.scores: find_difficulty(name)
 
@@ -177,7 +178,7 @@ class POCL(Objective):
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)
-        self.logits, number = LogitLoss(options, classes), lambda v: torch.tensor(v)
+        number = lambda v: torch.tensor(v)
         self.register_buffer('stage', number(-1))                            # −1: not begun
         self.register_buffer('began', number(0))                             # epoch of this stage's beginning
         self.register_buffer('best', number(float('inf')))                   # least loss in this stage

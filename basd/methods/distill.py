@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..geometry.features import Features
 from ..losses.balance import ramp
 from ..losses.images import VRM
+from ..losses.paired import belongs
 from ..losses.logits import DKD, HardLabels, LogitKL, logit_kl
 from ..losses.temperature import Temperature
 from .objective import (
@@ -33,12 +34,18 @@ class LogitOptions:
     # of "vrm": every image twice in a batch, edges between first and second views alone
     virtual:bool = False
     temperature:options_of(Temperature, 'classes')|None = None # of "kl": a temperature that is learned in place of `T`
+    # of "kl": mean over images; "numel" divides by the classes, too, as DeiT's code does
+    reduction:Literal['batch', 'numel'] = 'batch'
 
     def __post_init__(self):
         if self.temperature is not None and self.loss != 'kl':
             raise ValueError(f"temperature belongs to loss='kl', not to {self.loss!r}; leave one of them out")
-        if self.virtual and self.loss != 'vrm':
-            raise ValueError(f"virtual=True belongs to loss='vrm', not to {self.loss!r}; leave one of them out")
+        here = lambda to, what=repr(self.loss), **given: belongs(LogitOptions, to, what, **given)
+        if self.loss != 'kl': here("loss='kl'", direction=self.direction, reduction=self.reduction)
+        if self.loss != 'dkd': here("loss='dkd'", beta=self.beta)
+        if self.loss != 'vrm': here("loss='vrm'", virtual=self.virtual)
+        if self.loss in ('hard', 'vrm'): here("loss='kl' and 'dkd'", T=self.T)
+        if self.temperature is not None: here("a fixed temperature", 'one that is learned', T=self.T)
 
 # %% ../../nbs/methods/32_distill.ipynb #347ca1cc
 class LogitLoss(nn.Module):
@@ -49,7 +56,7 @@ class LogitLoss(nn.Module):
     ):
         super().__init__()
         o, self.classes = options, classes
-        self.loss = dict(kl=lambda: LogitKL(o.T, o.direction), dkd=lambda: DKD(o.T, beta=o.beta), hard=HardLabels,
+        self.loss = dict(kl=lambda: LogitKL(o.T, o.direction, o.reduction), dkd=lambda: DKD(o.T, beta=o.beta), hard=HardLabels,
                          vrm=lambda: VRM(virtual=o.virtual))[o.loss]()
         self.temperature = Temperature(classes, **vars(o.temperature)) if o.temperature is not None else None
 

@@ -1,0 +1,186 @@
+"""An option that is accepted and then ignored is a wrong experiment. Every option of every method and of every loss is
+moved from its default, alone and beside each choice of a form, and something must change, or it is refused by name."""
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+import timm
+import torch
+from pydantic import TypeAdapter
+
+from basd.data.mixing import draw_blend
+from basd.geometry.features import Features
+from basd.geometry.statistics import step_generator
+from basd.losses.paired import compares, feature_losses, find_feature_loss, told
+from basd.methods.objective import Progress, Shapes, Target, find_objective, objectives, options_of
+from basd.models.taps import Tapped
+
+find_objective("ce"), find_feature_loss("cka")
+find_objective("basd")
+B, C, STEPS = 8, 6, 6
+NO = object()
+
+# values to try where a type does not say; the first option path that ends like it counts
+TRY = {
+    "points": [[0, 2]], "layers": [[1, 2]], "layer_map": ["reversed"], "rule": ["uniform"], "losses.kappa": ["1/D"],
+    "kappa": [.1, "1/D"], "scores": [["margin"]], "temperatures": [(1., 3.)], "alphas": [(.5, 1.)],
+    "starts": [dict(rsd=.5)], "weights": [dict(rsd=.1, rel=.2, attn=.3, spectral=.4), None], "relations": [("qk", "vv")],
+    "temperature": [{}, 3.], "losses": [dict(token={})], "debias": [False, True], "images": [4], "max_rows": [16],
+    "settle": [2],
+}
+# words that are checked where they are used
+WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch"), "spectral.align": ("truncate", "pool"),
+         "spectral.reduction": ("sum", "mean"), "rel.form": ("direction", "gram", "smooth_l1"),
+         "spectral.form": ("svd", "batch", "moments"), "balance.form": ("reference", "paper", "original", "fixed"),
+         "gram.form": ("squared", "norm"), "cka.rows": ("token", "image", "within")}
+# what rightly changes nothing in this small lesson, and why
+EXPLAINED = {
+    "start_from_teacher": "refused where the models differ in shape, as these do",
+}
+
+
+def kinds(hint):
+    "The types that a hint allows"
+    if get_origin(hint) is Annotated: return kinds(get_args(hint)[0])
+    if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
+        return [k for h in get_args(hint) for k in kinds(h)]
+    return [hint]
+
+
+def leaves(kind, path=()):
+    "Path, hint and default of each option below a class of options"
+    hints = get_type_hints(kind, include_extras=True)
+    for f in fields(kind):
+        default = f.default if f.default is not MISSING else f.default_factory()
+        nested = [k for k in kinds(hints[f.name]) if is_dataclass(k)]
+        if nested:
+            if type(None) in kinds(hints[f.name]): yield (*path, f.name), hints[f.name], default
+            yield from leaves(nested[0], (*path, f.name))
+        else: yield (*path, f.name), hints[f.name], default
+
+
+def values(path, hint, default):
+    "Other values of an option"
+    for i in range(len(path)):
+        if (known := TRY.get(".".join(path[i:]))) is not None: return [v for v in known if v != default]
+    out = choices(path, hint, default)
+    for k in kinds(hint):
+        if k is int: out += [2, 4] if default is None else [default + 1, max(default//2, 1)]
+        elif k is float: out += [1.5, .5] if default is None else [default/2, 2*default, default + .25]
+        elif is_dataclass(k): out += [{}] if default is None else [None]
+    assert out, f"{'.'.join(path)}: {hint} has no values to try; name some in TRY"
+    return [v for v in out if v != default]
+
+
+def choices(path, hint, default):
+    "The forms among an option's values"
+    words = WORDS.get(".".join(path[-2:]), ())
+    return [v for k in kinds(hint) for v in
+            (([] if default is None else [not default]) if k is bool else get_args(k) if get_origin(k) is Literal else words if k is str else ())
+            if v != default]
+
+
+def put(words, path, value):
+    "A copy of nested options with one of them set"
+    head, *rest = path
+    return words | {head: put(words.get(head) or {}, rest, value) if rest else value}
+
+
+def models():
+    torch.manual_seed(0)
+    make = lambda **k: timm.create_model("vit_tiny_patch16_224", num_classes=C, img_size=16, patch_size=4, **k)
+    return make(depth=4, embed_dim=32, num_heads=2), make(depth=5, embed_dim=48, num_heads=4)
+
+
+def seen(x): # numbers of anything that is reported
+    return [] if x is None else [float(v) for v in torch.as_tensor(x).detach().double().flatten()]
+
+
+def lesson(name, words):
+    "Numbers that a short training with these options gives"
+    cls = find_objective(name)
+    options = TypeAdapter(cls.Options).validate_python(words)
+    needs = cls.needs(options)
+    (plain_s, plain_t), out = models(), [float(v) for v in (needs.attention, needs.distilled, needs.twins)]
+    at = {"default": "all", None: []}
+    layers = lambda l: at.get(l, l) if not isinstance(l, list) else l
+    student, teacher = Tapped(plain_s, layers(needs.points)), Tapped(plain_t, layers(needs.layers))
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS, B, 3, 16, 16, generator=g)
+    f = student(x[0]), teacher(x[0])
+    of_two = lambda t: Features(t.tokens, t.attention, t.logits, t.grids, members=[t, Features(
+        [y.flip(1) for y in t.tokens], t.attention, -t.logits, t.grids)])
+    if name in ("amtml", "diverse"): f = f[0], of_two(f[1])
+    torch.manual_seed(2)
+    objective = cls(options, Shapes.of(f[0]), Shapes.of(f[1]) if needs.teacher else None, C)
+    objective.train(); objective.meet(student, teacher if needs.teacher else None)
+    params = [p for m in (student, objective) for p in m.parameters() if p.requires_grad]
+    opt = torch.optim.SGD(params, lr=.3)
+    labels = torch.nn.functional.one_hot(torch.arange(B) % C, C).float()
+    said = dict(labels=torch.arange(40) % C, student=torch.randn(40, C, generator=g),
+                teacher=torch.randn(40, C, generator=g))
+    for step in range(STEPS):
+        out += seen(objective.plan(step, STEPS, lambda: said))
+        torch.manual_seed(10 + step)
+        s = student(x[step])
+        if needs.distilled: s.distilled = s.logits.roll(1, 1) + .1*s.logits
+        with torch.no_grad(): t = teacher(x[step]) if needs.teacher else None
+        if name in ("amtml", "diverse"): t = of_two(t)
+        blend = draw_blend(step_generator(0, step), B, prob=.7)
+        result = objective(s, t, Target(labels, blend), Progress(2*step, 12, 0, epoch=step/2, observe=True))
+        opt.zero_grad(); result["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); objective.after_step()
+        out += [v for told in (result["parts"], result["report"]) for k in sorted(told) for v in seen(told[k])]
+        out += [p.grad.double().norm().item() for p in params if p.grad is not None]
+    out += [p.detach().double().abs().sum().item() for p in params] + [float(len(objective.no_weight_decay()))]
+    return out
+
+
+def differ(a, b):
+    "Whether two lessons gave other numbers, by more than rounding"
+    if len(a) != len(b): return True
+    a, b = torch.tensor(a), torch.tensor(b)
+    return bool(((a - b).abs() > 1e-5*b.abs() + 1e-7).any())
+
+
+def tried(name, words):
+    "A lesson, or the sentence that refuses it"
+    try: return lesson(name, words), None
+    except ValueError as e: return None, str(e)
+
+
+NEEDED = dict(heads=dict(heads=2))  # options that a loss cannot be without here
+CASES = [(n, {}) for n in sorted(objectives) if n not in ("ce", "match", "basd", "basd_fourier")] + [
+    ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if compares(feature_losses[n]) == "layers" else {"layer_map": "uniform"})))
+    for n in sorted(feature_losses)] + [("match", dict(losses=dict(gram={}), logits={}))]
+
+
+@pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", {})))
+def test_every_option(name, base):
+    options = find_objective(name).Options
+    own = list(leaves(options))
+    if "losses" in base:
+        loss, = base["losses"]
+        own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_of(feature_losses[loss], *told))] + (
+            own if "logits" in base else [])
+    silent = []
+    contexts = [((), NO)] + [(p, v) for p,h,d in own for v in choices(p, h, d)]
+    for context, choice in contexts:
+        words = base if choice is NO else put(base, context, choice)
+        before, refused = tried(name, words)
+        if refused:
+            assert context and (context[-1] in refused or context[-1] in EXPLAINED), f"{context}: {refused}"
+            continue
+        # with a choice, the options beside it
+        here = own if choice is NO else [o for o in own if o[0][:-1] == context[:-1] and o[0] != context]
+        for path, hint, default in here:
+            said = ".".join(path)
+            each = values(path, hint, default)
+            forms = choices(path, hint, default)
+            def moves(v):
+                after, no = tried(name, put(words, path, v))
+                return (path[-1] in no) if no else differ(after, before)
+            ok = all(moves(v) for v in forms) if forms else any(moves(v) for v in each)
+            why = EXPLAINED.get((name, said)) or EXPLAINED.get(said)
+            if not ok and not why: silent.append(f"{said}" + ("" if choice is NO else f" beside {context[-1]}={choice}"))
+    assert not silent, f"{name} {base}: nothing reads {', '.join(silent)}"
