@@ -8,6 +8,7 @@ __all__ = ['Layout', 'fingerprint', 'unfinished', 'sweep', 'write_atomic', 'sync
 # %% ../../nbs/data/53_cache.ipynb #f0e7f6d9
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -102,7 +103,7 @@ def sweep(
     folder,
 ):
     "Remove what writers of this machine that are no more have left unfinished"
-    for p in Path(folder).glob(f'.*.{platform.node()}.*'):
+    for p in Path(folder).glob(f'.*.{glob.escape(platform.node())}.*'):
         if p.suffix[1:].isdigit() and not _alive(int(p.suffix[1:])): p.unlink(missing_ok=True)
 
 def _alive(pid):

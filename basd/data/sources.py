@@ -56,7 +56,7 @@ def _by_name(texts, codes, classes, name):
     at = {c: i for i,c in enumerate(classes)}
     strange = next((t for t in texts if _same(t) not in at), None)
     if strange is not None: raise ValueError(f"{name}: label {strange!r} is none of the {len(classes)} classes")
-    return torch.tensor([at[_same(t)] for t in texts])[torch.as_tensor(codes, dtype=torch.long)], classes
+    return torch.tensor([at[_same(t)] for t in texts])[torch.tensor(np.array(codes, dtype='int64'))], classes
 
 # %% ../../nbs/data/50_sources.ipynb #7baf129b
 def number_labels(
@@ -246,7 +246,8 @@ def open_torch(
     except Exception as e:
         raise ValueError(f"torch/{name} cannot be opened in {root or 'data'} ({e}); "
                          f"set root to where it lies, or download=True") from e
-    labels, classes = getattr(dataset, 'targets', None), getattr(dataset, 'classes', None)
+    # two of ImageNet's classes are called "crane": their numbers in WordNet are the names
+    labels, classes = getattr(dataset, 'targets', None), getattr(dataset, 'wnids', getattr(dataset, 'classes', None))
     return Source(dataset, labels, classes, f'torch/{name}/{split}')
 
 # %% ../../nbs/data/50_sources.ipynb #f81f1ed0
@@ -594,7 +595,8 @@ def feed(self:Source,
     held = getattr(self.dataset, 'data', None)                                # of torchvision's small sets
     if isinstance(held, (Tensor, np.ndarray)) and len(held) == len(self): return 'content' if _feed_raw(h, held) else 'sample'
     files = getattr(self.dataset, 'samples', None)                            # of its folders
-    if isinstance(files, list) and len(files) == len(self): return _feed_files(h, [str(f[0]) for f in files], '', most)
+    if isinstance(files, list) and len(files) == len(self):
+        return _feed_files(h, [str(f[0]) for f in files], str(getattr(self.dataset, 'root', '')), most)
     if not isinstance(self.dataset, (list, tuple)): return 'sample'
     return 'content' if all([_feed_raw(h, x) for x,_ in self.dataset]) else 'sample'
 

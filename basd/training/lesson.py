@@ -153,7 +153,7 @@ def notes_on(
 )->list:               # sentences
     "What a run says about its images before it begins"
     notes, empty = [*train.source.notes], (train.labels.bincount(minlength=train.num_classes) == 0).nonzero().squeeze(1).tolist()
-    if empty: notes.append(f"{len(empty)} of the {train.num_classes} classes have no images in {train.source.name}, "
+    if empty: notes.append(f"of the {train.num_classes} classes of {train.source.name} {len(empty)} without images, "
                            f"{train.classes[empty[0]]!r} for one; each keeps its number and is not learned")
     if fingerprints['train'] == fingerprints['test']:
         notes.append("test and training images are the same, so test accuracy is of images that were learned")
