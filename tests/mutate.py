@@ -6,8 +6,8 @@
 the cell exports to. Then run, until the first red: the module's own page; for a mean over ranks, every piece on two ranks; the
 pages of the three rooms that import it; the properties of `test_properties.py`; for a mean over ranks, every method on
 several; all other pages that import the module. What turned red must be green without the change. Processes are forked from one that has imported
-torch, so that a page costs what its cells cost. Results go to experiments/results/mutants.json; with `--only`, those of
-other modules are kept.
+torch, so that a page costs what its cells cost. Results go to experiments/results/mutants.json as they come; those of
+other mutants are kept.
 """
 import argparse
 import importlib
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import yaml
@@ -55,29 +55,33 @@ def page(module):
     return "nbs/" + re.search(r"File to edit: [./]*nbs/(\S+\.ipynb)", source(module).read_text())[1]
 
 
-def code(notebook):
+def code(page):
     "The code cells of a notebook"
-    return [c for c in notebook["cells"] if c["cell_type"] == "code"]
+    return [c for c in page["cells"] if c["cell_type"] == "code"]
+
+
+@lru_cache(maxsize=2)
+def notebook(path): return json.loads(path.read_text())
 
 
 def exported(cell): return re.search(r"^#\|\s*export[si]?\b", "".join(cell["source"]), re.M) is not None
 
 
 def changed(mutant, root):
-    "Path → text of the two files that a mutant changes"
+    "The two files that a mutant changes: path → text, path → notebook"
     old, new, where = mutant["old"], mutant["new"], f"{mutant['module']} {mutant['number']}"
     py, ipynb = source(mutant["module"], root), root/page(mutant["module"])
-    text, notebook = py.read_text(), json.loads(ipynb.read_text())
-    cells = [c for c in code(notebook) if exported(c) and old in "".join(c["source"])]
+    text, whole = py.read_text(), notebook(ipynb)
+    cells = [c for c in code(whole) if exported(c) and old in "".join(c["source"])]
     times = text.count(old), sum("".join(c["source"]).count(old) for c in cells)
     if times != (1, 1):
         raise ValueError(f"{where}: {old!r} occurs {times[0]} times in the module and {times[1]} in exported cells of its "
                          "page; choose a text that occurs once, as the code is now")
     if old == new: raise ValueError(f"{where} changes nothing")
-    cells[0]["source"] = "".join(cells[0]["source"]).replace(old, new).splitlines(True)
-    text = text.replace(old, new)
-    compile(text, py, "exec")
-    return {py: text, ipynb: json.dumps(notebook)}
+    source_of_cell = "".join(cells[0]["source"]).replace(old, new)
+    compile(source_of_cell, ipynb, "exec")
+    new_cell = cells[0] | dict(source=source_of_cell.splitlines(True))
+    return {py: text.replace(old, new), ipynb: whole | dict(cells=[new_cell if c is cells[0] else c for c in whole["cells"]])}
 
 
 @cache
@@ -190,7 +194,7 @@ def judge(mutant, clean, own=False):
     with tempfile.TemporaryDirectory(dir=clean.parent) as tmp:
         tree = Path(tmp)/"tree"
         shutil.copytree(clean, tree)
-        for path, text in changed(mutant, tree).items(): path.write_text(text)
+        for path, text in changed(mutant, tree).items(): path.write_text(text if path.suffix == ".py" else json.dumps(text))
         for compiled in source(mutant["module"], tree).parent.glob(f"__pycache__/{mutant['module'].split('.')[1]}.*"):
             compiled.unlink()
         found = dict(by=None, how=None)
@@ -215,12 +219,16 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--only", nargs="*", default=[], help="modules, as in losses.rsd, or rooms")
     p.add_argument("--number", nargs="*", type=int, default=[], help="and of these only the entries with these numbers")
+    p.add_argument("--alive", action="store_true", help="and of these only what no result so far says is killed")
     p.add_argument("--own", action="store_true", help="run the module's own page alone, for a first look")
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--out", type=Path, default=RESULTS)
     args = p.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
     chosen = [m for m in mutants(args.only) if not args.number or m["number"] in args.number]
+    if args.alive:
+        dead = {(m["module"], m["old"], m["new"]) for m in known(args.out) if m["by"]}
+        chosen = [m for m in chosen if (m["module"], m["old"], m["new"]) not in dead]
     if not chosen: sys.exit(f"no mutants of {', '.join(args.only)}; modules are {', '.join(yaml.safe_load(LIST.read_text()))}")
     for m in chosen: changed(m, ROOT)
     os.nice(10)
@@ -235,26 +243,27 @@ def main():
             for f in as_completed([pool.submit(judge, m, clean, args.own) for m in chosen]):
                 m = f.result() | dict(commit=commit)
                 found.append(m)
+                if not len(found) % 20: keep(found, args.out, time.time() - began)
                 print(f"{m['module']} {m['number']}, {m['kind']}, {m['new']!r}:", f"killed by {m['by']}, {m['how']}" if m["by"]
                       else f"SURVIVED {m.get('survives', '')}", f"({m['seconds']} s)",
                       *[f"(red without it, too: {c})" for c in m["red"]], flush=True)
     for name, (killed, of) in score(found).items(): print(f"{name:24} {killed:3} of {of:3}")
-    keep(found, args, time.time() - began)
+    keep(found, args.out, time.time() - began)
     if any(m["red"] for m in found): sys.exit("some pages or tests are red without a change")
 
 
-def keep(found, args, seconds):
+def known(out): return json.loads(out.read_text())["mutants"] if out.is_file() else []
+
+
+def keep(found, out, seconds):
     "Write what was found, beside what is known of other mutants that are still in the list"
-    sys.path.insert(0, str(ROOT))
+    if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
     from basd.training.checkpoints import environment
-    every = {(m["module"], m["number"]): m for m in mutants()}
-    same = lambda m, k: k in every and all(every[k].get(w) == m.get(w) for w in ("old", "new"))
-    before = json.loads(args.out.read_text())["mutants"] if args.out.is_file() else []
-    found = {(m["module"], m["number"]): m for m in [*before, *found]}
-    found = [every[k] | {w: m[w] for w in ("by", "how", "seconds", "commit")} for k, m in found.items() if same(m, k)]
-    found.sort(key=lambda m: list(every).index((m["module"], m["number"])))
-    args.out.write_text(json.dumps(dict(
-        mutants=found, score=score(found), listed=len(every), seconds=round(seconds), date=time.strftime("%Y-%m-%d"),
+    key = lambda m: (m["module"], m["old"], m["new"])
+    outcome = {key(m): {w: m[w] for w in ("by", "how", "seconds", "commit")} for m in [*known(out), *found]}
+    found = [m | outcome[key(m)] for m in mutants() if key(m) in outcome]
+    out.write_text(json.dumps(dict(
+        mutants=found, score=score(found), listed=len(mutants()), seconds=round(seconds), date=time.strftime("%Y-%m-%d"),
         environment=environment()), indent=1, ensure_ascii=False) + "\n")
 
 
