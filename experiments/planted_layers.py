@@ -29,7 +29,7 @@ from basd.geometry.selector import GrassmannSelector, blend_tokens
 from basd.geometry.statistics import effective_rank
 
 FORMS = {
-    "literal": dict(space="channel", mode="learned", normalise="none", tau=2.0, recon_form="mean", recon=.01),
+    "literal": dict(space="channel", mode="learned", normalise="none", tau=2.0, recon_form="mean", recon=.01, orth=.01),
     "channel": dict(space="channel"),
     "procrustes": dict(space="channel", procrustes=True),
     "sample": dict(),

@@ -132,7 +132,7 @@ class FrequencySelector(nn.Module):
         self.drop_dc, self.normalise, self.entropy, self.entropy_sign = drop_dc, normalise, entropy, entropy_sign
         share = math.log(tau/.05) / math.log(10/.05)
         rho = math.log(share/(1 - share)) if normalise == 'standard' else tau + math.log(-math.expm1(-tau))
-        self.rho = nn.Parameter(torch.full((len(self.widths_s),), rho))
+        self.rho = nn.Parameter(torch.full((len(self.widths_s),), rho), requires_grad=entropy != 0)
 
     @property
     def temperatures(self)->Tensor: # positive, (P,)

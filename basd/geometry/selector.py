@@ -108,7 +108,8 @@ class GrassmannSelector(nn.Module):
         normalise:Literal['standard', 'none']='standard',
         tau:float=1.,      # first temperature; in (0.05, 10), or any positive number with normalise='none'
         mode:Literal['stiefel', 'learned', 'frozen']='stiefel', # of the common space
-        orth:float=.01,    # weight of the orthogonality penalty
+        # weight of the orthogonality penalty, the only loss of the temperatures; 0: they stay what they are
+        orth:float=0.,
         recon:float=.1,    # weight of the reconstruction loss
         diagonal:bool=False, # penalise concentration on one layer too
         recon_form:Literal['tokens', 'mean']='tokens', # what the reconstruction loss compares
@@ -143,7 +144,8 @@ class GrassmannSelector(nn.Module):
         self.common = CommonSpace(widths_s, widths_t, dim, mode)
         share = math.log(tau/.05) / math.log(10/.05)
         self.rho = nn.Parameter(torch.full((len(widths_s),), math.log(share/(1 - share)) if normalise == 'standard'
-                                           else tau + math.log(-math.expm1(-tau))))
+                                           else tau + math.log(-math.expm1(-tau))),
+                                requires_grad=orth != 0)
 
         if solver == 'track':
             eyes = torch.eye(dim).repeat(len(widths_s) + len(widths_t), 1, 1)

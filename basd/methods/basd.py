@@ -112,6 +112,7 @@ class BASD(Objective):
             raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral")
         if options.targets == 'live':                                   # nothing trains what the law would have trained
             for a in self.aligners: getattr(a, 'back', nn.Identity()).requires_grad_(False)
+            if learned: self.selector.rho.requires_grad_()
         if learned and not options.selector.recon: self.selector.common.requires_grad_(False)
         self.balance = Balance(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses},
                                **vars(options.balance))
@@ -163,17 +164,21 @@ def learned(
     aligner,     # of one extraction point
     x:Tensor,    # mixed teacher tokens, (B, N_t, D_t)
     grid,        # of these tokens, or None
+    images:Tensor|None=None, # which of them train the aligner; None: all
 )->tuple:        # targets (B, N_s, D), constant; the aligner's loss, ()
     "Align, and learn from it, a few images at a time"
     if not any(p.requires_grad for p in aligner.parameters()):
         return (y := aligner(x, grid)).detach(), aligner.reconstruction(y, x, grid)
-    ys, width = [], max(x.shape[-1], 2*getattr(aligner, 'queries', x).shape[-1])
-    def share(images, some):
-        y = aligner(some, grid)
-        ys.append(y.detach())
-        return aligner.reconstruction(y, some, grid) * (len(some)/len(x))
-    loss = in_pieces(share, [x], list(aligner.parameters()), images_at_once(4*x.shape[1]*width, len(x), x.device))
-    return torch.cat(ys), loss
+    usual, ys, some = aligner.usual(x, grid), [], x if images is None else x[images]
+    def share(_, part):
+        y = aligner(part, grid)
+        if images is None: ys.append(y.detach())
+        return aligner.reconstruction(y, part, grid, usual) * (len(part)/len(some))
+    width = max(x.shape[-1], 2*aligner.queries.shape[-1])
+    loss = in_pieces(share, [some], list(aligner.parameters()),
+                     images_at_once(4*x.shape[1]*width, len(some), x.device))
+    if images is None: return torch.cat(ys), loss
+    with torch.no_grad(): return aligner(x, grid), loss
 
 # %% ../../nbs/methods/31_basd.ipynb #64340455
 def grids_of_mixed(
@@ -198,10 +203,7 @@ def align(self:BASD,
     grids = grids_of_mixed(student, teacher)
     if self.options.targets == 'live': return mixed, [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)], None
     mixed = [x.detach() for x in mixed]
-    if images is None: ys, losses = zip(*(learned(a, x, g) for a,x,g in zip(self.aligners, mixed, grids)))
-    else:
-        with torch.no_grad(): ys = [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)]
-        losses = [learned(a, x[images], g)[1] for a,x,g in zip(self.aligners, mixed, grids)]
+    ys, losses = zip(*(learned(a, x, g, images) for a,x,g in zip(self.aligners, mixed, grids)))
     return mixed, list(ys), torch.stack(losses).mean()
 
 # %% ../../nbs/methods/31_basd.ipynb #f051da74

@@ -117,7 +117,7 @@ def stuck_selector(
                   above=True, every=True)
           + watch(free, 'entropy', 'saturated selector', .01, seen,
                   "one teacher layer has everything, and a temperature as low as this gets no gradient to recover by: "
-                  "raise method.selector.tau, or for subspaces set method.selector.orth=0, "
+                  "raise method.selector.tau, and for subspaces keep method.selector.orth=0, "
                   "whose penalty rewards a single layer", every=True))
 
 # %% ../../nbs/methods/39_symptoms.ipynb #5c456273
