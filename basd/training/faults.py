@@ -130,7 +130,7 @@ def look_again(
     shares = everyone(batch)
     return found | dict(rank=who, ranks=world(), step=t.step, micro=micro, epoch=epoch, seed=t.t.seed, rng=rng,
                         batch={k: torch.cat([b[k] for b in shares]) for k in batch},
-                        lesson=state, recipe=as_tree(t.recipe), classes=t.classes,
+                        lesson=state, recipe=as_tree(t.recipe), classes=t.classes, names=t.names,
                         per_epoch=t.per_epoch, total=t.total)
 
 # %% ../../nbs/training/67_faults.ipynb #db1df76c
@@ -174,6 +174,7 @@ def replay(
     t.recipe.foreign = not trust
     t.t, t.recipe.teacher.cache = t.recipe.train, None
     t.step, t.classes, t.per_epoch, t.total = (found[k] for k in ('step', 'classes', 'per_epoch', 'total'))
+    t.names = found.get('names')                # of the classes; not in files of before
     try:
         t.build_models()
         t.arrange()

@@ -80,7 +80,7 @@ def build_data(self:Trainer):
         raise ValueError(f"data.batch_size={d.batch_size} cannot be shared by {world()} ranks × "
                          f"{self.t.accumulate} accumulation steps{twice}; make it a multiple of {share}")
     self.images, self.fit, self.val, self.test = open_data(self.recipe, self.run)
-    self.classes = self.images.num_classes
+    self.classes, self.names = self.images.num_classes, self.images.classes
     if len(self.fit) < d.batch_size:
         raise ValueError(f"data.batch_size={d.batch_size} is larger than the training set of {len(self.fit)} images; "
                          "lower it")
@@ -94,8 +94,8 @@ def build_models(self:Trainer):
     r, v, needs = self.recipe, self.recipe.views, self.needs
     torch.manual_seed(self.t.seed)
     student = build_student(r, self.classes, needs).to(self.device)
-    student.label_names = self.images.classes
-    self.teacher = build_teacher(r, needs, self.images.classes)
+    student.label_names = self.names
+    self.teacher = build_teacher(r, needs, self.names)
     if self.teacher is not None: self.teacher = self.teacher.to(self.device)
     self.size_s, self.size_t = input_size(student), None if self.teacher is None else input_size(self.teacher)
     torch.manual_seed(self.t.seed + 1)
