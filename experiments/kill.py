@@ -6,6 +6,12 @@ the log, exported student and result must be those of an undisturbed run of the 
 seed: at any time, and inside what is dangerous (tests/kills.py has the list).
 
     python experiments/kill.py [--seed 0] [--minutes 12] [--out experiments/results/kill.json]
+
+With `--signals` it sends SIGTERM and SIGINT in turns to the whole process group of a run, its ranks and two readers each, at
+twenty random moments on one rank and as many on two. Each time all ranks must end with status 0, having finished their step
+and saved; the readers must be gone; and what is left in the end must be equal, too.
+
+    python experiments/kill.py --signals [--minutes 15] [--out experiments/results/signals.json]
 """
 import argparse
 import json
@@ -67,9 +73,9 @@ def draw(chance):
 
 class Race:
     "Rows of kills, written as they come"
-    def __init__(self, out, seed):
-        self.out, self.began, self.about, self.rows, self.unequal = (
-            Path(out), time.time(), dict(seed=seed, **environment()), [], [])
+    def __init__(self, out, seed, asked):
+        self.out, self.began, self.about, self.rows, self.asked = (
+            Path(out), time.time(), dict(seed=seed, **environment()), [], asked)
 
     def write(self):
         counts = {}
@@ -77,7 +83,7 @@ class Race:
             c = counts.setdefault(r["kind"], dict(kills=0, equal=0))
             c["kills"] += 1; c["equal"] += bool(r.get("equal"))
         names = [r["configuration"] for r in self.rows]
-        found = dict(asked=sum(SHARES.values()), kills=len(self.rows),
+        found = dict(asked=self.asked, kills=len(self.rows),
                      equal=sum(bool(r.get("equal")) for r in self.rows), seconds=round(time.time() - self.began),
                      kinds=counts, configurations={n: names.count(n) for n in dict.fromkeys(names)}, rows=self.rows,
                      environment=self.about)
@@ -113,13 +119,47 @@ def settle(run, whole, rows, race):
               f"{'equal' if not wrong else 'NOT EQUAL: ' + ', '.join(wrong)}", flush=True)
 
 
+SIGNALS = 20            # moments a number of ranks
+def signals(race, chance, minutes, tmp):
+    "Stop runs at random moments by signals to their process group"
+    for ranks in (1, 2):
+        words, at = [*TRAIN, "data.workers=2"], lambda name: (Path(tmp)/f"{ranks}-{name}"/"run")
+        calm, start = at("calm"), time.time()
+        calm.mkdir(parents=True)
+        status = kills.end(kills.launch([*words, "--run-dir", calm, "--resume"], calm.parent/"out.txt", ranks=ranks))
+        assert not any(status), (calm.parent/"out.txt").read_text()
+        whole, span = kills.left(calm), time.time() - start
+        count, mine, done = 0, [], 0
+        while done < SIGNALS and time.time() - race.began < 60*minutes:
+            (run := at(count)).mkdir(parents=True, exist_ok=True)
+            (out := run.parent/"out.txt").write_text("")
+            number, wait = (signal.SIGTERM, signal.SIGINT)[done % 2], round(span*chance.uniform(0, .5), 2)
+            processes = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=ranks, together=True)
+            status, said = kills.stop_all(processes, number, wait), out.read_text()
+            if "stopped on request" in said or any(status):
+                done += 1
+                mine.append(dict(kind=number.name, configuration=f"{ranks} rank{'s'*(ranks > 1)}, two readers each",
+                                 after=wait, status=status, goes_on_from=kills.step(run), traceback="Traceback" in said))
+                race.rows.append(mine[-1])
+            else:       # it had come to its end
+                settle(run, whole, mine, race)
+                count, mine = count + 1, []
+        finish(words, at(count), ranks, whole, mine, race)
+    for r in race.rows: r["equal"] = r.get("equal", False) and not any(r["status"]) and not r["traceback"]
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--minutes", type=float, default=12, help="no new kill after so long (default 12)")
-    p.add_argument("--out", default=str(ROOT/"experiments"/"results"/"kill.json"))
+    p.add_argument("--signals", action="store_true", help="SIGTERM and SIGINT to the process group instead")
+    p.add_argument("--out")
     args = p.parse_args()
-    chance, race = random.Random(args.seed), Race(args.out, args.seed)
+    out = args.out or ROOT/"experiments"/"results"/("signals.json" if args.signals else "kill.json")
+    chance, race = random.Random(args.seed), Race(out, args.seed, 2*SIGNALS if args.signals else sum(SHARES.values()))
+    if args.signals:
+        with tempfile.TemporaryDirectory() as tmp: signals(race, chance, args.minutes, tmp)
+        return told(race)
     with tempfile.TemporaryDirectory() as tmp:
         for name, plan in draw(chance).items():
             more, ranks = CONFIGURATIONS[name]
@@ -150,6 +190,11 @@ def main():
                     settle(run, whole, mine, race)
                     run, mine, count = fresh(str(count + 1)), [], count + 1
             finish(words(run), run, ranks, whole, mine, race)
+    return told(race)
+
+
+def told(race):
+    "Print the outcome; is it not as it should be?"
     found = race.write()
     print(f"{found['kills']} kills of {found['asked']} in {found['seconds']} s, {found['equal']} of them followed by "
           "an end equal to the undisturbed one")
