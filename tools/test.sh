@@ -12,15 +12,19 @@ nbdev_export && nbdev_clean
   git status --short; echo "notebooks and package are out of step: run nbdev_export and nbdev_clean, and commit"; exit 1
 }
 
-nbdev_test --n_workers 2 --timing
-# the tests of processes beside all others, as each waits for the other's starts and stops;
-# half of the time on two cores
+# three lanes at once: tests of processes mostly wait for starts and stops, pages differ much in length, and so no core idles
 processes="tests/test_kill.py tests/test_ranks.py tests/test_shell.py tests/test_sizes.py"
-said=$(mktemp)
-pytest -q $processes > "$said" 2>&1 & of_processes=$!
-pytest -q tests $(printf -- '--ignore=%s ' $processes) || { kill $of_processes; exit 1; }
-wait $of_processes || { cat "$said"; exit 1; }
-tail -n 1 "$said"
+said=$(mktemp -d)
+lanes=()
+trap 'for p in "${lanes[@]:-}"; do kill "$p" 2> /dev/null || true; done' EXIT
+pytest -q --durations=10 $processes > "$said/processes" 2>&1 & lanes+=($!)
+pytest -q --durations=10 tests $(printf -- '--ignore=%s ' $processes) > "$said/others" 2>&1 & lanes+=($!)
+nbdev_test --n_workers 2 --timing
+for lane in processes others; do
+  wait "${lanes[0]}" || { cat "$said/$lane"; exit 1; }
+  lanes=("${lanes[@]:1}")
+  echo "$lane:"; tail -n 14 "$said/$lane"
+done
 python tools/docs.py
 [ "$(git status --porcelain)" = "$before" ] || {
   git status --short; echo "README.md and index.ipynb are out of step: run python tools/docs.py, and commit"; exit 1
