@@ -32,7 +32,10 @@ from basd.training.trainer import Trainer
 from forks import ENVIRONMENT, LIMIT, end, start    # noqa: F401 (`end` for those who import this)
 
 
-def die(number=signal.SIGKILL): os.kill(os.getpid(), number)
+def die(number=signal.SIGKILL):
+    "End this process, or send another signal to its whole group"
+    if number == signal.SIGKILL: os.kill(os.getpid(), number)
+    else: os.killpg(0, number)
 
 
 def before(owner, name, last=None):
@@ -123,15 +126,24 @@ def launch(words, out, kill=None, ranks=1, dies=0, room=None, together=False):
 
 
 def stop_all(processes, number, after):
-    "Signal all ranks and their readers, as a scheduler or Ctrl-C does; the exit statuses, once nobody is left"
+    ("Signal all ranks and their readers, as a scheduler or Ctrl-C does, so many seconds after all have begun; "
+     "the exit statuses, once nobody is left")
+    group, began = processes[0].pid, time.time()
+    while not all(p.exitcode is not None or hears(p.pid) for p in processes) and time.time() - began < LIMIT: time.sleep(.02)
     processes[0].join(after)
-    group = processes[0].pid
     with suppress(ProcessLookupError): os.killpg(group, number)
     status, began = end(processes), time.time()
     while alive(group):
         if time.time() - began > 15: raise TimeoutError("reader processes outlive their trainer")
         time.sleep(.05)
     return status
+
+
+def hears(pid):
+    "Does a process catch SIGTERM, as the command does from its beginning? (Linux says so)"
+    try: status = Path(f"/proc/{pid}/status").read_text()
+    except OSError: return True
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> signal.SIGTERM - 1 & 1)
 
 
 def alive(group):

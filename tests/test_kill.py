@@ -87,24 +87,20 @@ def test_sigkill_inside_a_cache_build(run, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_signals_to_the_group(run, undisturbed, ranks):
-    "All ranks and their readers get the signal: at the start, in the middle, inside an evaluation"
-    words, out, chance = [*TRAIN, "data.workers=2"], run.parent/"out.txt", random.Random(ranks)
-    for number, trained in ((signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGINT, True)):
-        out.write_text("")
-        processes = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=ranks, together=True)
-        if trained: kills.wait_for_training(processes, run)
-        status = kills.stop_all(processes, number, after=chance.uniform(0, .3))
-        assert status == [0]*ranks and "Traceback" not in out.read_text(), out.read_text()
-        assert "stopped on request" in out.read_text() or (run/"result.json").is_file()
+    "All ranks and their readers get the signal: at the start, inside a step and an evaluation, at any time"
+    words, out = [*TRAIN, "data.workers=2"], run.parent/"out.txt"
+    for moment, number, at in (("start: recipe not renamed", signal.SIGINT, None),
+                               ("step: between gradients and optimizer", signal.SIGTERM, 1),
+                               ("evaluation: inside", signal.SIGINT, 4)):
+        status, said = go(words, run, (moment, 1, number), ranks=ranks, together=True)
+        assert status == [0]*ranks and "stopped on request" in said and "Traceback" not in said, said
+        assert kills.step(run) == at and not [r for r in kills.rows(run) if r["kind"] == "epoch"] if at else True
+    out.write_text("")
+    processes = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=ranks, together=True)
+    kills.wait_for_training(processes, run)
+    status = kills.stop_all(processes, signal.SIGTERM, after=random.Random(ranks).uniform(0, .3))
+    assert status == [0]*ranks and "Traceback" not in out.read_text(), out.read_text()
     ends_equal(words, run, undisturbed(TRAIN, ranks=ranks), ranks=ranks)                     # readers change nothing
-
-
-def test_a_signal_inside_an_evaluation(run, undisturbed):
-    "It is broken off, the state of the epoch's last step saved, and the evaluation made again"
-    status, said = go(HELPED, run, ("evaluation: inside", 1, signal.SIGTERM))
-    assert status == [0] and "stopped on request and saved" in said and kills.step(run) == 4
-    assert not [r for r in kills.rows(run) if r["kind"] == "epoch"]
-    ends_equal(HELPED, run, undisturbed(HELPED))
 
 
 def test_a_rank_that_dies(run, undisturbed):

@@ -45,24 +45,27 @@ def train(
     trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
 )->dict:                  # stage → result; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
-    stages = load_recipe(recipe, overrides, trust)
-    check_device(device)
-    with on_stop(stopped), processes(device, max(r.train.rank_timeout for r in stages.values())) as here:
-        run, results = Path(run_dir or default_run_dir(recipe)), {}
-        if resume and not run.is_dir(): raise FileNotFoundError(f"there is no run at {run} to resume")
-        for stage in stages: connect(stages, stage, run)
-        with suppress(Stopped):
-            for stage,r in stages.items():
-                place, results[stage] = run/stage, None
-                if resume and (place/'result.json').is_file():
-                    if rank() == 0: start_run(place, r, resume=True) # of the same recipe?
-                    results[stage] = read_result(place)
-                    continue
-                trainer = Trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars)
-                results[stage] = trainer.train()
-                if results[stage] is None: break
-                if trainer.stopping: stopped()
-        if rank() == 0: summarise(run, results)
+    with on_stop(stopped) as asked:
+        stages = load_recipe(recipe, overrides, trust)
+        check_device(device)
+        if asked: stopped()
+        with processes(device, max(r.train.rank_timeout for r in stages.values())) as here:
+            run, results = Path(run_dir or default_run_dir(recipe)), {}
+            if resume and not run.is_dir(): raise FileNotFoundError(f"there is no run at {run} to resume")
+            for stage in stages: connect(stages, stage, run)
+            with suppress(Stopped):
+                for stage,r in stages.items():
+                    place, results[stage] = run/stage, None
+                    if resume and (place/'result.json').is_file():
+                        if rank() == 0: start_run(place, r, resume=True) # of the same recipe?
+                        results[stage] = read_result(place)
+                        continue
+                    trainer = Trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars)
+                    if asked: stopped()
+                    results[stage] = trainer.train()
+                    if results[stage] is None: break
+                    if trainer.stopping: stopped()
+            if rank() == 0: summarise(run, results)
     return results
 
 # %% ../../nbs/training/79_cli.ipynb #22cf868f
@@ -318,7 +321,7 @@ def main(
         if not ours(e): raise
         return complain(e)
     except KeyboardInterrupt as e:
-        print(f"basd: {e or 'interrupted'}", file=sys.stderr)
+        print(f"basd: {str(e) or 'interrupted'}", file=sys.stderr)
         return 0 if isinstance(e, Stopped) else 130
 
 # %% ../../nbs/training/79_cli.ipynb #081036e9

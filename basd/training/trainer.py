@@ -442,7 +442,8 @@ class Stopped(KeyboardInterrupt):
 def on_stop(
     action, # called without arguments, once
 ):
-    "Call `action` on SIGTERM or SIGINT while the context lasts; a second SIGINT interrupts (main thread only)"
+    ("Call `action` on SIGTERM or SIGINT while the context lasts; a second SIGINT interrupts (main thread only). Yields a list "
+     "that is empty until then, as what `action` raises may be lost in a destructor or in a callback from C")
     began = []
     def handle(number, frame):
         if began and number == signal.SIGINT and time.monotonic() - began[0] > 1: raise KeyboardInterrupt
@@ -452,7 +453,7 @@ def on_stop(
         for s in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(s) is not signal.SIG_IGN: old[s] = signal.signal(s, handle)
     except ValueError: pass # not the main thread
-    try: yield
+    try: yield began
     finally:
         for s,handler in old.items(): signal.signal(s, handler)
 
