@@ -523,7 +523,7 @@ FILES = { # file: (content from a finished run, what is said | "works")
     "evil-within.pth": (lambda run: saved({"model": load_file(run/"student.safetensors") | {"x": Evil()}}), UNREADABLE),
     "evil.pt": (lambda run: saved({"state_dict": Evil()}), UNREADABLE),
     "evil.safetensors": (lambda run: pickle.dumps(Evil()), UNREADABLE),
-    "module.pth": (lambda run: saved(torch.nn.Linear(2, 2)), UNREADABLE),
+    "module.pth": (lambda run: saved(torch.nn.Linear(2, 2)), "save its state_dict() alone"),
     "list.pth": (lambda run: saved([torch.zeros(2)]), "holds no state dict"),
     "numbers.pth": (lambda run: saved({"a": 1}), "holds no state dict"),
     "nothing.pth": (lambda run: saved({}), "holds no state dict"),

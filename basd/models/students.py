@@ -37,6 +37,7 @@ def create_student(
     drop_path:float=0.,           # rate of stochastic depth at the last block
     pretrained:bool=False,        # begin with the model's published weights
     checkpoint=None,              # or with those in this file; a head for other classes begins anew
+    checkpoint_key:str|None=None, # of the dictionary to take from it, where it has several
     points=None,                  # extraction points, as `layers` of `Tapped`; None: `default_points`, []: none
     attention:bool=True,          # keep queries and keys of the extraction points
     **kwargs,                     # of `timm.create_model`
@@ -51,9 +52,9 @@ def create_student(
     args = ({k: v for k,v in size.items() if v is not None} | ({'drop_path_rate': drop_path} if drop_path else {})
             | kwargs)
     m, args = build(model, pretrained, num_classes=num_classes, **args)
-    if checkpoint is not None: load_weights(m, checkpoint, new_head=True)
+    taken = None if checkpoint is None else load_weights(m, checkpoint, True, checkpoint_key)
     student = student_of(m, model, args, points, attention, img_size)
-    student.origin = origin_of(m, pretrained, checkpoint)
+    student.origin = origin_of(m, pretrained, taken)
     return student
 
 # %% ../../nbs/models/42_students.ipynb #d0a2cb14
@@ -121,9 +122,9 @@ def load_student(
         raise ValueError(f"the student in {folder} is no timm model; "
                          "build it yourself and load student.safetensors into it")
     m, args = build(c['architecture'], num_classes=c['num_classes'], **c['model_args'])
-    load_weights(m, weights)
+    taken = load_weights(m, weights)
     student = student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1])
-    student.origin, student.label_names = origin_of(m, False, weights), c.get('label_names')
+    student.origin, student.label_names = origin_of(m, False, taken), c.get('label_names')
     return student
 
 # %% ../../nbs/models/42_students.ipynb #84b60ccd

@@ -39,7 +39,7 @@ def without_weights(
     t:TeacherRecipe,
 )->TeacherRecipe:
     "The same teacher, and further ones, as they are initialized"
-    blank = dict(pretrained=False, checkpoint=None, untrained=True)
+    blank = dict(pretrained=False, checkpoint=None, checkpoint_key=None, untrained=True)
     return replace(t, others=[o | blank for o in t.others], **blank)
 
 # %% ../../nbs/training/66_bench.ipynb #7d62723d
@@ -59,7 +59,8 @@ class Bench:
         method = find_objective(r.method.name)
         needs = method.needs(r.method.options)
         torch.manual_seed(r.train.seed)
-        student = build_student(replace(r, student=replace(r.student, pretrained=False, checkpoint=None)),
+        student = build_student(replace(r, student=replace(r.student, pretrained=False, checkpoint=None,
+                                                             checkpoint_key=None)),
                                 classes, needs).to(self.device).train()
         teacher = build_teacher(replace(r, teacher=without_weights(r.teacher)), needs)
         self.recipe, self.classes, self.step, self.B = r, classes, 0, r.data.batch_size//r.train.accumulate

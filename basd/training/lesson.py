@@ -193,7 +193,7 @@ def build_student(
     "The student of `recipe`, tapped where `needs` says"
     s = recipe.student
     options = {k: getattr(s, k) for k in ('model', 'img_size', 'patch_size', 'depth', 'width', 'heads', 'drop_path',
-                                          'pretrained', 'checkpoint')}
+                                          'pretrained', 'checkpoint', 'checkpoint_key')}
     points = ({None: [], 'default': None}.get(needs.points, needs.points) if not isinstance(needs.points, list)
               else needs.points)
     with fetching(recipe):
@@ -230,7 +230,8 @@ def one_teacher(
     layers = 'all' if needs.layers is None else needs.layers
     if t.run is not None: return of_classes(teacher_from_run(t.run, layers, needs.attention), classes, t.run, needs.logits)
     return create_teacher(t.model, layers=layers, attention=needs.attention,
-                          **{k: getattr(t, k) for k in ('pretrained', 'checkpoint', 'untrained', 'img_size')}, **t.kwargs)
+                          **{k: getattr(t, k) for k in ('pretrained', 'checkpoint', 'checkpoint_key', 'untrained',
+                                                    'img_size')}, **t.kwargs)
 
 # %% ../../nbs/training/63_lesson.ipynb #a2c6c4c1
 def teacher_from_run(

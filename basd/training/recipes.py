@@ -92,6 +92,7 @@ class StudentRecipe:
     drop_path:Share = 0.
     pretrained:bool = False
     checkpoint:str|None = None            # .pth or .safetensors
+    checkpoint_key:str|None = None        # of the dictionary to take from it, as "model_ema"; None: the usual one
     kwargs:Keywords = field(default_factory=dict) # further arguments of timm.create_model
 
 # %% ../../nbs/training/60_recipes.ipynb #b130b464
@@ -101,7 +102,8 @@ class TeacherRecipe:
     model:str|None = None                 # any timm model; None: no teacher, unless `run` names one
     run:str|None = None                   # run directory of this trainer, or "stage:NAME" of the same recipe
     pretrained:bool = False               # the model's published weights
-    checkpoint:str|None = None            # .pth or .safetensors, timm's or DINOv2's official key layout
+    checkpoint:str|None = None            # .pth or .safetensors, timm's key layout or one that timm converts
+    checkpoint_key:str|None = None        # of the dictionary to take from it, as "model_ema"; None: the usual one
     untrained:bool = False                # random weights are meant, as in a test of the machinery
     img_size:Pixels|None = None           # pixels of the teacher's view
     cache:str|None = None                 # folder for what it says of each image; needs a view that does not move
@@ -363,6 +365,8 @@ def origin(
     if len(weights) > 1:
         raise ValueError(f"{' and '.join(_said(m, key, k) for k in weights)}: weights come from one place; "
                          f"take back {' or '.join(_back(m, key, k) for k in weights)}")
+    if given('checkpoint_key') and not given('checkpoint'):
+        raise ValueError(f"{_said(m, key, 'checkpoint_key')} chooses from {key}.checkpoint, which is not set; set it, too")
     return None if m.model is None else weights[0] if weights else ''
 
 # %% ../../nbs/training/60_recipes.ipynb #da76ffdf

@@ -61,7 +61,8 @@ def run_student(
 ):
     "The student of a run, tapped and in evaluation mode"
     needs = replace(find_objective(recipe.method.name).needs(recipe.method.options), points=layers, attention=attention)
-    student = build_student(replace(recipe, student=replace(recipe.student, pretrained=False, checkpoint=None)),
+    student = build_student(replace(recipe, student=replace(recipe.student, pretrained=False, checkpoint=None,
+                                                            checkpoint_key=None)),
                             classes, needs)
     if weights is not None: student.model.load_state_dict(weights)
     return student.to(device).eval()
