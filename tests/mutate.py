@@ -3,7 +3,7 @@
     python tests/mutate.py [--only losses.rsd methods …] [--jobs 2]
 
 `mutants.yaml` lists the changes. Each is made in a copy of the repository, in the notebook's cell and in the module that
-the cell exports to. Then run, until the first red: the module's own page; for a mean over ranks, every piece on two ranks; the
+the cell exports to. Then run, until the first red: for a mean over ranks, every piece on two ranks; the module's own page; the
 pages of the three rooms that import it; the properties of `test_properties.py`; for a mean over ranks, every method on
 several; all other pages that import the module. What turned red must be green without the change. Processes are forked from one that has imported
 torch, so that a page costs what its cells cost. Results go to experiments/results/mutants.json as they come; those of
@@ -102,7 +102,7 @@ def concerned(mutant):
     own, others = page(mutant["module"]), importers(mutant["module"])
     near = [p for p in others if p.split("/")[1] in ROOMS]
     ranks = RANKS if mutant["kind"] == "ranks" else []
-    return list(dict.fromkeys([own, *ranks[:1], *near, PROPERTIES, *ranks[1:], *others]))
+    return list(dict.fromkeys([*ranks[:1], own, *near, PROPERTIES, *ranks[1:], *others]))
 
 
 def git(*words, root=ROOT): return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip("\0\n")
@@ -198,7 +198,7 @@ def judge(mutant, clean, own=False):
         for compiled in source(mutant["module"], tree).parent.glob(f"__pycache__/{mutant['module'].split('.')[1]}.*"):
             compiled.unlink()
         found = dict(by=None, how=None)
-        for check in concerned(mutant)[:1 if own else None]:
+        for check in [page(mutant["module"])] if own else concerned(mutant):
             wrong, _ = run(check, tree)
             if wrong is None: continue
             if green(check, clean):
