@@ -36,6 +36,10 @@ WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch")
 # what rightly changes nothing in this small lesson, and why
 EXPLAINED = {
     "start_from_teacher": "refused where the models differ in shape, as these do",
+    ("match", "logits"): "is in the base already",
+    "losses.spectral.align": "both sides have as many singular values here, and nothing to cut or pool",
+    "balance.floor": "acts when a loss has fallen to a quarter of its first level (page on balance)",
+    "balance.settle": "is how many steps that first level is a mean of",
 }
 
 
@@ -127,7 +131,7 @@ def lesson(name, words):
         with torch.no_grad(): t = teacher(x[step]) if needs.teacher else None
         if name in ("amtml", "diverse"): t = of_two(t)
         blend = draw_blend(step_generator(0, step), B, prob=.7)
-        result = objective(s, t, Target(labels, blend), Progress(2*step, 12, 0, epoch=step/2, observe=True))
+        result = objective(s, t, Target(labels, blend), Progress(2*step, 60, 0, epoch=step/2, observe=True))
         opt.zero_grad(); result["loss"].backward()
         torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); objective.after_step()
         out += [v for told in (result["parts"], result["report"]) for k in sorted(told) for v in seen(told[k])]

@@ -126,6 +126,9 @@ class GrassmannSelector(nn.Module):
                                      ('solver', solver, ('eigh', 'track'))):
             if given not in allowed:
                 raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(allowed)}")
+        for name, given, usual in (('memory', memory, .99), ('settle', settle, 50)):
+            if solver != 'track' and given != usual:
+                raise ValueError(f"{name}={given} belongs to solver='track', not to {solver!r}; leave one of them out")
         if not 0 < rank < dim:
             raise ValueError(f"rank={rank} directions in a common space of dim={dim}; "
                              f"rank must be between 1 and dim-1={dim-1}")

@@ -8,7 +8,7 @@ __all__ = ['SelectorOptions', 'BalanceOptions', 'AlignerOptions', 'LossOptions',
 
 # %% ../../nbs/methods/31_basd.ipynb #a8aa2210
 import warnings
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from ..geometry.selector import GrassmannSelector, blend_tokens
 from ..geometry.statistics import draw_images, images_at_once, in_pieces, step_generator
 from ..losses.attention import AttentionKL, cut_attention
 from ..losses.balance import Balance
+from ..losses.paired import belongs
 from ..losses.relational import Relational
 from ..losses.rsd import RSD
 from ..losses.spectral import Spectral
@@ -38,6 +39,9 @@ class AlignerOptions:
     codes:bool = True                               # position codes on queries and keys
     # images whose reconstruction trains the aligner, over all ranks; None: all
     samples:int|None = None
+
+    def __post_init__(self):
+        if self.kind == 'interp': belongs(AlignerOptions, "kind='cross'", "'interp'", codes=self.codes, samples=self.samples)
 
 # %% ../../nbs/methods/31_basd.ipynb #4b9e0256
 @settings
@@ -76,6 +80,14 @@ class BASDOptions:
     blended:Literal['mixed', 'none', 'skip'] = 'mixed'
     # whose spectrum is the target: the mixed teacher tokens, or the aligner's output
     spectrum_of:Literal['mixed', 'aligned'] = 'mixed'
+
+    def __post_init__(self):
+        names = [f.name for f in fields(LossOptions)]
+        if wrong := set(self.starts) - set(names):
+            raise ValueError(f"starts names {min(wrong)!r}, which is no loss; the losses are {', '.join(names)}")
+        if self.targets == 'live' and self.aligner.samples is not None:
+            raise ValueError(f"aligner.samples={self.aligner.samples} belongs to targets='constant', in which the aligner "
+                             "learns from images of its own; leave one of them out")
 
 # %% ../../nbs/methods/31_basd.ipynb #24405707
 def superpose(
