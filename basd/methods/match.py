@@ -32,7 +32,8 @@ def checked_loss(
     options:dict,
 ):
     "The options of a loss, filled in, or a sentence about what is wrong"
-    kind = options_of(find_feature_loss(name), *told)
+    try: kind = options_of(find_feature_loss(name), *told)
+    except ValueError as e: raise ValueError(f"losses.{name}: {e}") from None
     if not isinstance(options, dict):
         raise ValueError(f"losses.{name}={options!r}; give its options, as in {{weight: 0.5}}")
     try: return TypeAdapter(kind).validate_python({k: v for k,v in options.items() if k not in ('weight', 'pairs')})

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Whole', 'Count', 'Seed', 'Share', 'Positive', 'Amount', 'Keywords', 'Pixels', 'packaged', 'whole', 'DataRecipe',
            'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'merge', 'parsed',
-           'read_recipe', 'recipe_names', 'parse_override', 'check', 'origin', 'teachers_of', 'check_teachers',
-           'resolve', 'stored', 'own_names', 'load_recipe', 'as_tree', 'write_recipe', 'differences']
+           'at_home', 'placed', 'packed', 'read_recipe', 'recipe_names', 'parse_override', 'check', 'origin',
+           'teachers_of', 'check_teachers', 'resolve', 'stored', 'own_names', 'load_recipe', 'as_tree', 'write_recipe',
+           'differences']
 
 # %% ../../nbs/training/60_recipes.ipynb #80195464
 import difflib
@@ -178,6 +179,13 @@ class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node):
         if any(k.tag == 'tag:yaml.org,2002:merge' for k,_ in node.value):
             raise yaml.YAMLError("'<<' merges sections in a way that recipes do not know; use extends")
+        lines = {}
+        for k,_ in node.value:
+            if not isinstance(k, yaml.ScalarNode): continue
+            line = k.start_mark.line + 1
+            if (first := lines.setdefault((k.tag, k.value), k)) is not k:
+                raise yaml.YAMLError(f"{k.value!r} stands in line {first.start_mark.line + 1} and again in line {line}, "
+                                     "and one would silently replace the other; write it once")
 
 # %% ../../nbs/training/60_recipes.ipynb #41cac57a
 def parsed(
@@ -214,6 +222,65 @@ def _utf8(text):
     try: return bool(text.encode()) or True
     except UnicodeEncodeError: return False
 
+# %% ../../nbs/training/60_recipes.ipynb #8f3e63da
+def at_home(
+    path, # of anything, as somebody wrote it
+):
+    "`path` with its `~` expanded"
+    return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path
+
+# %% ../../nbs/training/60_recipes.ipynb #9bcdadf0
+_homes = (('data', 'root'), ('data', 'source'))           # keys that hold paths, of which only the `~` is expanded
+_paths = (('teacher', 'run'), ('teacher', 'checkpoint'), ('teacher', 'cache'), ('student', 'checkpoint')) # and all others
+
+def _mapped(tree, move, home=lambda p: p):
+    "A copy of `tree` with its paths changed, those of its stages and further teachers included"
+    def change(section, side, keys, f):
+        return {k: f(v) if (side, k) in keys and isinstance(v, str) and v else v for k,v in section.items()}
+    out = {}
+    for side,v in tree.items():
+        if side == 'stages' and isinstance(v, dict):
+            v = {k: _mapped(s, move, home) if isinstance(s, dict) else s for k,s in v.items()}
+        elif isinstance(v, dict):
+            v = change(change(v, side, _paths, move), side, _homes, home)
+            if side == 'teacher' and isinstance(v.get('others'), list):
+                v['others'] = [change(o, side, _paths, move) if isinstance(o, dict) else o for o in v['others']]
+        out[side] = v
+    return out
+
+# %% ../../nbs/training/60_recipes.ipynb #76bb2fc5
+def placed(
+    tree:dict,    # of a recipe, as it is written
+    folder='',    # of its file
+    own:bool=False, # do its relative paths start there, as in what `write_recipe` wrote, or may they start here
+)->dict:
+    "The recipe with paths that hold in the working directory"
+    def move(path):
+        if path.startswith('stage:') or os.path.isabs(path := at_home(path)): return path
+        beside = os.path.join(folder, path)
+        if not own and not os.path.exists(beside): return path
+        short = os.path.normpath(beside)                        # unless a link makes another place of it
+        return short if os.path.realpath(short) == os.path.realpath(beside) else beside
+    def home(path):
+        return f'hfds/{at_home(path[5:])}' if path.startswith('hfds/') else at_home(path)
+    return _mapped(tree, move, home)
+
+# %% ../../nbs/training/60_recipes.ipynb #34e3c973
+def packed(
+    tree:dict, # of a recipe, with paths that hold in the working directory
+    folder,    # where it will lie
+)->dict:
+    "The recipe with relative paths that hold in `folder`"
+    def real(path): return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    def move(path):
+        if path.startswith('stage:') or os.path.isabs(path): return path
+        try: return os.path.relpath(real(os.path.normpath(path)), os.path.realpath(folder))
+        except ValueError: return os.path.abspath(path)         # on another drive of Windows
+    return _mapped(tree, move)
+
+# %% ../../nbs/training/60_recipes.ipynb #8224ed0f
+_own_paths = '# Relative paths in this file start beside it.\n'       # its first line says so
+
 # %% ../../nbs/training/60_recipes.ipynb #22cbf7c0
 packaged = Path(basd.__file__).parent/'recipes'
 
@@ -232,16 +299,19 @@ def _merged(name, above):
     if not file and name not in recipe_names():
         raise ValueError(f"unknown recipe {name!r}{_close(name, recipe_names())}; "
                          f"allowed: {', '.join(recipe_names())}, or a .yaml file")
-    path = Path(name) if file else packaged/f'{name}.yaml'
+    path = Path(at_home(name)) if file else packaged/f'{name}.yaml'
+    if file and above and (above[-1].parent/path).is_file(): path = above[-1].parent/path
     if not path.is_file(): raise FileNotFoundError(f"no recipe file at {path}")
     if path.resolve() in above:
         raise ValueError(f"{path.name} extends itself{', by way of ' + above[-1].name if len(above) > 1 else ''}")
     if path.stat().st_size > 2**20:
         raise ValueError(f"{path.name} is too large for a recipe: {path.stat().st_size} bytes, at most {2**20}")
-    raw = parsed(path.read_bytes(), path.name)
+    text = path.read_bytes()
+    raw = parsed(text, path.name)
     if not isinstance(raw, dict):
         raise ValueError(f"{path.name} must hold keys and values at its top level, not {type(raw).__name__}")
     base, files = raw.pop('extends', None), [path]
+    if path.parent != packaged: raw = placed(raw, path.parent, text.startswith(_own_paths.encode()))
     if base is None: tree = {'name': path.stem, **raw}
     else:
         below, more = _merged(base, (*above, path.resolve()))
@@ -310,8 +380,13 @@ def _sentence(error, cls, prefix=''):
         keys = _keys(cls, path)
         return (f"unknown key {prefix}{'.'.join([*path, loc[-1]])}{_close(loc[-1], keys)}; "
                 f"allowed: {', '.join(keys) or 'none'}")
-    return (f"{prefix}{'.'.join(loc)}={_short(e['input'])}: "
-            f"{(m := e['msg'].removeprefix('Value error, '))[0].lower()}{m[1:]}")
+    m = e['msg'].removeprefix('Value error, ')
+    m, key = m[:1].lower() + m[1:], f"{prefix}{'.'.join(loc)}".rstrip('.')
+    if e['type'] == 'value_error' and (not loc or isinstance(e['input'], dict) and _known(cls, loc)):
+        # of a whole section, which says itself which of its keys it is about
+        inner = re.match(r'\w+', m)
+        return f"{key}.{m}".lstrip('.') if inner and inner[0] in _keys(cls, loc) else f"{key or 'recipe'}: {m}"
+    return f"{key}={_short(e['input'])}: {m}"
 
 def _short(x): return text if len(text := repr(x)) <= 200 else text[:197] + '...'
 
@@ -401,6 +476,22 @@ def check_teachers(
             raise ValueError(f"{key}.model={t.model!r} would teach without trained weights; set {key}.pretrained=true, "
                              f"{key}.checkpoint or {key}.run, or {key}.untrained=true if random weights are meant")
 
+# %% ../../nbs/training/60_recipes.ipynb #2dfed2dd
+def _agree(recipe):
+    "Refuse settings of which one would silently be ignored"
+    d, t = recipe.data, recipe.train
+    if t.headline == 'ema' and t.ema is None:
+        raise ValueError("train.headline=ema: no weights are averaged; set train.ema to their decay, as 0.999, "
+                         "or choose best or last")
+    if t.min_lr > t.lr:
+        raise ValueError(f"train.min_lr={t.min_lr:g}: the learning rate falls from train.lr={t.lr:g} to it; "
+                         "give a smaller one")
+    if d.val_size >= 1 and d.val_size % 1:
+        raise ValueError(f"data.val_size={d.val_size:g}: should be a share below 1, or a whole number of images")
+    low, high = recipe.views.crop_scale
+    if not 0 < low <= high:
+        raise ValueError(f"views.crop_scale={[low, high]}: should be two shares of the image, the smaller first")
+
 # %% ../../nbs/training/60_recipes.ipynb #4c0a682e
 def resolve(
     tree:dict, # a recipe without stages
@@ -416,6 +507,7 @@ def resolve(
         origin(m, section)
     for key in ('points', 'layers', 'layer_map', 'rule'): _layers(f'method.{key}', getattr(options, key, None))
     recipe.method = MethodRecipe(name, options)
+    _agree(recipe)
     return recipe
 
 # %% ../../nbs/training/60_recipes.ipynb #ba221665
@@ -465,17 +557,18 @@ def load_recipe(
     name:str,         # of a packaged recipe, or a .yaml file
     overrides=(),     # "key=value" strings
     trust:bool=False, # a recipe that was found in a run, too, may import code and fetch what it names
+    say=None,         # called with a sentence about each change that goes to some stages only
 )->dict:              # stage → Recipe; the key is '' for a recipe without stages
     "Read, merge, override and check a recipe"
     tree, files = _merged(name, ())
     trust, found = trust or trusted(), any(map(stored, files))
     with trusting(True if trust or not found else own_names(overrides), *(f.parent for f in files if f.parent != packaged
                   and (trust or not stored(f))), Path.cwd()):
-        stages = _stages(name, tree, overrides)
+        stages = _stages(name, tree, overrides, say)
     for r in stages.values(): r.foreign = found and not trust
     return stages
 
-def _stages(name, tree, overrides):
+def _stages(name, tree, overrides, say):
     "The recipes of all stages"
     for text in overrides:
         key, known = (text.partition('=')[0].split('.'),
@@ -483,20 +576,48 @@ def _stages(name, tree, overrides):
         if key[0] == 'stages' and len(key) > 1 and key[1] not in known:
             raise ValueError(f"{text[:100]!r}: {name} has no stage {key[1]!r}{_close(key[1], known)}; "
                              f"allowed: {', '.join(known) or 'none'}")
-        tree = merge(tree, parse_override(text))
+        # where there are stages, what concerns the method is given below, to those whose method has the key
+        if not (known and key[0] == 'method'): tree = merge(tree, parse_override(text))
         _check_stages(tree.get('stages'))
     stages = tree.pop('stages', None)
     # null leaves out a stage of the recipe that this one extends
     if isinstance(stages, dict): stages = {k: v for k,v in stages.items() if v is not None}
     if not stages: return {'': resolve(tree)}
-    out = {}
-    for stage, over in stages.items():
-        t = merge(tree, over)
-        for text in sorted(overrides, key=lambda o: o.startswith('stages.')):       # what names this stage comes last
-            given = parse_override(text)
-            t = merge(t, (given['stages'] or {}).get(stage) or {} if 'stages' in given else given)
-        out[stage] = resolve(t | {'name': f"{tree['name']}/{stage}"})
-    return out
+    trees = {stage: _overridden(merge(tree, over), overrides, stage) for stage,over in stages.items()}
+    takers = _takers(trees, [o for o in overrides if re.match(r'method\.(?!name=)', o)], say)
+    mine = lambda stage: [o for o in overrides if stage in takers.get(o, trees)]
+    return {stage: resolve(_overridden(merge(tree, over), mine(stage), stage) | {'name': f"{tree['name']}/{stage}"})
+            for stage,over in stages.items()}
+
+def _overridden(tree, overrides, stage):
+    "A stage's tree with the changes from the command line; what names the stage comes last"
+    for text in sorted(overrides, key=lambda o: o.startswith('stages.')):
+        given = parse_override(text)
+        tree = merge(tree, (given['stages'] or {}).get(stage) or {} if 'stages' in given else given)
+    return tree
+
+def _takers(trees, overrides, say):
+    "Override → the stages whose method has its key"
+    def method(tree): return (tree.get('method') or {}).get('name', 'ce') if isinstance(tree.get('method', {}), dict) else None
+    takers = {}
+    for text in overrides:
+        path = text.partition('=')[0].split('.')[1:]
+        takers[text] = found = [s for s,t in trees.items() if _takes(_objective(method(t)).Options, path)]
+        if not found:
+            raise ValueError(f"{text[:100]!r}: no stage has a method with this key; the stages are "
+                             f"{', '.join(f'{s} ({method(t)})' for s,t in trees.items())}")
+        others = [s for s in trees if s not in found]
+        if others and say: say(f"{text} goes to {', '.join(found)}; the method of {', '.join(others)} has no such key")
+    return takers
+
+def _takes(cls, path):
+    "Has the dataclass `cls` a field at `path`? What is below a field that is no section is for the method to say"
+    for part in path:
+        if cls is None: return True
+        kind = next((f.type for f in fields(cls) if f.name == part), None)
+        if kind is None: return False
+        cls = _section(kind)
+    return True
 
 # %% ../../nbs/training/60_recipes.ipynb #a9d0c308
 def as_tree(
@@ -509,14 +630,17 @@ def as_tree(
 
 # %% ../../nbs/training/60_recipes.ipynb #67579475
 def write_recipe(
-    recipe:Recipe,
+    recipe,      # `Recipe`, or stage → `Recipe`
     path,        # .yaml file
+    name:str|None=None, # of the whole, where there are stages
 ):
-    "Store `recipe` with every default filled in"
+    "Store `recipe` with every default filled in, and relative paths as they hold beside it"
     plain = lambda x: ({k: plain(v) for k,v in x.items()} if isinstance(x, dict)
                        else [plain(v) for v in x] if isinstance(x, (list, tuple)) else x)
-    Path(path).write_text(yaml.safe_dump(plain(as_tree(recipe)), sort_keys=False, allow_unicode=True, width=120),
-                          encoding='utf-8')
+    tree = (as_tree(recipe) if isinstance(recipe, Recipe)
+            else dict(name=name, stages={k: as_tree(r) for k,r in recipe.items()}))
+    text = yaml.safe_dump(plain(packed(tree, Path(path).parent)), sort_keys=False, allow_unicode=True, width=120)
+    Path(path).write_text(_own_paths + text, encoding='utf-8')
 
 # %% ../../nbs/training/60_recipes.ipynb #715557da
 def differences(
