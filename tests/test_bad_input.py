@@ -150,7 +150,7 @@ RECIPES = {
     "keyword of the section": ("teacher: {kwargs: {pretrained: true}}", "write teacher.pretrained"),
     "weights by the back door": ("student: {kwargs: {checkpoint_path: evil.pth}}", "checkpoint_path"),
     "download by the back door": (
-        "teacher: {model: resnet18, kwargs: {pretrained_cfg_overlay: {url: 'http://example.org/x.pth'}}}\n"
+        "teacher: {model: resnet18, untrained: true, kwargs: {pretrained_cfg_overlay: {url: 'http://example.org/x.pth'}}}\n"
         "method: {name: distill}", "pretrained_cfg_overlay"),
     "stages of a list": ("stages: [teacher]", "stages"),
     "stages of a word": ("stages: {teacher: 3}", "stages"),
@@ -658,7 +658,7 @@ def test_writing_stays_in_the_run_directory(here, capsys):
            "train.warmup_epochs=0", "--run-dir", "below/run"], capsys)
     after = tree(here)
     assert ({k.split(os.sep)[0] for k in after.keys() - before.keys()} == {"below"}
-            and set(os.listdir("below/run")) == {"one", "two"})
+            and set(os.listdir("below/run")) == {"one", "two", "recipe.yaml"})
     assert {k: after[k] for k in before} == before
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Whole', 'Count', 'Seed', 'Share', 'Positive', 'Amount', 'Keywords', 'Pixels', 'packaged', 'whole', 'DataRecipe',
            'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'merge', 'parsed',
-           'at_home', 'placed', 'packed', 'read_recipe', 'recipe_names', 'parse_override', 'check', 'origin',
+           'at_home', 'placed', 'packed', 'settled', 'read_recipe', 'recipe_names', 'parse_override', 'check', 'origin',
            'teachers_of', 'check_teachers', 'resolve', 'stored', 'own_names', 'load_recipe', 'as_tree', 'write_recipe',
            'differences']
 
@@ -277,6 +277,13 @@ def packed(
         try: return os.path.relpath(real(os.path.normpath(path)), os.path.realpath(folder))
         except ValueError: return os.path.abspath(path)         # on another drive of Windows
     return _mapped(tree, move)
+
+# %% ../../nbs/training/60_recipes.ipynb #480860b7
+def settled(
+    tree:dict, # of a recipe, with paths that hold in the working directory
+)->dict:
+    "The recipe with each path spelled in one way, for comparison"
+    return _mapped(tree, lambda p: p if p.startswith('stage:') else os.path.realpath(p))
 
 # %% ../../nbs/training/60_recipes.ipynb #8224ed0f
 _own_paths = '# Relative paths in this file start beside it.\n'       # its first line says so
