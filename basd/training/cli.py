@@ -47,19 +47,23 @@ def train(
     trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
 )->dict:                  # stage → result; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
+    aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not int(os.environ.get('RANK', 0)) else None
     with on_stop(stopped) as asked:
-        stages = load_recipe(recipe, overrides, trust)
+        stages = load_recipe(at_home(recipe), overrides, trust, aloud)
         check_device(device)
         if asked: stopped()
         with processes(device, max(r.train.rank_timeout for r in stages.values())) as here:
-            run, results = Path(run_dir or default_run_dir(recipe)), {}
+            run, results = Path(at_home(run_dir) or default_run_dir(recipe)), {}
             if resume and not run.is_dir(): raise FileNotFoundError(f"there is no run at {run} to resume")
+            whole = {k: replace(r, teacher=replace(r.teacher, others=[*map(dict, r.teacher.others)]),
+                                student=replace(r.student)) for k,r in stages.items()}
             for stage in stages: connect(stages, stage, run)
+            if '' not in stages and rank() == 0: start_stages(run, whole, resume)
             with suppress(Stopped):
                 for stage,r in stages.items():
                     place, results[stage] = run/stage, None
                     if resume and (place/'result.json').is_file():
-                        if rank() == 0: start_run(place, r, resume=True) # of the same recipe?
+                        if rank() == 0: start_run(place, r, resume=True, images=moved(place, r)) # of the same recipe?
                         results[stage] = read_result(place)
                         continue
                     trainer = Trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars)
@@ -68,28 +72,6 @@ def train(
                     if results[stage] is None: break
                     if trainer.stopping: stopped()
             if rank() == 0: summarise(run, results)
-    aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not int(os.environ.get('RANK', 0)) else None
-    stages = load_recipe(at_home(recipe), overrides, trust, aloud)
-    check_device(device)
-    with on_stop(stopped), processes(device, max(r.train.rank_timeout for r in stages.values())) as here:
-        run, results = Path(at_home(run_dir) or default_run_dir(recipe)), {}
-        if resume and not run.is_dir(): raise FileNotFoundError(f"there is no run at {run} to resume")
-        whole = {k: replace(r, teacher=replace(r.teacher, others=[*map(dict, r.teacher.others)]),
-                            student=replace(r.student)) for k,r in stages.items()}
-        for stage in stages: connect(stages, stage, run)
-        if '' not in stages and rank() == 0: start_stages(run, whole, resume)
-        with suppress(Stopped):
-            for stage,r in stages.items():
-                place, results[stage] = run/stage, None
-                if resume and (place/'result.json').is_file():
-                    if rank() == 0: start_run(place, r, resume=True, images=moved(place, r)) # of the same recipe?
-                    results[stage] = read_result(place)
-                    continue
-                trainer = Trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars)
-                results[stage] = trainer.train()
-                if results[stage] is None: break
-                if trainer.stopping: stopped()
-        if rank() == 0: summarise(run, results)
     return results
 
 # %% ../../nbs/training/79_cli.ipynb #fc50e563
