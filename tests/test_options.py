@@ -153,8 +153,9 @@ def tried(name, words):
     except ValueError as e: return None, str(e)
 
 
+ALONE = ("basd",)                 # too many forms to move each option beside each of them
 NEEDED = dict(heads=dict(heads=2))  # options that a loss cannot be without here
-CASES = [(n, {}) for n in sorted(objectives) if n not in ("ce", "match", "basd", "basd_fourier")] + [
+CASES = [(n, {}) for n in sorted(objectives) if n not in ("ce", "match", "basd_fourier")] + [
     ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if compares(feature_losses[n]) == "layers" else {"layer_map": "uniform"})))
     for n in sorted(feature_losses)] + [("match", dict(losses=dict(gram={}), logits={}))]
 
@@ -168,7 +169,7 @@ def test_every_option(name, base):
         own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_of(feature_losses[loss], *told))] + (
             own if "logits" in base else [])
     silent = []
-    contexts = [((), NO)] + [(p, v) for p,h,d in own for v in choices(p, h, d)]
+    contexts = [((), NO)] + [(p, v) for p,h,d in own for v in choices(p, h, d) if name not in ALONE]
     for context, choice in contexts:
         words = base if choice is NO else put(base, context, choice)
         before, refused = tried(name, words)
