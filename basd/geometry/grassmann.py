@@ -121,7 +121,8 @@ def turn(
         lam = S.diagonal(dim1=-2, dim2=-1)
         gap = lam[..., None, :] - lam[..., None]                                         # S_jj − S_ii
         angle = (torch.atan2(2*S, gap.abs()) * gap.sign() / 2).clamp(-cap, cap)
-        X = X + X @ angle
+        size = torch.linalg.vector_norm(angle, dim=(-2, -1), keepdim=True)               # beyond √2 the next line fails
+        X = X + X @ (angle * (2**.5/size.clamp(min=2**.5)))
         for _ in range(4): X = 1.5*X - .5*X @ (X.mT @ X)
     lam, order = (X * (cov @ X)).sum(-2).sort(descending=True, stable=True)
     return X.gather(-1, order[..., None, :].expand_as(X)), lam
