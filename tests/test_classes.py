@@ -119,3 +119,11 @@ def test_what_is_said_before_the_first_step(tmp_path, capsys):
     shutil.copytree(root/"Training", root/"Testing")                                    # a copy is as equal as a name
     assert "test and training images are the same" in run(
         capsys, "train", *CE, f"data.source={root}", "train.epochs=1", "--run-dir", tmp_path/"copy").out
+
+
+def test_tests_that_are_among_the_training_images(tmp_path, capsys):
+    root = zoo(tmp_path/"zoo", 12, Training=called("ant", "bee"))
+    shutil.copytree(root/"Training", root/"Testing")
+    for i in range(8): (root/"Testing"/"ant"/f"{i}.png").unlink()
+    said = run(capsys, "train", *CE, f"data.source={root}", "train.epochs=1", "--run-dir", tmp_path/"run").out
+    assert "16 of the 16 test images are among the training images" in said

@@ -112,8 +112,9 @@ class _Pairs:
             except ValueError as e: raise ValueError(f"{self.name}: item {i} is {e}") from None
         return x
 
-    def look(self, i):
-        "Is this item sound? One that cannot be read is left to `Images`"
+    def look(self, i, labels):
+        "As many as there are labels, and this one sound? One that cannot be read is left to `Images`"
+        if len(self) != labels: raise ValueError(f"{self.name}: {len(self)} items and {labels} labels; give one label per item")
         try: self.dataset[i]
         except Exception: return
         self[i]
@@ -130,7 +131,7 @@ class Source(Dataset):
     ):
         pairs = _Pairs(dataset, name)
         if labels is None: labels = [pairs[i][1] for i in range(len(pairs))]
-        elif type(self) is Source: pairs.look(0)
+        elif type(self) is Source: pairs.look(0, len(labels))
         self.labels, self.classes = number_labels(labels, classes, name)
         self.dataset, self.name, self.notes, self.among = dataset, name, list(notes), None
 
@@ -628,3 +629,13 @@ def fingerprint(self:Images, samples:int=256)->str: # "content-", "times-" or "s
         x, i = self.read(k * len(self) // min(samples, len(self)))
         h.update(f"{i} {tuple(x.shape)}".encode() + x.numpy().tobytes())
     return f'{kind}-{h.hexdigest()}'
+
+# %% ../../nbs/data/50_sources.ipynb #7c9448e8
+@patch
+def shared(self:Images,
+    other:'Images',
+)->int|None: # None: not both in memory
+    "How many of these images are, to the last pixel, among the others"
+    if self.pixels is None or other.pixels is None: return None
+    marks = lambda images: [hash((tuple(x.shape), x.numpy().tobytes())) for x in images.pixels]
+    return sum(m in there for there in [set(marks(other))] for m in marks(self))

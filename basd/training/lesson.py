@@ -26,7 +26,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ..data.cache import fingerprint
-from ..data.sources import Folder, Images, OtherClasses, holdout, open_source
+from ..data.sources import Folder, Images, OtherClasses, holdout, natural, open_source
 from ..data.views import ViewDataset, Views, as_reader
 from ..geometry.alignment import student_health
 from ..geometry.statistics import global_mean, rank, world
@@ -157,7 +157,10 @@ def notes_on(
                            f"{train.classes[empty[0]]!r} for one; each keeps its number and is not learned")
     if fingerprints['train'] == fingerprints['test']:
         notes.append("test and training images are the same, so test accuracy is of images that were learned")
-    else: notes += [n for n in test.source.notes if n not in notes]
+    elif (same := test.shared(train) or 0) > len(test)//20:         # some twins there are in most sets
+        notes.append(f"{same:,} of the {len(test):,} test images are among the training images, "
+                     "so test accuracy is in part of images that were learned")
+    notes += [n for n in test.source.notes if n not in notes]
     return notes
 
 # %% ../../nbs/training/63_lesson.ipynb #11ad42c7
@@ -258,7 +261,13 @@ def of_classes(
 ):                       # `teacher`
     "Put a teacher's logits into the student's order of classes"
     names = teacher.label_names
-    if classes is None or names is None or names == classes: return teacher
+    if classes is None or names == classes or names is None and not compared: return teacher
+    if names is None:
+        if sorted(classes) != classes == sorted(classes, key=natural):      # folders were once in the order of letters
+            raise ValueError(f"the run in {run} keeps no names of its classes, which may be in another order than the student's; "
+                             "write them as a list, in the order of its head, to classes.json there")
+        if rank() == 0: print(f"the run in {run} keeps no names of its classes; its logits are taken in the student's order")
+        return teacher
     at = {c: i for i,c in enumerate(names)}
     strange = next((c for c in classes if c not in at), None)
     if strange is not None and compared:
