@@ -63,3 +63,14 @@ def test_a_comparison_without_its_baseline_has_failed(tmp_path, capsys):
     assert main([*words, "train.clip=null", "train.lr=1.0e+30", "stages.teacher.train.lr=1.0e-3"]) == 1
     assert "failed: loss 'ce' was not finite" in capsys.readouterr().out and (tmp_path/"table.md").is_file()
     assert main(words) == 2 and "run of another recipe" in capsys.readouterr().err
+
+
+def test_a_terminal_without_utf8_gets_question_marks():
+    "A summary of two stages has a dot that ASCII lacks; printing it must not end a finished run"
+    import os
+    import subprocess
+    import sys
+    code = "import basd.training.cli as c; c.run = lambda args: print('accuracy a \u00b7 b'); sys.exit(c.main(['recipes']))"
+    done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout.strip()) == (0, "accuracy a ? b"), done.stderr

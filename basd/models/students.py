@@ -11,7 +11,7 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -85,9 +85,9 @@ def save_student(
                   input_size=list(student.input_size),
                   **({} if getattr(student, 'label_names', None) is None else dict(label_names=list(student.label_names))),
                   mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist())
-    save_file({k: v.detach().cpu().contiguous() for k,v in student.model.state_dict().items()},
-              folder/'student.safetensors')
-    (folder/'student.json').write_text(json.dumps(config, indent=1))
+    weights = save({k: v.detach().cpu().contiguous().clone() for k,v in student.model.state_dict().items()})
+    (folder/'student.safetensors').write_bytes(weights)          # as readable as other files; theirs is for the owner
+    (folder/'student.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
 
 # %% ../../nbs/models/42_students.ipynb #ed7efea4
 def read_config(
@@ -95,7 +95,7 @@ def read_config(
 )->dict: # architecture, num_classes, model_args, input_size, and label_names if the classes have names
     "What kind of student a run left"
     try:
-        c = json.loads(Path(path).read_text())
+        c = json.loads(Path(path).read_text(encoding='utf-8'))
         if (isinstance(c['architecture'], str | None) and isinstance(c['model_args'], dict)
                 and len(c['input_size']) == 3
                 and _names(c.get('label_names'), c['num_classes'])

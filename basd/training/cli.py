@@ -357,6 +357,8 @@ def main(
     argv=None, # words after `basd`; those of the shell if None
 )->int:        # exit status: 0, 1 where a run of a comparison failed, 2 for bad input, 130 if interrupted
     "The `basd` command"
+    for stream in (sys.stdout, sys.stderr):                       # a terminal without UTF-8 gets '?', not an error
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     args = parse(argv)
     try: return run(args) or 0
     except (ValueError, OSError, NonFiniteLoss) as e:

@@ -47,7 +47,7 @@ def fail(
 ):
     "Leave word of a failure"
     Path(run).mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(run)/'failed.txt', lambda p: p.write_text(f'{text}\n\n{trace}'))
+    write_atomic(Path(run)/'failed.txt', lambda p: p.write_text(f'{text}\n\n{trace}', encoding='utf-8'))
 
 # %% ../../nbs/training/76_compare.ipynb #ca838e20
 def settle(
@@ -91,7 +91,7 @@ def blocked(
     "Why a run cannot begin: the failure of one on which it builds"
     for name in run.needs:
         if (folder/name/'failed.txt').is_file():
-            return f"{name}, on which it builds, failed: {(folder/name/'failed.txt').read_text().splitlines()[0]}"
+            return f"{name}, on which it builds, failed: {(folder/name/'failed.txt').read_text(encoding='utf-8').splitlines()[0]}"
 
 # %% ../../nbs/training/76_compare.ipynb #d328f902
 def in_turn(

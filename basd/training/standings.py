@@ -56,9 +56,9 @@ def result_of(
 )->dict|None: # top1, val_top1, best_epoch, seconds, step, extra, images; or failed; None if it is not there yet
     "What is known of a run"
     run = Path(run)
-    if (run/'failed.txt').is_file(): return dict(failed=(run/'failed.txt').read_text().splitlines()[0])
+    if (run/'failed.txt').is_file(): return dict(failed=(run/'failed.txt').read_text(encoding='utf-8').splitlines()[0])
     if not (run/'result.json').is_file(): return None
-    read = lambda at, name='result': json.loads((Path(at)/f'{name}.json').read_text())
+    read = lambda at, name='result': json.loads((Path(at)/f'{name}.json').read_text(encoding='utf-8'))
     r, test = read(run), read(run)['test'][read(run)['headline']]
     return dict(top1=test['top1'], images=test['n'], val_top1=r['val_top1'], best_epoch=r['best_epoch'],
                 seconds=r['seconds'] + sum(read(e)['seconds'] for e in extra),
@@ -242,7 +242,7 @@ def record(
     text = {'results.json': json.dumps(results | dict(environment=environment()), indent=1),
             'table.md': markdown(results),
             'table.csv': as_csv(results)}
-    for name, content in text.items(): write_atomic(folder/name, lambda p, content=content: p.write_text(content))
+    for name, content in text.items(): write_atomic(folder/name, lambda p, content=content: p.write_text(content, encoding='utf-8'))
     with plt.style.context('basd.page'):
         ax = plot_race(results)
         ax.figure.savefig(folder/'race.png')
