@@ -123,7 +123,7 @@ SIGNALS = 20            # moments a number of ranks
 def signals(race, chance, minutes, tmp):
     "Stop runs at random moments by signals to their process group"
     for ranks in (1, 2):
-        words, at = [*TRAIN, "data.workers=2"], lambda name: (Path(tmp)/f"{ranks}-{name}"/"run")
+        words, at = [*TRAIN, "data.workers=2"], lambda name: Path(tmp)/f"{ranks}-ranks"/str(name)/"run"
         calm, start = at("calm"), time.time()
         calm.mkdir(parents=True)
         status = kills.end(kills.launch([*words, "--run-dir", calm, "--resume"], calm.parent/"out.txt", ranks=ranks))

@@ -1,11 +1,14 @@
 """Same recipe, same seed, same machine: the same weights, bit for bit; and a run directory says all that is needed to
 repeat it"""
 import json
+import os
 import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import TINY
+from forks import ENVIRONMENT
 from PIL import Image, ImageOps
 
 from basd.data.sources import Images, open_source
@@ -61,6 +64,26 @@ def test_another_seed(run, tmp_path):
     "... and the test can fail: another seed gives other weights"
     train(tmp_path/"other", "basd_cifar10", *WORDS, "train.seed=8")
     assert state(run) != state(tmp_path/"other")
+
+
+STARTS = """
+import multiprocessing, sys
+from multiprocessing.process import BaseProcess
+multiprocessing.set_start_method(sys.argv[1])
+started, start = [], BaseProcess.start
+BaseProcess.start = lambda process: (started.append(process), start(process))
+from basd.training.cli import main
+print(main(sys.argv[2:]), len(started), len(multiprocessing.active_children()))
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_readers_start_once(method, run, tmp_path):
+    "Two of them for two epochs with two evaluations each, and three at the end, as they begin elsewhere; none is left"
+    done = subprocess.run([sys.executable, "-c", STARTS, method, "train", "basd_cifar10", *WORDS, "data.workers=2",
+                           "--run-dir", str(tmp_path/"run")], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["0 2 0"], done.stdout + done.stderr
+    assert same(run, tmp_path/"run")
 
 
 def test_from_its_own_recipe(run, tmp_path, basd):
