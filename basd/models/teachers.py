@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wrappings', 'wrappers', 'prefixes', 'Teacher', 'frozen', 'Unread', 'UnreadDict', 'read_pickle', 'read_weights',
            'stripped', 'load_weights', 'Fit', 'check_name', 'check_arguments', 'check_patches', 'build', 'check_head',
-           'origin_of', 'create_teacher', 'Several']
+           'origin_of', 'input_config', 'create_teacher', 'Several']
 
 # %% ../../nbs/models/41_teachers.ipynb #5c1bb8e6
 import difflib
@@ -240,6 +240,9 @@ def check_arguments(
     closed = [k for k in ('checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
                           'pretrained_strict', 'pretrained_filter_fn', 'cache_dir', 'features_only') if k in kwargs]
     if closed: raise ValueError(f"{model} cannot be given {closed[0]}; name a checkpoint, or set pretrained")
+    if kwargs.get('in_chans', 3) != 3:
+        raise ValueError(f"{model} with in_chans={kwargs['in_chans']}: images here have 3 channels, RGB; "
+                         "leave it out, and give grayscale images as they are: they are shown as RGB")
     if model.startswith(('hf_hub:', 'hf-hub:')) and not pretrained:
         raise ValueError(f"{model} is known to the hub alone, which is asked only where pretrained=true; "
                          "set it, or name a model of timm")
@@ -308,6 +311,21 @@ def origin_of(
     cfg = getattr(m, 'pretrained_cfg', None) or {}
     return f"published {cfg.get('hf_hub_id') or cfg.get('url') or 'weights'}" if pretrained else 'untrained'
 
+# %% ../../nbs/models/41_teachers.ipynb #eafd1fbb
+def input_config(
+    model:nn.Module,
+    mean=None, # three numbers; None: the model's own
+    std=None,  # three positive numbers; None: the model's own
+)->dict: # input_size, mean, std
+    "The images that a model takes; raises `ValueError` for numbers that cannot be meant"
+    config = resolve_model_data_config(model)
+    for name, v in dict(mean=mean, std=std).items():
+        if v is None: continue
+        if len(v) != 3 or not all(-10 < x < 10 and (x > 0 or name == 'mean') for x in v):
+            raise ValueError(f"{name}={list(v)}: give three numbers, for images in [0, 1]" + ', above 0'*(name == 'std'))
+        config[name] = tuple(v)
+    return config
+
 # %% ../../nbs/models/41_teachers.ipynb #aa2d4a68
 def create_teacher(
     model:str='vit_small_patch14_dinov2.lvd142m', # any timm model
@@ -318,6 +336,8 @@ def create_teacher(
     num_classes:int|None=None, # of the head; None: the model's own, 0: no head
     layers="all",            # as in `resolve_layers`
     attention:bool=True,     # keep queries and keys
+    mean=None,               # of each channel of images in [0, 1], as the weights were trained; None: the model's own
+    std=None,                # likewise
     untrained:bool=False,    # True: random weights are meant, so do not warn of them
     **kwargs,                # of `timm.create_model`
 )->Teacher:
@@ -331,7 +351,7 @@ def create_teacher(
     if not (pretrained or checkpoint is not None or untrained):
         warnings.warn(f"{model} teaches without trained weights; give pretrained=True or a checkpoint, "
                       "or untrained=True if that is meant", stacklevel=2)
-    config = resolve_model_data_config(m)
+    config = input_config(m, mean, std)
     t = Tapped(m, layers, attention, config['mean'], config['std'])
     t.input_size = (3, *(2*(img_size,) if img_size else config['input_size'][1:]))
     t.architecture, t.model_args, t.origin = model, args, origin_of(m, pretrained, taken)

@@ -127,7 +127,7 @@ class Worker:
                 'from basd.training.compare import serve; serve(sys.argv[1], sys.argv[2] or None)')
         path = [str(Path(basd.__file__).parent.parent), *filter(None, sys.path)]
         self.folder, self.run = folder, None
-        with open(log_file(folder, run.name), 'a') as f:
+        with open(log_file(folder, run.name), 'a', encoding='utf-8') as f:
             self.process = subprocess.Popen([sys.executable, '-c', code, str(folder), device or '', *path],
                                             stdin=subprocess.PIPE, stdout=f, stderr=f, text=True,
                                             env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
@@ -169,7 +169,7 @@ def serve(
     "What a worker does: settle the runs whose names come in, until there are no more or it is asked to stop"
     folder = Path(folder)
     for name in map(str.strip, sys.stdin):
-        with open(log_file(folder, name), 'a') as f:
+        with open(log_file(folder, name), 'a', encoding='utf-8') as f:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
                 os.dup2(f.fileno(), stream.fileno())

@@ -31,7 +31,7 @@ from ..data.views import ViewDataset, Views, as_reader
 from ..geometry.alignment import student_health
 from ..geometry.statistics import global_mean, rank, world
 from ..methods.objective import Needs, Progress, Shapes, Target
-from ..models.students import create_student, load_student
+from ..models.students import create_student, export_config, load_student
 from ..models.teachers import Several, create_teacher, frozen
 from .checkpoints import read_classes
 from .ranks import joined, launched
@@ -196,7 +196,7 @@ def build_student(
     "The student of `recipe`, tapped where `needs` says"
     s = recipe.student
     options = {k: getattr(s, k) for k in ('model', 'img_size', 'patch_size', 'depth', 'width', 'heads', 'drop_path',
-                                          'pretrained', 'checkpoint', 'checkpoint_key')}
+                                          'pretrained', 'checkpoint', 'checkpoint_key', 'mean', 'std')}
     points = ({None: [], 'default': None}.get(needs.points, needs.points) if not isinstance(needs.points, list)
               else needs.points)
     with fetching(recipe):
@@ -209,6 +209,7 @@ def build_student(
         raise ValueError(f"student.model={s.model!r} has a distillation head that method {recipe.method.name!r} "
                          "does not train, and evaluation averages both heads; use a model with one head")
     if second is not None: second(True)
+    export_config(student)                                  # what would fail at the end fails here
     return student
 
 # %% ../../nbs/training/63_lesson.ipynb #d39e4897
@@ -234,7 +235,7 @@ def one_teacher(
     if t.run is not None: return of_classes(teacher_from_run(t.run, layers, needs.attention), classes, t.run, needs.logits)
     return create_teacher(t.model, layers=layers, attention=needs.attention,
                           **{k: getattr(t, k) for k in ('pretrained', 'checkpoint', 'checkpoint_key', 'untrained',
-                                                    'img_size')}, **t.kwargs)
+                                                    'img_size', 'mean', 'std')}, **t.kwargs)
 
 # %% ../../nbs/training/63_lesson.ipynb #a2c6c4c1
 def teacher_from_run(
