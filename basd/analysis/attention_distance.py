@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..data.cache import save_figure
 from .evaluation import evaluating
 from ..geometry.statistics import images_at_once, island, no_autocast
 
@@ -177,6 +178,6 @@ def plot_attention(
         axs[1].set_ylabel('row entropy ÷ log N')
         if one_grid: axs[0].secondary_yaxis('right', functions=(lambda v: v/U, lambda v: v*U)).set_ylabel('÷ uniform')
         fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=5, fontsize=8)
-        if path is not None: fig.savefig(path)
+        if path is not None: save_figure(fig, path)
         plt.close(fig)
     return fig

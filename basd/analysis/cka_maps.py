@@ -10,6 +10,7 @@ __all__ = ['u_centre', 'hsic_table', 'alignment', 'standard_error', 'similaritie
 import torch
 from torch import Tensor
 
+from ..data.cache import save_figure
 from .evaluation import evaluating, name_ticks
 
 # %% ../../nbs/analysis/73_cka_maps.ipynb #c2a66782
@@ -174,7 +175,7 @@ def plot_cka(
             ax.set(title=title, xlabel=f"layer of {r['names'][1]}", ylabel=f"layer of {r['names'][0]}")
             ax.grid(False)
         fig.colorbar(im, ax=axs, label='CKA', shrink=.8)
-        if path is not None: fig.savefig(path)
+        if path is not None: save_figure(fig, path)
         plt.close(fig)
     return fig
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..data.cache import save_figure
 from .evaluation import check_logits, evaluating, name_ticks
 from ..geometry.statistics import no_autocast
 
@@ -279,7 +280,7 @@ def plot_curvature(
         left.legend()
         right.set(xlabel='run', ylabel=f"trace {'per parameter ' if each else ''}(nats)", xlim=(-.5, len(results) - .5))
         name_ticks(right.xaxis, list(results))
-        if path is not None: fig.savefig(path)
+        if path is not None: save_figure(fig, path)
         plt.close(fig)
     return fig
 
@@ -301,6 +302,6 @@ def plot_landscape(
             ax.axvline(0, color='.5', ls='--', lw=1)
             ax.set(xlabel=f'step / length of the weights\n{label}', ylabel='loss (nats)')
         axs[0].legend()
-        if path is not None: fig.savefig(path)
+        if path is not None: save_figure(fig, path)
         plt.close(fig)
     return fig

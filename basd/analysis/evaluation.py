@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional import classification as counted
 
+from ..data.cache import save_figure
 from ..data.views import ViewDataset, Views
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #65bd2234
@@ -444,6 +445,6 @@ def sheet(
         if c := result.get('cost'):
             fig.suptitle(f"{c['parameters']/1e6:.3g} M parameters, {c['flops']/1e9:.3g} GFLOPs an image, "
                          f"{c['images_per_s']:.0f} images/s ({c['device']}, batch {c['batch']})", fontsize=8)
-        if path is not None: fig.savefig(path)
+        if path is not None: save_figure(fig, path)
         plt.close(fig)
     return fig

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.cache import save_figure
 from .evaluation import evaluating
 from ..losses.spectral import eigenvalues, gram
 
@@ -151,7 +152,7 @@ def plot_spectra(
         for ax in axs[:, 0]: ax.set_ylabel('normalised singular value')
         plot_ranks(results, axs.flat[len(results)])
         for ax in axs.flat[len(results) + 1:]: ax.set_axis_off()
-        if path is not None: fig.savefig(path)
+        if path is not None: save_figure(fig, path)
         plt.close(fig)
     return fig
 
@@ -215,6 +216,6 @@ def plot_mixing(
             layer.set_ylim(0, last[name].shape[1] - 1)
             entropy.set_ylim(0, 1.05)
             entropy.legend(fontsize=7, loc='lower right')
-        if path is not None: fig.savefig(path)
+        if path is not None: save_figure(fig, path)
         plt.close(fig)
     return fig

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import nn
 
+from ..data.cache import write_atomic
 from .taps import Tapped, layer_names
 from .teachers import build, input_config, load_weights, origin_of
 
@@ -124,6 +125,14 @@ def check_stored(
     if bad: raise StoredArguments(f"{path} asks for {bad[0]}, which a stored student may not; "
                                   "export the student again, or load its weights yourself")
     return config
+    folder, args = Path(folder), dict(student.model_args)
+    config = dict(architecture=student.architecture, num_classes=args.pop('num_classes', None), model_args=args,
+                  input_size=list(student.input_size),
+                  **({} if getattr(student, 'label_names', None) is None else dict(label_names=list(student.label_names))),
+                  mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist())
+    weights = {k: v.detach().cpu().contiguous() for k,v in student.model.state_dict().items()}
+    write_atomic(folder/'student.safetensors', lambda p: save_file(weights, p))
+    write_atomic(folder/'student.json', lambda p: p.write_text(json.dumps(config, indent=1), encoding='utf-8'))
 
 # %% ../../nbs/models/42_students.ipynb #ed7efea4
 def read_config(

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..data.cache import Cache, Layout
+from ..data.cache import save_figure, write_atomic, Cache, Layout
 from ..data.mixing import blend_images, blend_labels, draw_blend
 from ..data.views import Views, build_loader
 from ..geometry.statistics import step_generator
@@ -422,11 +422,11 @@ def write(
     import matplotlib.pyplot as plt
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out/'bench.json').write_text(json.dumps(result, indent=1))
+    write_atomic(out/'bench.json', lambda p: p.write_text(json.dumps(result, indent=1)))
     with plt.style.context('basd.page'):
         fig, ax = plt.subplots(figsize=(7, 1.8))
         plot_bench([result], ax)
-        fig.savefig(out/'bench.png')
+        save_figure(fig, out/'bench.png')
         plt.close(fig)
 
 # %% ../../nbs/training/66_bench.ipynb #1371d2a6

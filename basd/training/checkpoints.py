@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['may_change', 'save', 'digest', 'load', 'last_state', 'rng_state', 'set_rng_state', 'changes', 'start_stages',
-           'start_run', 'note', 'read_run', 'environment', 'read_classes', 'hold_run']
+           'start_run', 'note', 'read_run', 'environment', 'go_on', 'read_classes', 'hold_run']
 
 # %% ../../nbs/training/61_checkpoints.ipynb #ec56ee03
 import errno
@@ -13,6 +13,7 @@ import os
 import pickle
 import platform
 import subprocess
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 import basd
-from ..data.cache import fingerprint, sweep, write_atomic
+from ..data.cache import open_own, fingerprint, sweep, write_atomic
 from ..geometry.statistics import world
 from .recipes import Recipe, as_tree, differences, load_recipe, settled, write_recipe
 
@@ -124,6 +125,9 @@ def start_stages(
 ):
     "Store the recipe of all stages above them, or check that the one there is the same"
     path = Path(path)
+    for stage in stages:
+        if (path/stage).is_symlink():
+            raise ValueError(f"{path/stage} is a link, and what is written there would go elsewhere; remove it")
     if resume and (path/'recipe.yaml').is_file():
         there = load_recipe(str(path/'recipe.yaml'))
         other = [f'its stages: {", ".join(there)} there, {", ".join(stages)} here'] if list(there) != list(stages) else [
@@ -246,6 +250,26 @@ def _git():
     except (OSError, subprocess.TimeoutExpired): return None
     return dict(commit=commit.stdout.strip(), clean=not dirty.stdout) if commit.returncode == 0 else None
 
+# %% ../../nbs/training/61_checkpoints.ipynb #e202903d
+def go_on(
+    path,          # run directory
+    recipe:Recipe, # with which the run goes on
+    step:int,      # from which
+)->list: # "key: before, now" strings, of what may make the numbers others
+    "Record that a run is taken up, and under what"
+    path, now = Path(path), environment()
+    try: there = dict(json.loads((path/'environment.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError): there = {}
+    past = there.get('resumed') if isinstance(there.get('resumed'), list) else []
+    before = past[-1] if past and isinstance(past[-1], dict) else there
+    moved = differences(as_tree(read_run(path)), as_tree(recipe))
+    there['resumed'] = [*past, now | dict(step=step, recipe=moved)]
+    write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(there, indent=1), encoding='utf-8'))
+    if moved: write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
+    telling = lambda e: {k: e.get(k) for k in ('versions', 'python', 'gpu', 'threads')} | dict(
+        commit=(e.get('git') or {}).get('commit'))
+    return differences(telling(before), telling(now)) if 'versions' in before else []
+
 # %% ../../nbs/training/61_checkpoints.ipynb #f993a87a
 def read_classes(
     run,          # run directory
@@ -261,6 +285,10 @@ def read_classes(
                                         "write them there again as a list, in the order of the head")
     return None
 
+# %% ../../nbs/training/61_checkpoints.ipynb #7683d874
+_held = weakref.WeakValueDictionary()                       # run directory → the lock that this process holds
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: [f.close() for f in list(_held.values())])
+
 # %% ../../nbs/training/61_checkpoints.ipynb #7588ea17
 def hold_run(
     path, # run directory
@@ -268,11 +296,15 @@ def hold_run(
     "Keep other processes from training in `path`"
     try: import fcntl
     except ImportError: return None                         # a system without such locks
-    lock = open(Path(path)/'.lock', 'w')
-    # not shared with reader processes, which may outlive a killed trainer
-    try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    at = os.path.realpath(path)
+    if (lock := _held.get(at)) is not None and not lock.closed: return lock
+    lock = open_own(Path(path)/'.lock')
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
+        lock.close()
         if e.errno in (errno.EACCES, errno.EAGAIN):
             raise ValueError(f"another process is training in {path}; "
                              "end it first, or choose another --run-dir") from None
+        raise
+    _held[at] = lock
     return lock

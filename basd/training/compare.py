@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import basd
-from ..data.cache import write_atomic
+from ..data.cache import open_own, own_folder, write_atomic
 from ..losses.paired import trusting
 from .checkpoints import read_run
 from .lesson import processes
@@ -64,8 +64,8 @@ def settle(
             trainer = Trainer(load_recipe(str(recipe))[''], run, here, resume=(run/'recipe.yaml').is_file(), bars=False)
             trainer.t.log_every = min(trainer.t.log_every, max(1, trainer.per_epoch//2))
             size = lambda params: sum(p.numel() for p in params)
-            (run/'price.json').write_text(json.dumps(dict(student=size(trainer.groups[0]),
-                                                          extra=size(trainer.groups[1]))))
+            price = json.dumps(dict(student=size(trainer.groups[0]), extra=size(trainer.groups[1])))
+            write_atomic(run/'price.json', lambda p: p.write_text(price))
             return trainer.train() is not None
     except Exception as e: fail(run, sentence(e), traceback.format_exc())
     return True
@@ -77,6 +77,9 @@ def refuse_others(
 ):
     "Every run that is there must be one of this race"
     for r in runs:
+        for at in (folder/r.name, (folder/r.name).parent):
+            if at != folder and at.is_symlink():
+                raise ValueError(f"{at} is a link, and what is written there would go elsewhere; remove it")
         if not (folder/r.name/'recipe.yaml').is_file(): continue
         changed = differences(as_tree(read_run(folder/r.name)), as_tree(r.recipe))
         if changed:
@@ -128,6 +131,7 @@ class Worker:
         path = [str(Path(basd.__file__).parent.parent), *filter(None, sys.path)]
         self.folder, self.run = folder, None
         with open(log_file(folder, run.name), 'a', encoding='utf-8') as f:
+        with open_own(log_file(folder, run.name)) as f:
             self.process = subprocess.Popen([sys.executable, '-c', code, str(folder), device or '', *path],
                                             stdin=subprocess.PIPE, stdout=f, stderr=f, text=True,
                                             env=os.environ | dict(OMP_NUM_THREADS=str(threads)))
@@ -151,6 +155,7 @@ def log_file(
 )->Path:
     "Where a worker writes what a run prints"
     path = folder/'logs'/f'{name}.txt'
+    own_folder(folder/'logs')
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -170,6 +175,7 @@ def serve(
     folder = Path(folder)
     for name in map(str.strip, sys.stdin):
         with open(log_file(folder, name), 'a', encoding='utf-8') as f:
+        with open_own(log_file(folder, name)) as f:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
                 os.dup2(f.fileno(), stream.fileno())
@@ -248,8 +254,8 @@ def compare(
     for r in runs: refuse_to_fetch(r.recipe)
     refuse_others(runs, folder)
     for r in runs:
-        recipe_file(folder, r).parent.mkdir(parents=True, exist_ok=True)
-        write_recipe(r.recipe, recipe_file(folder, r))
+        own_folder(folder/'recipes'); recipe_file(folder, r).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(recipe_file(folder, r), lambda p, r=r: write_recipe(r.recipe, p))
     left = [r for r in runs if not (folder/r.name/'result.json').is_file()]
     for r in left: (folder/r.name/'failed.txt').unlink(missing_ok=True)           # tried again
     def ended(r):

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.cache import open_own, own_folder, save_figure
+
 # %% ../../nbs/training/62_metrics.ipynb #bc1df48f
 class Meter:
     "Running means of tensors, kept on their device until they are read"
@@ -72,16 +74,20 @@ class Log:
     def __init__(self,
         run:Path,            # run directory
         offset:int=0,        # bytes to keep of a log that is there already
+        step:int|None=None,  # with which the run goes on; TensorBoard hides what was written of later ones
     ):
         self.path = Path(run)/'metrics.jsonl'
-        with open(self.path, 'ab') as f: f.truncate(offset)
-        self.board = _board(run)
+        with open_own(self.path, 'ab') as f: f.truncate(offset)
+        self.rows = read_log(run)               # kept, so that looking back over the run does not read it again
+        self.board = _board(run, step)
 
     def write(self,
         row:dict, # plain values; `kind` says of what the row is
     ):
         "Append one row"
-        with open(self.path, 'a') as f: f.write(json.dumps(row) + '\n')
+        line = json.dumps(row)
+        with open_own(self.path) as f: f.write(line + '\n')
+        self.rows.append(json.loads(line))
         if self.board:
             for k,v in row.items():
                 if isinstance(v, (int, float)) and k != 'step':
@@ -90,11 +96,12 @@ class Log:
     @property
     def offset(self)->int: return self.path.stat().st_size
 
-def _board(run):
+def _board(run, step):
     if find_spec('tensorboard') is None: return None
     try:
         from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(run/'tensorboard')
+        return SummaryWriter(own_folder(Path(run)/'tensorboard'), purge_step=None if step is None else step + 1)
+    except ValueError: raise    # of `own_folder`
     except Exception as e:      # of whatever it needs; nothing of the run depends on it
         print(f"TensorBoard is installed but does not work here ({type(e).__name__}: {e}); {run}/metrics.jsonl has "
               "all that it would show", flush=True)
@@ -257,7 +264,7 @@ def plot_run(
                                     sum(len(s.splitlines()) for s in said))
         for ax,draw in zip(axs, panels): draw(ax)
         if said: fig.text(.01, .005, '\n'.join(said), fontsize=7.5)
-        (Path(run)/'figures').mkdir(exist_ok=True)
-        fig.savefig(Path(run)/'figures'/'run.png')
+        own_folder(Path(run)/'figures')
+        save_figure(fig, Path(run)/'figures'/'run.png')
         plt.close(fig)
     return fig

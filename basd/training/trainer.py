@@ -31,7 +31,7 @@ from ..methods.objective import Needs, Progress, Target, find_objective
 from ..methods.symptoms import symptoms
 from ..models.students import save_student
 from .cached import CachedTeacher, refuse_moving
-from .checkpoints import hold_run, last_state, load, note, rng_state, save, set_rng_state, start_run
+from .checkpoints import go_on, hold_run, last_state, load, note, rng_state, save, set_rng_state, start_run
 from .faults import NonFiniteLoss, in_a_sentence, in_words, look_again
 from .lesson import (Lesson, autocast, build_student, build_teacher, check_compiler, clip_and_flag, described,
                                   dry_run, evaluate, everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on,
@@ -399,7 +399,12 @@ def start(self:Trainer,
         self.kept.build(progress=progress_bar if self.bars else None) # all ranks, as they wait for each other there
     self.clock = self.began = time.perf_counter()
     offset = self.restore() if resume else 0
-    self.log = Log(self.run, offset) if rank() == 0 else None
+    if rank() == 0:
+        self.log = Log(self.run, offset, self.step if resume else None)
+        new = go_on(self.run, self.recipe, self.step) if resume and self.step else []
+        if new: print(f"basd: {self.run} goes on under another {'; '.join(new)} (before, now), so its steps from here on "
+                      "need not be those of an undisturbed run", file=sys.stderr, flush=True)
+    else: self.log = None
     self.arrange()
     self.start_readers()
     self.note_statistics()
@@ -580,8 +585,9 @@ def end_epoch(self:Trainer,
 @patch
 def tell_symptoms(self:Trainer):
     "Log and print what has newly gone wrong with the run"
-    known = {r['name'] for r in read_log(self.run, 'symptom')}
-    for s in symptoms(read_log(self.run, 'step'), known=known):
+    rows = lambda kind: [r for r in self.log.rows if r['kind'] == kind]
+    known = {r['name'] for r in rows('symptom')}
+    for s in symptoms(rows('step'), known=known):
         self.log.write(dict(kind='symptom', step=s.step, name=s.name, text=s.sentence))
         print(f"{self.recipe.name or 'run'}: {s.sentence}", flush=True)
 

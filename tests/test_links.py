@@ -1,0 +1,65 @@
+"""No command writes through a link that lies in a run directory: what it leads to stays as it was"""
+import os
+import shutil
+
+import pytest
+from conftest import TINY
+
+from basd.training.cli import main
+
+CE = ["train", "basd_cifar10", *TINY, "data.train_size=64", "data.val_size=20", "train.epochs=1", "train.ema=null",
+      "train.warmup_epochs=0", "method.name=ce"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished")/"run"
+    assert main([*CE, "--run-dir", str(run)]) == 0
+    assert main(["evaluate", str(run), "--corrupted", "0"]) == 0
+    return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path); return tmp_path
+
+
+def outside(here, run, hard=False):
+    "Every file that a run writes becomes a link to a treasure outside; names → treasures"
+    names = [str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()]
+    for i, name in enumerate(names):
+        treasure = here/"outside"/str(i)
+        treasure.parent.mkdir(exist_ok=True)
+        shutil.copy(run/name, treasure)
+        (run/name).unlink()
+        os.link(treasure, run/name) if hard else (run/name).symlink_to(treasure)
+    return {p.name: p.read_bytes() for p in (here/"outside").iterdir()}
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("words", [["resume", "run"], ["evaluate", "run", "--corrupted", "0"]], ids=lambda w: w[0])
+def test_files(words, hard, finished, here, capsys):
+    shutil.copytree(finished, here/"run")
+    (here/"run"/"result.json").unlink()
+    before = outside(here, here/"run", hard)
+    status = main(words)
+    assert {p.name: p.read_bytes() for p in (here/"outside").iterdir()} == before
+    assert status == 0 or "is a link" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "figures", "tensorboard"])
+def test_each(name, finished, here, capsys):
+    "... and each that is written in place or holds what is written is named; a pipe, too, which would wait for ever"
+    shutil.copytree(finished, here/"run")
+    (here/"run"/"result.json").unlink()
+    at, there = here/"run"/name, here/"outside"
+    if name == "tensorboard": pytest.importorskip("tensorboard")
+    if at.is_dir(): at.rename(there)
+    else: there.write_bytes(at.read_bytes())
+    at.unlink(missing_ok=True) if not at.is_dir() else None
+    at.symlink_to(there)
+    kept = sorted(p.name for p in there.iterdir()) if there.is_dir() else there.read_bytes()
+    assert main(["resume", "run"]) == 2 and f"{name} is a link" in capsys.readouterr().err
+    assert kept == (sorted(p.name for p in there.iterdir()) if there.is_dir() else there.read_bytes())
+    if name == ".lock":
+        at.unlink(); os.mkfifo(at)
+        assert main(["resume", "run"]) == 2 and "no regular file" in capsys.readouterr().err
