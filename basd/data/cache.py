@@ -168,7 +168,7 @@ def open_own(
         if f is not None: os.close(f)
         raise ValueError(f"{p} is a link or no regular file, and what is written there might go elsewhere; "
                          "put a copy in its place, or remove it")
-    return open(path, mode, opener=opener)
+    return open(path, mode, encoding=None if 'b' in mode else 'utf-8', opener=opener)
 
 # %% ../../nbs/data/53_cache.ipynb #0c5754c8
 def own_folder(

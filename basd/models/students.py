@@ -102,8 +102,8 @@ def save_student(
     folder, config = Path(folder), export_config(student)
     # each with memory of its own: weights that the model shares are written under each of their names
     state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in student.model.state_dict().items()}
-    (folder/'student.safetensors').write_bytes(serialize(state))
-    (folder/'student.json').write_text(config, encoding='utf-8')
+    write_atomic(folder/'student.safetensors', lambda p: p.write_bytes(serialize(state)))
+    write_atomic(folder/'student.json', lambda p: p.write_text(config, encoding='utf-8'))
 
 # %% ../../nbs/models/42_students.ipynb #5f6b52e5
 class StoredArguments(ValueError): "A stored student asks for more than a student needs"
@@ -125,14 +125,6 @@ def check_stored(
     if bad: raise StoredArguments(f"{path} asks for {bad[0]}, which a stored student may not; "
                                   "export the student again, or load its weights yourself")
     return config
-    folder, args = Path(folder), dict(student.model_args)
-    config = dict(architecture=student.architecture, num_classes=args.pop('num_classes', None), model_args=args,
-                  input_size=list(student.input_size),
-                  **({} if getattr(student, 'label_names', None) is None else dict(label_names=list(student.label_names))),
-                  mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist())
-    weights = {k: v.detach().cpu().contiguous() for k,v in student.model.state_dict().items()}
-    write_atomic(folder/'student.safetensors', lambda p: save_file(weights, p))
-    write_atomic(folder/'student.json', lambda p: p.write_text(json.dumps(config, indent=1), encoding='utf-8'))
 
 # %% ../../nbs/models/42_students.ipynb #ed7efea4
 def read_config(

@@ -130,7 +130,6 @@ class Worker:
                 'from basd.training.compare import serve; serve(sys.argv[1], sys.argv[2] or None)')
         path = [str(Path(basd.__file__).parent.parent), *filter(None, sys.path)]
         self.folder, self.run = folder, None
-        with open(log_file(folder, run.name), 'a', encoding='utf-8') as f:
         with open_own(log_file(folder, run.name)) as f:
             self.process = subprocess.Popen([sys.executable, '-c', code, str(folder), device or '', *path],
                                             stdin=subprocess.PIPE, stdout=f, stderr=f, text=True,
@@ -174,7 +173,6 @@ def serve(
     "What a worker does: settle the runs whose names come in, until there are no more or it is asked to stop"
     folder = Path(folder)
     for name in map(str.strip, sys.stdin):
-        with open(log_file(folder, name), 'a', encoding='utf-8') as f:
         with open_own(log_file(folder, name)) as f:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
