@@ -120,9 +120,9 @@ def settle(run, whole, rows, race):
 
 
 SIGNALS = 20            # moments a number of ranks
-def signals(race, chance, minutes, tmp):
+def signals(race, chance, minutes, tmp, of=(1, 2)):
     "Stop runs at random moments by signals to their process group"
-    for ranks in (1, 2):
+    for ranks in of:
         words, at = [*TRAIN, "data.workers=2"], lambda name: Path(tmp)/f"{ranks}-ranks"/str(name)/"run"
         calm, start = at("calm"), time.time()
         calm.mkdir(parents=True)
@@ -153,12 +153,13 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--minutes", type=float, default=12, help="no new kill after so long (default 12)")
     p.add_argument("--signals", action="store_true", help="SIGTERM and SIGINT to the process group instead")
+    p.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of the runs that get signals (default 1 2)")
     p.add_argument("--out")
     args = p.parse_args()
     out = args.out or ROOT/"experiments"/"results"/("signals.json" if args.signals else "kill.json")
-    chance, race = random.Random(args.seed), Race(out, args.seed, 2*SIGNALS if args.signals else sum(SHARES.values()))
+    chance, race = random.Random(args.seed), Race(out, args.seed, len(args.ranks)*SIGNALS if args.signals else sum(SHARES.values()))
     if args.signals:
-        with tempfile.TemporaryDirectory() as tmp: signals(race, chance, args.minutes, tmp)
+        with tempfile.TemporaryDirectory() as tmp: signals(race, chance, args.minutes, tmp, args.ranks)
         return told(race)
     with tempfile.TemporaryDirectory() as tmp:
         for name, plan in draw(chance).items():
