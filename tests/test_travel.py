@@ -71,3 +71,21 @@ def test_read_only(copy, capsys, monkeypatch):
     assert main(["evaluate", str(copy/"basd"), "--quick"]) == 0
     said = capsys.readouterr()
     assert "top-1" in said.out and "read-only file system" in said.err
+
+
+def test_a_first_step_that_is_refused(tmp_path, monkeypatch, capsys):
+    "... leaves nothing in the way of the mended command, with stages or without"
+    from basd.training.trainer import Trainer
+    monkeypatch.chdir(tmp_path)
+    well = Trainer.optimize
+    def refuse(self, batches): raise ValueError("refused")
+    for words in (["quickstart", *WORDS], ["ce.yaml"]):
+        (tmp_path/"ce.yaml").write_text("data: {train_size: 64, val_size: 20, batch_size: 32, workers: 0}\n"
+                                        "student: {img_size: 16, patch_size: 4, depth: 2, width: 32, heads: 2}\n"
+                                        "train: {epochs: 1, warmup_epochs: 0}")
+        monkeypatch.setattr(Trainer, "optimize", refuse)
+        monkeypatch.setattr("basd.training.cli.ours", lambda e: True)
+        assert main(["train", *words, "--run-dir", "run"]) == 2 and "refused" in capsys.readouterr().err
+        assert not (tmp_path/"run").exists()
+    monkeypatch.setattr(Trainer, "optimize", well)
+    assert main(["train", "ce.yaml", "--run-dir", "run"]) == 0

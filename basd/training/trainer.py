@@ -31,7 +31,7 @@ from ..methods.objective import Needs, Progress, Target, find_objective
 from ..methods.symptoms import symptoms
 from ..models.students import save_student
 from .cached import CachedTeacher, refuse_moving
-from .checkpoints import go_on, hold_run, last_state, load, note, rng_state, save, set_rng_state, start_run
+from .checkpoints import forget_start, go_on, hold_run, last_state, load, note, rng_state, save, set_rng_state, start_run
 from .faults import NonFiniteLoss, in_a_sentence, in_words, look_again
 from .lesson import (Lesson, autocast, build_student, build_teacher, check_compiler, clip_and_flag, described,
                                   dry_run, evaluate, everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on,
@@ -53,10 +53,20 @@ class Trainer:
         self.recipe, self.run, self.device, self.t = recipe, Path(run), torch.device(device), recipe.train
         self.bars = rank() == 0 and (interactive() if bars is None else bars)
         if self.t.compile: check_compiler(self.device)
-        with in_words(self.run):
+        with in_words(self.run), self.taken_back():
             self.build_data()
             self.build_models()
             self.start(resume)
+
+# %% ../../nbs/training/65_trainer.ipynb #38a91f0a
+@patch
+@contextmanager
+def taken_back(self:Trainer):
+    "Leave no run behind that is refused before it has made a step"
+    try: yield
+    except ValueError:
+        if getattr(self, 'fresh', False) and self.step == 0: forget_start(self.run)
+        raise
 
 # %% ../../nbs/training/65_trainer.ipynb #6a73f572
 def interactive()->bool:
@@ -381,12 +391,14 @@ def start(self:Trainer,
     resume:bool,
 ):
     "Open the run directory and set up, or take up, the state of the run"
+    self.step = 0
     if rank() == 0:
         marks = dict(train=self.images.fingerprint(), test=self.test.fingerprint())
         notes, made_of = notes_on(self.images, self.test, marks), self.made_of()
+        fresh = not (self.run/'recipe.yaml').is_file()
         start_run(self.run, self.recipe, resume, marks, made_of | (dict(notes=notes) if notes else {}), self.images.classes)
         for line in (*in_lines(made_of), *notes): print(f"{self.recipe.name or 'run'}: {line}", flush=True)
-        self.lock = hold_run(self.run)
+        self.lock, self.fresh = hold_run(self.run), fresh
     if world() > 1: dist.barrier()
     # `done`: epochs evaluated
     self.step, self.done, self.best, self.before, self.comment = 0, 0, dict(top1=-1., epoch=-1), 0., ''
@@ -470,7 +482,7 @@ def train(self:Trainer)->dict|None: # the result, also in `result.json`; None if
     first, self.from_here = self.done, (self.step, time.perf_counter())
     epochs = range(first, self.t.epochs)
     if self.bars: epochs = master_bar(epochs)
-    with in_words(self.run), on_stop(lambda: setattr(self, 'stopping', True)):
+    with in_words(self.run), self.taken_back(), on_stop(lambda: setattr(self, 'stopping', True)):
         if self.fatal.item() >= 0: self.give_up(saved=True)     # resumed where nothing is to be gone on with
         try:
             for epoch in epochs:
