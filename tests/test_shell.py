@@ -74,3 +74,12 @@ def test_a_terminal_without_utf8_gets_question_marks():
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout.strip()) == (0, "accuracy a ? b"), done.stderr
+
+
+def test_a_rank_that_is_no_number(tmp_path, capsys, monkeypatch):
+    "Whatever the launcher left in the environment: one sentence, and no run is begun"
+    monkeypatch.setenv("RANK", "x")
+    assert run_tiny(tmp_path) == 2 and main(["compare", "hinton", "--folder", str(tmp_path/"race")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("basd: RANK='x' in the environment should be a whole number") == 2 and "Traceback" not in err
+    assert not [*tmp_path.iterdir()]

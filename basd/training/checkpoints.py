@@ -106,7 +106,7 @@ def set_rng_state(
 # %% ../../nbs/training/61_checkpoints.ipynb #e62ed1f1
 may_change = ('name', 'about', 'paper',                                     # words
               'data.source', 'data.root', 'data.download',                  # places; the images have fingerprints
-              'data.workers', 'data.memory',                                # how they are read
+              'data.workers', 'data.memory', 'train.rank_timeout',          # how they are read, and waited for
               'teacher.cache', 'train.save_every')                          # what is kept, and when
 
 # %% ../../nbs/training/61_checkpoints.ipynb #03eefccf

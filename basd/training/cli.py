@@ -24,6 +24,7 @@ import basd
 from .checkpoints import forget_start, read_run, start_run, start_stages
 from .faults import NonFiniteLoss
 from ..models.teachers import check_name
+from .ranks import launched
 from .recipes import Recipe, at_home, check_teachers, load_recipe, read_recipe, recipe_names
 from .lesson import open_data, processes, rank
 from .trainer import Stopped, Trainer, on_stop
@@ -47,7 +48,7 @@ def train(
     trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
 )->dict:                  # stage → result; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
-    aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not int(os.environ.get('RANK', 0)) else None
+    aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not launched().rank else None
     with on_stop(stopped) as asked:
         stages = load_recipe(at_home(recipe), overrides, trust, aloud)
         check_device(device)
@@ -352,13 +353,13 @@ def judge(
     from basd.training.reports import OtherClasses, evaluate, look, summary, write_evaluation # neither are these
     try: found = evaluate(args.run_dir, args.weights, args.device, args.on, args.trust, keep=False)
     except OtherClasses as e: found = print(f'basd: {e}', file=sys.stderr) or {}
-    if int(os.environ.get('RANK', 0)): return                       # one rank speaks for all
+    if launched().rank: return                       # one rank speaks for all
     for name,r in found.items():
         print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  "
               f"cross-entropy {r['loss']:.4f}  ({r['n']} images{_of_some(r)})")
     try: found and write_evaluation(args.run_dir, found, args.on)
     except OSError as e: complain(e); return                        # what may not be written to is judged all the same
-    if args.quick or 'RANK' in os.environ and int(os.environ.get('WORLD_SIZE', 1)) > 1: return
+    if args.quick or launched().world > 1: return
     print(summary(look(args.run_dir, 'headline' if args.weights == 'all' else args.weights, args.device, args.on,
                        args.corrupted, trust=args.trust)))
 
