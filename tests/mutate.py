@@ -138,13 +138,13 @@ def run_page(path):
 def run_tests(words):
     "Run test files in this process; what went wrong, or None"
     import pytest
-    class Failed(list):
+    failed = []
+    class Failed:
         def pytest_runtest_logreport(self, report):
-            if report.failed: self.append(report.nodeid.split("::")[-1])
+            if report.failed: failed.append(report.nodeid.split("::")[-1])
         def pytest_collectreport(self, report):
-            if report.failed: self.append(f"{report.nodeid} cannot be collected")
-    failed = Failed()
-    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *words], plugins=[failed])
+            if report.failed: failed.append(f"{report.nodeid} cannot be collected")
+    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *words], plugins=[Failed()])
     return None if status == 0 else failed[0] if failed else f"status {status}"
 
 
