@@ -236,7 +236,6 @@ ARGUMENTS = [
     ([*TRAIN, "student.checkpoint=nowhere.pth"], "nowhere.pth"), ([*TRAIN, "student.kwargs={colour: red}"], "colour"),
     ([*TRAIN, "student.kwargs={norm_layer: 7}"], "norm_layer"), ([*TRAIN, "student.heads=3"], "heads=3"),
     ([*TRAIN, "student.patch_size=32"], "patches of 32"), ([*TRAIN, "teacher.img_size=31"], "patches of 8"),
-    ([*TRAIN, "student.model=deit_tiny_distilled_patch16_224"], "distillation head"),
     ([*TRAIN, "method.points=[0, 7]"], "7"), ([*TRAIN, "method.points=[0, x]"], "x"),
     ([*TRAIN, "method.selector.rank=24"], "24"),
     ([*TRAIN, "data.batch_size=33", "train.accumulate=2"], "multiple of 2"),

@@ -162,8 +162,10 @@ def loss_makers(self:BASD)->dict: # name → function that makes the module
 @patch
 def attention_missing(self:BASD)->str: # '' if nothing is
     "Why attention cannot be compared, in words"
-    for who,heads in dict(student=self.student.heads, teacher=self.teacher.heads).items():
-        if None in heads: return f"layer {heads.index(None)} of the {who}'s tapped layers has no global attention"
+    for who,s in dict(student=self.student, teacher=self.teacher).items():
+        i = s.heads.index(None) if None in s.heads else None
+        if i is not None:
+            return f"layer {i} of the {who}'s tapped layers has {s.unread and s.unread[i] or 'no attention'}"
     if (self.options.losses.attn.scope != 'all_layers' and len(set(self.teacher.heads)) > 1
             or len(set(self.teacher.tokens)) > 1):
         return "the teacher's layers differ in heads or tokens, so their maps cannot be mixed"

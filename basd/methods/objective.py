@@ -50,7 +50,7 @@ class Needs:
     attention:bool=False    # keep queries and keys of those layers
     teacher:bool=False      # run the teacher at all
     logits:bool=False       # compare the teacher's logits with the student's: both must be of the same classes
-    distilled:bool=False    # train the student's second, distillation head; a student that has one is refused otherwise
+    distilled:bool=False    # train the student's second, distillation head; else the mean of both heads is one classifier
     twins:bool=False        # every image twice in a batch, the second half showing the first again in other views
 
 # %% ../../nbs/methods/30_objective.ipynb #6a8f36c9
@@ -62,13 +62,14 @@ class Shapes:
     grids:list    # (height, width) or None
     heads:list    # H, or None for a layer without attention
     members:list|None=None # `Shapes` of each, where several models were asked
+    unread:list|None=None  # why a layer has no attention, in words
 
     @classmethod
     def of(cls,
         features:Features, # of a dry run
     ): return cls([x.shape[-1] for x in features.tokens], [x.shape[-2] for x in features.tokens], list(features.grids),
                   [None if a is None else a.heads for a in features.attention],
-                  None if features.members is None else [cls.of(f) for f in features.members])
+                  None if features.members is None else [cls.of(f) for f in features.members], features.unread)
 
 # %% ../../nbs/methods/30_objective.ipynb #3404b7c7
 class Objective(nn.Module):

@@ -45,6 +45,8 @@ def create_student(
     checkpoint_key:str|None=None, # of the dictionary to take from it, where it has several
     points=None,                  # extraction points, as `layers` of `Tapped`; None: `default_points`, []: none
     attention:bool=True,          # keep queries and keys of the extraction points
+    prefix:int|None=None,         # class and register tokens; None: worked out
+    grid:tuple|None=None,         # (rows, columns) of the patches; None: worked out
     mean=None,                    # of each channel of images in [0, 1]; None: the model's own
     std=None,                     # likewise
     **kwargs,                     # of `timm.create_model`
@@ -61,7 +63,7 @@ def create_student(
     m, args = build(model, pretrained, num_classes=num_classes, **args)
     taken = None if checkpoint is None else load_weights(m, checkpoint, True, checkpoint_key)
     if ':' in model: model = (m.pretrained_cfg or {}).get('architecture') # its name without the hub
-    student = student_of(m, model, args, points, attention, img_size, mean, std)
+    student = student_of(m, model, args, points, attention, img_size, prefix, grid, mean, std)
     student.origin = origin_of(m, pretrained, taken)
     return student
 
@@ -73,13 +75,15 @@ def student_of(
     points=None,             # extraction points; None: `default_points`, []: none
     attention:bool=True,
     img_size:int|None=None,  # pixels; None: the model's own
+    prefix:int|None=None,    # class and register tokens; None: worked out
+    grid:tuple|None=None,    # (rows, columns) of the patches; None: worked out
     mean=None,               # of each channel of images in [0, 1]; None: the model's own, for a foreign one ImageNet's
     std=None,                # likewise
 )->Tapped:
     "Tap a model that is there already; your own `nn.Module` too"
     config = input_config(model, mean, std)
     t = Tapped(model, default_points(len(layer_names(model))) if points is None else points, attention,
-               config['mean'], config['std'])
+               config['mean'], config['std'], prefix, grid=grid)
     t.input_size = (3, *(2*(img_size,) if img_size else config['input_size'][1:]))
     t.architecture, t.model_args = architecture, dict(model_args or {})
     return t
@@ -184,7 +188,7 @@ def load_student(
     m, args = build(c['architecture'], num_classes=c['num_classes'], **c['model_args'])
     taken = load_weights(m, weights)
     student = student_of(m, c['architecture'], args, layers, attention, c['input_size'][-1],
-                         c.get('mean'), c.get('std'))
+                         mean=c.get('mean'), std=c.get('std'))
     student.origin, student.label_names = origin_of(m, False, taken), c.get('label_names')
     return student
 

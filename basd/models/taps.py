@@ -736,10 +736,12 @@ def compare(
     maps, kept = _intermediates(part, seen[0], {n: model.get_submodule(n) for n in names if n.startswith(at)})
     if not maps: return {}
     found = {n: _reading(kept.get(n, []), maps) for n in names}
-    for n in set(layer_names(model)) & {n for n in names if found[n] is None}:
-        raise ValueError(f"{n} of {type(part).__name__} returns {[tuple(t.shape) for t,_ in kept.get(n, [])] or 'nothing'}, and none of it is "
-                         f"one of the model's own maps (forward_intermediates: {[tuple(m.shape) for m in maps]}); tap modules inside "
-                         "by their dotted names, or say how to read it (prefix=, grid=, channels_last=)")
+    n = next((n for n in layer_names(model) if n in names and found[n] is None), None)
+    if n is not None:
+        raise ValueError(f"{n} of {type(part).__name__} returns {[tuple(t.shape) for t,_ in kept.get(n, [])] or 'nothing'}, "
+                         "and none of it is one of the maps that the model's own forward_intermediates gives "
+                         f"({[tuple(m.shape[1:]) for m in maps]}); tap modules inside by their dotted names, "
+                         "or say how to read it (prefix=, grid=, channels_last=)")
     return {n: r for n,r in found.items() if r is not None}
 
 # %% ../../nbs/models/40_taps.ipynb #7e317f19

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wrappings', 'wrappers', 'prefixes', 'Teacher', 'frozen', 'Unread', 'UnreadDict', 'read_pickle', 'read_weights',
            'stripped', 'load_weights', 'Fit', 'check_name', 'check_arguments', 'check_patches', 'build', 'check_head',
-           'origin_of', 'input_config', 'create_teacher', 'Several']
+           'origin_of', 'input_config', 'create_teacher', 'refuse_shared', 'Several']
 
 # %% ../../nbs/models/41_teachers.ipynb #5c1bb8e6
 import difflib
@@ -339,6 +339,8 @@ def create_teacher(
     mean=None,               # of each channel of images in [0, 1], as the weights were trained; None: the model's own
     std=None,                # likewise
     untrained:bool=False,    # True: random weights are meant, so do not warn of them
+    prefix:int|None=None,    # class and register tokens; None: worked out
+    grid:tuple|None=None,    # (rows, columns) of the patches; None: worked out
     **kwargs,                # of `timm.create_model`
 )->Teacher:
     "A frozen teacher by name"
@@ -352,10 +354,22 @@ def create_teacher(
         warnings.warn(f"{model} teaches without trained weights; give pretrained=True or a checkpoint, "
                       "or untrained=True if that is meant", stacklevel=2)
     config = input_config(m, mean, std)
-    t = Tapped(m, layers, attention, config['mean'], config['std'])
+    t = Tapped(m, layers, attention, config['mean'], config['std'], prefix, grid=grid)
     t.input_size = (3, *(2*(img_size,) if img_size else config['input_size'][1:]))
     t.architecture, t.model_args, t.origin = model, args, origin_of(m, pretrained, taken)
     return frozen(t)
+
+# %% ../../nbs/models/41_teachers.ipynb #d3c1d602
+def refuse_shared(
+    student:nn.Module,
+    teacher:nn.Module|None,
+):
+    "Refuse a teacher and a student with a parameter in common"
+    mine = {id(p): n for n,p in student.named_parameters()}
+    shared = next((mine[id(p)] for p in (teacher.parameters() if teacher is not None else ()) if id(p) in mine), None)
+    if shared:
+        raise ValueError(f"teacher and student share the parameter {shared}, and a teacher's parameters do not change; "
+                         "give the teacher a copy (copy.deepcopy)")
 
 # %% ../../nbs/models/41_teachers.ipynb #d3d77a96
 class Several(nn.Module):

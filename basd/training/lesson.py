@@ -201,14 +201,11 @@ def build_student(
               else needs.points)
     with fetching(recipe):
         student = create_student(num_classes=classes, points=points, attention=needs.attention, **options, **s.kwargs)
-    second = getattr(student.model, 'set_distilled_training', None)
-    if needs.distilled and second is None:
+    two = getattr(student.model, 'head_dist', None) is not None
+    if needs.distilled and not two:
         raise ValueError(f"student.model={s.model!r} has no distillation head, which the method trains; "
                          "use one that has, as deit_tiny_distilled_patch16_224")
-    if second is not None and not needs.distilled:
-        raise ValueError(f"student.model={s.model!r} has a distillation head that method {recipe.method.name!r} "
-                         "does not train, and evaluation averages both heads; use a model with one head")
-    if second is not None: second(True)
+    if needs.distilled: student.model.set_distilled_training(True)
     export_config(student)                                  # what would fail at the end fails here
     return student
 
@@ -337,6 +334,8 @@ def make_optimizer(
 )->torch.optim.Optimizer:
     "A fused optimizer over timm's parameter groups, or one with two momenta"
     t = recipe.train
+    if not any(p.requires_grad for p in lesson.student.parameters()):
+        raise ValueError("the student has no parameter to train; is it the teacher's module too, or was it frozen?")
     groups = param_groups_weight_decay(lesson, t.weight_decay, no_weight_decay_list=lesson.no_weight_decay())
     if t.momenta_apart is not None:
         if t.optimizer != 'sgd':

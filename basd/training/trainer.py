@@ -33,6 +33,7 @@ from ..models.students import save_student
 from .cached import CachedTeacher, refuse_moving
 from .checkpoints import forget_start, go_on, hold_run, last_state, load, note, rng_state, save, set_rng_state, start_run
 from .faults import NonFiniteLoss, in_a_sentence, in_words, look_again
+from ..models.teachers import refuse_shared
 from .lesson import (Lesson, autocast, build_student, build_teacher, check_compiler, clip_and_flag, described,
                                   dry_run, evaluate, everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on,
                                   open_data,
@@ -107,6 +108,7 @@ def build_models(self:Trainer):
     student.label_names = self.names
     self.teacher = build_teacher(r, needs, self.names)
     if self.teacher is not None: self.teacher = self.teacher.to(self.device)
+    refuse_shared(student, self.teacher)
     self.size_s, self.size_t = input_size(student), None if self.teacher is None else input_size(self.teacher)
     torch.manual_seed(self.t.seed + 1)
     objective = find_objective(r.method.name)(r.method.options, dry_run(student, self.device),
