@@ -31,7 +31,7 @@ TRY = {
 # words that are checked where they are used
 WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch"), "spectral.align": ("truncate", "pool"),
          "spectral.reduction": ("sum", "mean"), "rel.form": ("direction", "gram", "smooth_l1"),
-         "spectral.form": ("svd", "batch", "moments"), "balance.form": ("reference", "paper", "original", "fixed"),
+         "spectral.form": ("svd", "batch", "moments"), "balance.form": ("reference", "equal", "paper", "original", "fixed"),
          "gram.form": ("squared", "norm"), "cka.rows": ("token", "image", "within")}
 # what rightly changes nothing in this small lesson, and why
 EXPLAINED = {

@@ -67,17 +67,17 @@ class Balance(nn.Module):
         names,                        # of the losses, in order
         starts:dict|None=None,        # name → start of its ramp as a share of the warm-up; no ramps if None
         fraction:float=.1,            # warm-up as a share of all steps
-        form:str='reference',         # "reference", "paper", "original" or "fixed"
+        form:str='reference',         # "reference", "equal", "paper", "original" or "fixed"
         temperature:float|None=None,  # T; 1 for "reference", else 2
         u_max:float=1.5,              # how far below its trend a loss may seem to be
         beta:float=.99,               # memory of the reference
         floor:float=.25,              # smallest divisor, relative to the first level
-        settle:int=50,                # active steps whose mean is the first level
+        settle:int=50,                # active forward passes whose mean is the first level
         weights:dict|None=None,       # of form "fixed"; all equal if None
     ):
         super().__init__()
-        if form not in ('reference', 'paper', 'original', 'fixed'):
-            raise ValueError(f"form={form!r}; choose 'reference', 'paper', 'original' or 'fixed'")
+        if form not in ('reference', 'equal', 'paper', 'original', 'fixed'):
+            raise ValueError(f"form={form!r}; choose 'reference', 'equal', 'paper', 'original' or 'fixed'")
         for what,given in (('starts', starts or {}), ('weights', weights or {})):
             if set(given) - set(names):
                 raise ValueError(f"{what} names {min(set(given) - set(names))!r}, which is no loss; "
@@ -86,9 +86,11 @@ class Balance(nn.Module):
             raise ValueError(f"weights leaves out {min(set(names) - set(weights))!r}; give one of each loss")
         if weights and form != 'fixed':
             raise ValueError(f"weights are for form='fixed'; form={form!r} makes its own")
-        if form != 'reference':
-            belongs(Balance, "form='reference'", repr(form), u_max=u_max, beta=beta, floor=floor, settle=settle)
-        if form == 'fixed': belongs(Balance, 'forms that make weights', repr(form), temperature=temperature)
+        if form != 'reference': belongs(Balance, "form='reference'", repr(form), u_max=u_max)
+        if form not in ('reference', 'equal'):
+            belongs(Balance, "form='reference' and 'equal'", repr(form), beta=beta, floor=floor, settle=settle)
+        if form in ('equal', 'fixed'):
+            belongs(Balance, 'forms that make weights', repr(form), temperature=temperature)
         for what,v,ok in (('temperature', temperature, temperature is None or temperature > 0),
                           ('u_max', u_max, u_max > 0),
                           ('settle', settle, settle > 0)):
@@ -137,6 +139,7 @@ def weigh(self:Balance,
         u = torch.where(running, 1/(self.temperature*ramped.clamp(min=1e-8)), -torch.inf)
         return one, torch.where(running, torch.nan_to_num(u.softmax(-1)), 0.)*running.sum()
     trend, r = self.reference(losses, active)
+    if self.form == 'equal': return r, one/len(self.names)
     u = torch.where(active, (trend/losses.clamp(min=1e-12)).clamp(max=self.u_max), 1.)
     return r, (u/self.temperature).softmax(-1)
 

@@ -49,8 +49,8 @@ class Meter:
 
 # %% ../../nbs/training/62_metrics.ipynb #7553ad4f
 class Sentinel:
-    "Remembers on the device when a part of the loss was first not finite, and how many steps were bad"
-    def __init__(self, device='cpu'): self.first, self.bad = {}, torch.zeros((), device=device)
+    "Remembers on the device when a part of the loss was first not finite"
+    def __init__(self): self.first = {}
 
     @torch.no_grad()
     def watch(self,
@@ -62,11 +62,10 @@ class Sentinel:
         for k,b in zip(parts, bad):
             first = self.first.get(k, torch.full((), -1., device=b.device))
             self.first[k] = torch.where(b & (first < 0), float(step), first)
-        self.bad += bad.any()
 
-    def read(self)->tuple: # (number of bad steps, {part: first bad step})
+    def read(self)->dict: # part → first bad step
         "What was seen so far; waits for the device"
-        return int(self.bad.item()), {k: int(v) for k,v in self.first.items() if v >= 0}
+        return {k: int(v) for k,v in self.first.items() if v >= 0}
 
 # %% ../../nbs/training/62_metrics.ipynb #5165205f
 class Log:

@@ -320,8 +320,7 @@ def save(self:Trainer,
         save(dict(step=self.step, done=self.done, lesson=self.lesson.state_dict(),
                   ema=self.ema and self.ema.module.state_dict(), optimizer=self.optimizer.state_dict(), rng=states,
                   best=self.best, meter=self.meter.state_dict(),
-                  sentinel=dict(first=self.sentinel.first, bad=self.sentinel.bad,
-                                skipped=self.skipped, fatal=self.fatal),
+                  sentinel=dict(first=self.sentinel.first, skipped=self.skipped, fatal=self.fatal),
                   offset=self.log.offset, elapsed=self.elapsed(), planned=self.planned),
              self.run/name, keep='previous.pt' if name == 'last.pt' else None)
 
@@ -353,8 +352,7 @@ def restore(self:Trainer)->int: # bytes of the log that the checkpoint knows of
     on = lambda tree: {k: v.to(self.device) if isinstance(v, Tensor) else v for k,v in tree.items()}
     self.meter.load_state_dict({k: on(v) for k,v in state['meter'].items()})
     seen = on(state['sentinel'])
-    self.sentinel.first, self.sentinel.bad, self.skipped, self.fatal = (
-        on(seen['first']), seen['bad'], seen['skipped'], seen['fatal'])
+    self.sentinel.first, self.skipped, self.fatal = on(seen['first']), seen['skipped'], seen['fatal']
     set_rng_state(state['rng'][rank()])
     return state['offset']
 
@@ -405,7 +403,7 @@ def start(self:Trainer,
     # `done`: epochs evaluated
     self.step, self.done, self.best, self.before, self.comment = 0, 0, dict(top1=-1., epoch=-1), 0., ''
     # `planned`: epoch → choice of its images, since the last row
-    self.meter, self.sentinel, self.stopping, self.planned = Meter(), Sentinel(self.device), False, {}
+    self.meter, self.sentinel, self.stopping, self.planned = Meter(), Sentinel(), False, {}
     # bad steps, the one too many or −1, random states since the last row
     self.skipped, self.fatal, self.drawn = *torch.tensor([0, -1], device=self.device), {}
     if self.kept is not None:
