@@ -202,7 +202,7 @@ def test_torchvision(name, layers):
     size = 224 if name == 'maxvit_t' else 64
     model, x = getattr(torchvision.models, name)(num_classes=4, **more).eval(), torch.randn(1, 3, size, size)
     tapped, seen = Tapped(model, layers), {}
-    handles = [model.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: seen.setdefault(n, o.clone())) for n in tapped.names]
+    handles = [model.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: (seen.setdefault(n, o.clone()), None)[1]) for n in tapped.names]
     with torch.no_grad():
         tapped.probe(x)
         seen.clear(); f = tapped(x)
