@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageFile
 from timm.data import create_dataset
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as F
 
 from .pictures import MAX_PIXELS, decode
@@ -226,7 +226,7 @@ def open_digits(
     x = F.resize(x, [32, 32], antialias=True).round().to(torch.uint8)                               # (1797, 1, 32, 32)
     keep = holdout(len(x), data.target, .2)[split == 'test']
     y = torch.tensor(data.target)[keep]
-    return Source(list(zip(x[keep], y)), y, data.target_names, f"digits/{split}")
+    return Source(TensorDataset(x[keep], y), y, data.target_names, f"digits/{split}")
 
 # %% ../../nbs/data/50_sources.ipynb #3efb4a9c
 _train = ('train', 'training')
@@ -598,7 +598,7 @@ def feed(self:Source,
     files = getattr(self.dataset, 'samples', None)                            # of its folders
     if isinstance(files, list) and len(files) == len(self):
         return _feed_files(h, [str(f[0]) for f in files], str(getattr(self.dataset, 'root', '')), most)
-    if not isinstance(self.dataset, (list, tuple)): return 'sample'
+    if not isinstance(self.dataset, (list, tuple, TensorDataset)): return 'sample'
     return 'content' if all([_feed_raw(h, x) for x,_ in self.dataset]) else 'sample'
 
 # %% ../../nbs/data/50_sources.ipynb #57dfccbb
