@@ -13,10 +13,13 @@ import signal
 def start()->int: # exit status
     "The command in a process of its own"
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours: signal.signal(signal.SIGINT, signal.SIG_DFL)          # an end without a word while torch is imported
+    def load():
+        "Import torch and what needs it; an interrupt meanwhile is an end without a word"
+        if ours: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        import basd.training.trainer                               # noqa: F401
+        if ours: signal.signal(signal.SIGINT, signal.default_int_handler)
     from basd.training.cli import main
-    if ours: signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = main()
+    status = main(load=load)
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)      # all is done; the same one again
     return status
 

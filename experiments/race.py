@@ -20,7 +20,7 @@ from pathlib import Path
 
 from basd.training.checkpoints import environment
 from basd.training.compare import compare
-from basd.training.recipes import read_recipe, recipe_names
+from basd.training.recipe_files import read_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
 RIVALS = ["quickstart", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm", "map_uniform"]

@@ -249,7 +249,7 @@ ARGUMENTS = [
     ([*CE, "--run-dir", "x"*300], "xxx"), ([*CE, "--resume", "--run-dir", "full"], "full is not a run directory"),
     ([*CE, "--resume", "--run-dir", "file"], "file"),
     (["bench", "basd_cifar10", *TINY, "--out", "file"], "file"), (["compare", "ce", "--folder", "file"], "file"),
-    (["compare", "ce", "--set", "train.seed=3"], "train.seed=3"),
+    (["compare", "hinton", "--set", "train.seed=3"], "train.seed=3"),
     (["compare", "hinton", "--set", "epochs"], "write key=value"),
     (["evaluate", "nowhere"], "nowhere"), (["evaluate", "file"], "file"),
     (["evaluate", "full"], "full is not a run directory"), (["evaluate", "."], "is not a run directory"),

@@ -1,7 +1,12 @@
 "A run from end to end in the shell's words, and what a finished or failed one refuses"
 import json
+import os
+import subprocess
+import sys
 
+import pytest
 from conftest import NO_MODEL, TINY
+from forks import ENVIRONMENT
 
 from basd.data.cache import fingerprint
 from basd.models.students import load_student
@@ -67,9 +72,6 @@ def test_a_comparison_without_its_baseline_has_failed(tmp_path, capsys):
 
 def test_a_terminal_without_utf8_gets_question_marks():
     "A summary of two stages has a dot that ASCII lacks; printing it must not end a finished run"
-    import os
-    import subprocess
-    import sys
     code = "import basd.training.cli as c; c.run = lambda args: print('accuracy a \u00b7 b'); sys.exit(c.main(['recipes']))"
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
@@ -83,3 +85,30 @@ def test_a_rank_that_is_no_number(tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert err.count("basd: RANK='x' in the environment should be a whole number") == 2 and "Traceback" not in err
     assert not [*tmp_path.iterdir()]
+
+
+HEAVY = ("torch", "timm", "torchvision", "sklearn", "matplotlib", "scipy", "numpy", "pydantic", "fastcore")
+
+
+@pytest.mark.parametrize("words, status, said", [
+    (["--help"], 0, "COMMAND"), (["--version"], 0, "basd "), (["train", "--help"], 0, "key=value"), (["recipes"], 0, "quickstart"),
+    (["recipes", "hinton"], 0, "stages:"), (["trian"], 2, "did you mean 'train'?"),
+    (["train", "quikstart"], 2, "did you mean 'quickstart'?"), (["compare", "hinton", "--seed", "3"], 2, "--seed 3"),
+    (["bench", "quickstart", "data.batch_size"], 2, "write key=value")])
+def test_words_alone_import_nothing_heavy(words, status, said):
+    "Help, the list of recipes and the refusal of a misspelled word come before torch is imported"
+    code = ("import sys; sys.argv[0] = 'basd'; from basd.__main__ import start\n"
+            "try: status = start()\nexcept SystemExit as e: status = e.code\n"
+            f"print(*[m for m in {HEAVY} if m in sys.modules], file=sys.stderr); sys.exit(status)")
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+    *err, heavy = done.stderr.splitlines()
+    assert (done.returncode or 0, heavy) == (status, "") and said in done.stdout + " ".join(err), done
+
+
+def test_changes_among_the_recipes_of_a_race(tmp_path, capsys):
+    "They go to all; what one of them does not know is refused before anything is trained"
+    race = ["compare", "hinton", "data.train_size=128", "cka", "--seeds", "1", "--folder", str(tmp_path/"race")]
+    for word, sentence in (("train.epoch=1", "did you mean 'epochs'?"), ("method.T=2", "no stage has a method with this key")):
+        assert main([*race, word]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and err.count("\n") == 1 and not (tmp_path/"race").exists(), err

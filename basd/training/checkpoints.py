@@ -24,7 +24,8 @@ from torch import Tensor
 import basd
 from ..data.cache import open_own, fingerprint, sweep, write_atomic
 from ..geometry.statistics import world
-from .recipes import Recipe, as_tree, differences, load_recipe, settled, write_recipe
+from .recipe_files import settled
+from .recipes import Recipe, as_tree, differences, load_recipe, write_recipe
 
 # %% ../../nbs/training/61_checkpoints.ipynb #83c03a0f
 def save(

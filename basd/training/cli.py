@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipes', 'train', 'nothing_left', 'moved', 'resume', 'stopped', 'connect', 'earlier', 'read_result', 'check_device',
-           'default_run_dir', 'summarise', 'Parser', 'number', 'parser', 'parse', 'run', 'check_folder', 'judge',
-           'main', 'ours', 'complain']
+           'default_run_dir', 'summarise', 'Parser', 'number', 'parser', 'changes', 'parse', 'check_folder', 'prepare',
+           'run', 'judge', 'known', 'main', 'ours', 'complain']
 
 # %% ../../nbs/training/79_cli.ipynb #42f85044
 import argparse
@@ -17,17 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import yaml
 
 import basd
-from .checkpoints import forget_start, read_run, start_run, start_stages
-from .faults import NonFiniteLoss
-from ..models.teachers import check_name
-from .ranks import launched
-from .recipes import Recipe, at_home, check_teachers, load_recipe, read_recipe, recipe_names
-from .lesson import open_data, processes, rank
-from .trainer import Stopped, Trainer, on_stop
+from .recipe_files import at_home, parse_override, read_recipe, recipe_names, suggestion
 
 # %% ../../nbs/training/79_cli.ipynb #e84727cb
 def recipes()->list: # (name, about, paper) triples
@@ -48,6 +41,11 @@ def train(
     trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
 )->dict:                  # stage → result; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
+    from basd.training.checkpoints import start_run, start_stages
+    from basd.training.lesson import processes, rank
+    from basd.training.ranks import launched
+    from basd.training.recipes import load_recipe
+    from basd.training.trainer import Stopped, Trainer, on_stop
     aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not launched().rank else None
     with on_stop(stopped) as asked:
         stages = load_recipe(at_home(recipe), overrides, trust, aloud)
@@ -82,6 +80,7 @@ def nothing_left(
     run, # directory of stages that begins here, or None
 ):
     "Take the recipe above the stages back, where the first of them is refused before its first step"
+    from basd.training.checkpoints import forget_start
     try: yield
     except ValueError:
         if run is not None: forget_start(run)
@@ -89,10 +88,12 @@ def nothing_left(
 
 # %% ../../nbs/training/79_cli.ipynb #fc50e563
 def moved(
-    place,         # directory of a stage that has ended
-    recipe:Recipe, # by which it is to be gone on with
+    place,  # directory of a stage that has ended
+    recipe, # `Recipe` by which it is to be gone on with
 )->dict|None: # fingerprints of the images, "train" and "test", where the recipe says that they lie elsewhere
     "What a stage that is not run again was trained on, as far as that is in question"
+    from basd.training.checkpoints import read_run
+    from basd.training.lesson import open_data
     there, here = read_run(place).data, recipe.data
     if (there.source, there.root) == (here.source, here.root): return None
     train, _, _, test = open_data(recipe)
@@ -114,6 +115,7 @@ def resume(
 # %% ../../nbs/training/79_cli.ipynb #22cf868f
 def stopped():
     "Leave what is under way"
+    from basd.training.trainer import Stopped
     raise Stopped("stopped on request before it began")
 
 # %% ../../nbs/training/79_cli.ipynb #7967449c
@@ -123,6 +125,8 @@ def connect(
     run:Path,
 ):
     "Find the runs and weights on which a stage builds"
+    from basd.models.teachers import check_name
+    from basd.training.recipes import check_teachers
     r = stages[stage]
     # relative, however the run was named: the stages move together
     def place(reference): return os.path.relpath(run/earlier(reference, stages, stage))
@@ -165,7 +169,9 @@ def check_device(
 ):
     "Refuse a device that is not there"
     if device not in (None, 'cpu', 'cuda'): raise ValueError(f"--device {device}: choose cpu or cuda")
-    if device == 'cuda' and not torch.cuda.is_available():
+    if device != 'cuda': return
+    import torch
+    if not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU here that torch can use; choose cpu")
 
 # %% ../../nbs/training/79_cli.ipynb #a0042e0c
@@ -221,7 +227,9 @@ def number(
 def parser()->argparse.ArgumentParser:
     "The words that the command understands"
     p = Parser('basd', description='Bias-Aware Structural Distillation: train, evaluate and compare by recipe.')
+    p.add_argument('--version', action='version', version=f'basd {basd.__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=Parser)
+    p.commands = sub.choices
     t = sub.add_parser('train', help='train a recipe', description=train.__doc__)
     t.add_argument('recipe', help='name of a packaged recipe (see `basd recipes`) or a .yaml file')
     t.add_argument('overrides', nargs='*', metavar='key=value', help='change the recipe, as in train.epochs=3')
@@ -252,9 +260,11 @@ def parser()->argparse.ArgumentParser:
     c = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure',
                        description='Resumes what was interrupted. Labels alone are added as the baseline. '
                                    'One teacher a seed is trained for all.')
-    c.add_argument('recipes', nargs='+', metavar='recipe', help='names of packaged recipes or .yaml files')
+    c.add_argument('recipes', nargs='+', metavar='recipe|key=value',
+                   help='names of packaged recipes or .yaml files; changes to all of them, as in train.epochs=3')
     c.add_argument('--seeds', type=number(1, 1000), default=3, help='how many (default 3)')
-    c.add_argument('--set', nargs='*', default=[], dest='overrides', metavar='key=value', help='change all recipes')
+    # of the commands that earlier races recorded
+    c.add_argument('--set', nargs='*', action='extend', default=[], dest='overrides', help=argparse.SUPPRESS)
     c.add_argument('--jobs', type=number(1, 1000), default=1, help='runs side by side (default 1)')
     c.add_argument('--folder', default='runs/compare',
                    help='runs, table.md, table.csv, results.json and race.png (default runs/compare)')
@@ -280,17 +290,54 @@ def parser()->argparse.ArgumentParser:
     r.add_argument('name', nargs='?', help='print this recipe')
     return p
 
+# %% ../../nbs/training/79_cli.ipynb #2b063f95
+def changes(
+    word:str,
+)->bool:
+    "Is this a `key=value`, rather than an option or the name of a file?"
+    return '=' in word and not word.startswith('-') and not Path(at_home(word)).is_file()
+
 # %% ../../nbs/training/79_cli.ipynb #7acbce55
 def parse(
     argv=None, # words after `basd`; those of the shell if None
 )->argparse.Namespace:
     "Read the command line"
-    p = parser()
+    p, argv = parser(), list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith('-') and argv[0] not in p.commands:
+        p.error(f"unknown command {argv[0]!r}{suggestion(argv[0], p.commands)}; allowed: {', '.join(p.commands)}")
     args, rest = p.parse_known_args(argv)
-    if args.command in ('train', 'resume', 'bench') and all('=' in w and not w.startswith('-') for w in rest):
-        args.overrides += rest
-    elif rest: p.error(f"unrecognized arguments: {' '.join(rest)}")
+    if hasattr(args, 'overrides') and all(map(changes, rest)): args.overrides += rest
+    elif rest: p.commands[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == 'compare':
+        args.overrides += filter(changes, args.recipes)
+        args.recipes = [w for w in args.recipes if not changes(w)]
     return args
+
+# %% ../../nbs/training/79_cli.ipynb #91681269
+def check_folder(
+    option:str,  # for the message
+    path:str|None,
+):
+    "Refuse to begin where the result could not be written"
+    if path is None: return
+    there = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{option} {path}: {there} is not a folder in which one may write; choose another")
+
+# %% ../../nbs/training/79_cli.ipynb #1ae21e33
+def prepare(
+    args:argparse.Namespace, # of `parse`
+):
+    "Refuse what can be known to be wrong without torch; a `~` becomes the home directory"
+    for k in ('run_dir', 'out', 'output_dir', 'folder', 'on', 'recipe', 'run_dirs', 'recipes'):
+        v = getattr(args, k, None)
+        setattr(args, k, list(map(at_home, v)) if isinstance(v, list) else at_home(v))
+    if getattr(args, 'resume', False) and not args.run_dir:
+        raise ValueError("--resume needs --run-dir, the run to go on with")
+    for option in ('out', 'output_dir', 'folder'):
+        check_folder('--' + option.replace('_', '-'), getattr(args, option, None))
+    for name in filter(None, [getattr(args, 'recipe', None), *(getattr(args, 'recipes', None) or [])]): read_recipe(name)
+    for text in getattr(args, 'overrides', []): parse_override(text)
 
 # %% ../../nbs/training/79_cli.ipynb #db00f18d
 def run(
@@ -298,13 +345,7 @@ def run(
 )->int|None: # exit status, if it is not 0
     "Do what the command line says"
     check_device(getattr(args, 'device', None))
-    for k in ('run_dir', 'out', 'output_dir', 'folder', 'on', 'recipe', 'run_dirs', 'recipes'):
-        v = getattr(args, k, None)
-        setattr(args, k, list(map(at_home, v)) if isinstance(v, list) else at_home(v))
-    for option in ('out', 'output_dir', 'folder'):
-        check_folder('--' + option.replace('_', '-'), getattr(args, option, None))
     if args.command == 'train':
-        if args.resume and not args.run_dir: raise ValueError("--resume needs --run-dir, the run to go on with")
         train(args.recipe, *args.overrides, run_dir=args.run_dir, resume=args.resume, device=args.device,
               trust=args.trust)
     elif args.command == 'resume':
@@ -327,30 +368,20 @@ def run(
         print(told(found))
         return int(any(r['failed'] for r in found['rows']))
     elif args.command == 'bench':
-        from basd.training.bench import bench, sizes_around, table     # the profiler is not for everyday starts
+        from basd.training.bench import bench, sizes_around, table
         print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device,
                           cached=args.cached, trust=args.trust, hold=not args.release, sizes=sizes_around if args.growth else None)))
     elif args.name: print(yaml.safe_dump(read_recipe(args.name), sort_keys=False, allow_unicode=True), end='')
     else:
         for name,about,paper in recipes(): print(f'{name:24} {about}' + f' [{paper}]'*bool(paper))
 
-# %% ../../nbs/training/79_cli.ipynb #91681269
-def check_folder(
-    option:str,  # for the message
-    path:str|None,
-):
-    "Refuse to begin where the result could not be written"
-    if path is None: return
-    there = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{option} {path}: {there} is not a folder in which one may write; choose another")
-
 # %% ../../nbs/training/79_cli.ipynb #10b491ed
 def judge(
     args:argparse.Namespace, # of `basd evaluate`
 ):
     "Accuracies, then the report"
-    from basd.training.reports import OtherClasses, evaluate, look, summary, write_evaluation # neither are these
+    from basd.training.ranks import launched
+    from basd.training.reports import OtherClasses, evaluate, look, summary, write_evaluation
     try: found = evaluate(args.run_dir, args.weights, args.device, args.on, args.trust, keep=False)
     except OtherClasses as e: found = print(f'basd: {e}', file=sys.stderr) or {}
     if launched().rank: return                       # one rank speaks for all
@@ -365,21 +396,33 @@ def judge(
 
 def _of_some(r): return f", judged among their own {r['classes']} classes" if 'classes' in r else ''
 
+# %% ../../nbs/training/79_cli.ipynb #75c8b7ae
+def known(
+    module:str,
+    name:str, # of an exception
+)->tuple:
+    "The class of that name, if its module has been imported; otherwise nobody can have raised it"
+    return (getattr(sys.modules[module], name),) if hasattr(sys.modules.get(module), name) else ()
+
 # %% ../../nbs/training/79_cli.ipynb #924f0bfb
 def main(
     argv=None, # words after `basd`; those of the shell if None
+    load=None, # called before torch is imported
 )->int:        # exit status: 0, 1 where a run of a comparison failed, 2 for bad input, 130 if interrupted
     "The `basd` command"
     for stream in (sys.stdout, sys.stderr):                       # a terminal without UTF-8 gets '?', not an error
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     args = parse(argv)
-    try: return run(args) or 0
-    except (ValueError, OSError, NonFiniteLoss) as e:
+    try:
+        prepare(args)
+        if load and args.command != 'recipes': load()
+        return run(args) or 0
+    except (ValueError, OSError, *known('basd.training.faults', 'NonFiniteLoss')) as e:
         if not ours(e): raise
         return complain(e)
     except KeyboardInterrupt as e:
         print(f"basd: {str(e) or 'interrupted'}", file=sys.stderr)
-        return 0 if isinstance(e, Stopped) else 130
+        return 0 if isinstance(e, known('basd.training.trainer', 'Stopped')) else 130
 
 # %% ../../nbs/training/79_cli.ipynb #081036e9
 def ours(

@@ -35,7 +35,8 @@ from ..models.students import create_student, export_config, load_student
 from ..models.teachers import Several, create_teacher, frozen
 from .checkpoints import read_classes
 from .ranks import joined, launched
-from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, read_recipe, teachers_of
+from .recipe_files import read_recipe
+from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, teachers_of
 
 # %% ../../nbs/training/63_lesson.ipynb #c98eb3ed
 @contextmanager

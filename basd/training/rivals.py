@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..data.cache import fingerprint
 from ..methods.objective import find_objective
-from .recipes import Recipe, TeacherRecipe, as_tree, check_teachers, differences, load_recipe, read_recipe, resolve
+from .recipe_files import read_recipe
+from .recipes import Recipe, TeacherRecipe, as_tree, check_teachers, differences, load_recipe, resolve
 
 # %% ../../nbs/training/68_rivals.ipynb #1dba26f6
 @dataclass
