@@ -26,7 +26,7 @@ def cell_markdown(cell, figures, stem):
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown": return source
     if cell["cell_type"] == "raw": return ""
-    options = dict(re.findall(r"^#\|\s*([\w-]+):\s*(\S+)", source, re.M))
+    options = dict(re.findall(r"^#\|\s*([\w-]+):\s*(.*\S)", source, re.M))
     if options.get("include") == "false": return ""
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
     parts = [f"```python\n{code}\n```"] if code and options.get("echo") != "false" else []
@@ -36,7 +36,9 @@ def cell_markdown(cell, figures, stem):
             name = f"{stem}-{cell.get('id', 'cell')}-{i}.png"
             figures.mkdir(parents=True, exist_ok=True)
             (figures/name).write_bytes(base64.b64decode("".join(data["image/png"])))
-            parts.append(f"![]({figures.name}/{name})")
+            size = output.get("metadata", {}).get("image/png", {}).get("width")
+            parts.append(f"![]({figures.name}/{name}){{alt={options.get('fig-alt', json.dumps(''))}"
+                         + (f" width={size}" if size else "") + "}")
         elif "text/markdown" in data: parts.append("".join(data["text/markdown"]))
         else:
             text = "".join(data.get("text/plain", output.get("text", ""))).rstrip()

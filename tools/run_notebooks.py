@@ -1,20 +1,32 @@
-"""Run notebooks and save their outputs, skipping the cells that `nbdev_test` skips.
+"""Run notebooks in a real kernel, all cells in order, and save their outputs.
 
     python tools/run_notebooks.py nbs/geometry/*.ipynb [--flags "slow data"]
+    python tools/run_notebooks.py --all nbs/*/*.ipynb     # as Jupyter's Run All: every cell, nothing is saved
 
-The docs show the outputs saved here; run a page again whenever its code changes.
+The docs show the outputs saved here; run a page again whenever its code changes. Each page gets a home and a temporary
+folder of its own. Status 1 if a page ends in a traceback, shows a warning or a path of this machine, leaves files
+behind, or has a figure without alternative text; the last lines say which. Figures are saved with twice the pixels of
+`basd/page.mplstyle` and shown at its size.
 """
 import argparse
+import base64
+import io
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-os.environ.setdefault("IN_TEST", "1")
-from execnb.nbio import write_nb
-from execnb.shell import CaptureShell
+import nbclient
+import nbformat
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.process import NBProcessor
+
+root = Path(get_config().config_path)
+largest = 100_000   # bytes of a figure
+kernel_options = ["--HistoryManager.enabled=False", "--InlineBackend.figure_format=retina", "--IPKernelApp.log_level=40"]
 
 
 def skipped(cell, flags):
@@ -24,24 +36,72 @@ def skipped(cell, flags):
             or directives.get("eval:", [""])[0].lower() == "false" or bool(flags & directives.keys()))
 
 
-def of_this_machine(output):
-    "A warning that names files of the machine on which the page was run"
-    return output.output_type == "stream" and output.name == "stderr" and (
-        "site-packages" in "".join(output.text) or str(get_config().config_path) in "".join(output.text))
+def untracked():
+    "Files of the repository that git does not track, ignored ones too"
+    said = subprocess.run(["git", "status", "--porcelain", "--ignored", "-uall"], cwd=root, capture_output=True, text=True)
+    return {line[3:] for line in said.stdout.splitlines()
+            if line[:2] in ("??", "!!") and "__pycache__" not in line}
 
 
-def run(path, flags):
-    "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs"
-    nb, shell = NBProcessor(path, rm_directives=False).nb, CaptureShell(path, mpl_format='png')
-    os.chdir(path.parent)
+def compact(output):
+    "A figure that is too large is given a palette, at the same resolution"
+    from PIL import Image
+    raw = base64.b64decode(output["data"]["image/png"])
+    if len(raw) <= largest: return
+    picture, out = Image.open(io.BytesIO(raw)), io.BytesIO()
+    picture.convert("RGB").quantize(256).save(out, "PNG", optimize=True, dpi=picture.info.get("dpi", (96, 96)))
+    output["data"]["image/png"] = base64.b64encode(out.getvalue()).decode()
+
+
+def execute(nb, skip, folder):
+    "Run the cells of `nb` in `folder` in a fresh kernel; `skip` says which are left as they are. The traceback, if there is one"
+    class Client(nbclient.NotebookClient):
+        async def async_execute_cell(self, cell, cell_index, **kwargs):
+            if skip(cell_index): return cell
+            return await super().async_execute_cell(cell, cell_index, **kwargs)
     try:
-        shell.run_all(nb, exc_stop=True, preproc=lambda cell: skipped(cell, flags))
-    except BaseException:
-        sys.exit(shell.prettytb(fname=path))
-    for cell in nb.cells:
-        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not of_this_machine(o)]
+        Client(nb, timeout=None, kernel_name="python3", resources=dict(metadata=dict(path=str(folder))),
+               extra_arguments=kernel_options).execute()
+    except nbclient.exceptions.CellExecutionError as e: return str(e)
+
+
+def complaints(nb):
+    "What a reader should not see in the outputs of `nb`, one sentence each"
+    said = []
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        for o in cell.get("outputs", []):
+            text = "".join(o.get("text", o.get("data", {}).get("text/plain", "")))
+            figure = o.get("data", {}).get("image/png")
+            if o["output_type"] == "error": said.append(f"{cell['id']}: {o['ename']}: {o['evalue']}")
+            if o.get("name") == "stderr": said.append(f"{cell['id']}: {text.strip().splitlines()[-1][:100]}")
+            if str(root) in text or "site-packages" in text or re.search(r"/(tmp|root|home)/\w", text):
+                said.append(f"{cell['id']}: a path of this machine in its output")
+            if figure and "#| fig-alt:" not in source: said.append(f"{cell['id']}: a figure without `#| fig-alt:`")
+            if figure and len(base64.b64decode("".join(figure))) > largest:
+                said.append(f"{cell['id']}: a figure of more than {largest//1000} kB")
+    return said
+
+
+def run(path, flags, save=True):
+    "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs; what is wrong with it"
+    nb, cells, before = nbformat.read(path, 4), NBProcessor(path, rm_directives=False).nb.cells, untracked()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:
+        home, own = Path(tmp)/"home", dict(os.environ)
+        for folder in (home, Path(tmp)/"tmp"): folder.mkdir()
+        os.environ.update(HOME=str(home), TMPDIR=str(Path(tmp)/"tmp"), IPYTHONDIR=f"{tmp}/ipython",
+                          PYTHONPATH=os.pathsep.join([str(root), *filter(None, [own.get("PYTHONPATH")])]))
+        os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir())/"matplotlib_of_pages"))
+        if save: os.environ["IN_TEST"] = "1"
+        try: trouble = execute(nb, lambda i: skipped(cells[i], flags), path.parent)
+        finally: os.environ.clear(); os.environ.update(own)
+        left = [str(p.relative_to(home)) for p in home.rglob("*") if p.is_file()]
+    left += sorted(untracked() - before)
+    for output in (o for c in nb.cells for o in c.get("outputs", [])):
+        if "image/png" in output.get("data", {}): compact(output)
     clean_nb(nb)
-    write_nb(nb, path)
+    if save and trouble is None: nbformat.write(nb, path)
+    return [*complaints(nb), *([trouble] if trouble else []), *(f"left behind: {p}" for p in left)]
 
 
 if __name__ == "__main__":
@@ -49,10 +109,14 @@ if __name__ == "__main__":
                                      allow_abbrev=False)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--flags", default="", help="run the cells with these flags too")
+    parser.add_argument("--all", action="store_true", help="run every cell, as Jupyter does, and save nothing")
     args = parser.parse_args()
-    config, here = get_config(), Path.cwd()
-    sys.path.insert(0, str(config.config_path))
+    left_out = set() if args.all else set(get_config().tst_flags.split()) - set(args.flags.split())
+    found = {}
     for path in args.notebooks:
-        os.chdir(here)
         print(path, flush=True)
-        run(path.resolve(), set(config.tst_flags.split()) - set(args.flags.split()))
+        found[path] = run(path.resolve(), left_out, not args.all)
+        print(*(f"    {line}" for line in found[path]), sep="\n", end="\n" if found[path] else "", flush=True)
+    bad = [p for p,said in found.items() if said]
+    print(f"{len(found)} pages, {len(found) - len(bad)} in order", *bad, sep="\n    ")
+    sys.exit(bool(bad))

@@ -132,7 +132,7 @@ def plot_ranks(
     ax.axhline(1, color='k', lw=1, ls=':')
     ax.set(xlabel='layer', ylabel='effective rank ÷ width', yscale='log')
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc='lower left', bbox_to_anchor=(0, 1))
 
 # %% ../../nbs/analysis/75_spectra.ipynb #6c61e4b9
 def plot_spectra(

@@ -157,7 +157,7 @@ def plot_matrix(
     ax = ax or plt.subplots()[1]
     im = ax.imshow(torch.as_tensor(x).numpy(), aspect='auto', vmin=limits[0], vmax=limits[1])
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title,
-           xticks=range(0, x.shape[1], max(1, x.shape[1]//12)), yticks=range(x.shape[0]))
+           xticks=range(0, x.shape[1], -(-x.shape[1]//8)), yticks=range(x.shape[0]))
     ax.grid(False)
     ax.figure.colorbar(im, ax=ax)
     return ax
