@@ -4,9 +4,9 @@
     python tools/run_notebooks.py --all nbs/*/*.ipynb     # as Jupyter's Run All: every cell, nothing is saved
 
 The docs show the outputs saved here; run a page again whenever its code changes. Each page gets a home and a temporary
-folder of its own. Status 1 if a page ends in a traceback, shows a warning or a path of this machine, leaves files
-behind, or has a figure without alternative text; the last lines say which. Figures are saved with twice the pixels of
-`basd/page.mplstyle` and shown at its size.
+folder of its own. Status 1 if a page ends in a traceback (its outputs are not saved), 2 if one shows a warning or a
+path of this machine, leaves files behind, or has a figure without alternative text; the last lines say which. Figures
+are saved with twice the pixels of `basd/page.mplstyle` and shown at its size.
 """
 import argparse
 import base64
@@ -53,6 +53,12 @@ def compact(output):
     output["data"]["image/png"] = base64.b64encode(out.getvalue()).decode()
 
 
+def diary(output):
+    "Lines that C++ writes with the time of day; no two runs agree in them"
+    return output.get("name") == "stderr" and all(
+        re.match(r"\[[IWEF]\d{4} ", line) for line in "".join(output["text"]).strip().splitlines())
+
+
 def execute(nb, skip, folder):
     "Run the cells of `nb` in `folder` in a fresh kernel; `skip` says which are left as they are. The traceback, if there is one"
     class Client(nbclient.NotebookClient):
@@ -69,8 +75,10 @@ def complaints(nb):
     "What a reader should not see in the outputs of `nb`, one sentence each"
     said = []
     for cell in nb["cells"]:
-        source = "".join(cell["source"])
-        for o in cell.get("outputs", []):
+        source, outputs = "".join(cell["source"]), cell.get("outputs", [])
+        if "#| fig-alt:" in source and not any("image/png" in o.get("data", {}) for o in outputs):
+            said.append(f"{cell['id']}: no figure where there should be one")
+        for o in outputs:
             text = "".join(o.get("text", o.get("data", {}).get("text/plain", "")))
             figure = o.get("data", {}).get("image/png")
             if o["output_type"] == "error": said.append(f"{cell['id']}: {o['ename']}: {o['evalue']}")
@@ -84,7 +92,7 @@ def complaints(nb):
 
 
 def run(path, flags, save=True):
-    "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs; what is wrong with it"
+    "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs. Its traceback, and what is wrong with it"
     nb, cells, before = nbformat.read(path, 4), NBProcessor(path, rm_directives=False).nb.cells, untracked()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:
         home, own = Path(tmp)/"home", dict(os.environ)
@@ -97,11 +105,13 @@ def run(path, flags, save=True):
         finally: os.environ.clear(); os.environ.update(own)
         left = [str(p.relative_to(home)) for p in home.rglob("*") if p.is_file()]
     left += sorted(untracked() - before)
-    for output in (o for c in nb.cells for o in c.get("outputs", [])):
-        if "image/png" in output.get("data", {}): compact(output)
+    for cell in (c for c in nb.cells if c.cell_type == "code"):
+        cell.outputs = [o for o in cell.outputs if not diary(o)]
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}): compact(output)
     clean_nb(nb)
     if save and trouble is None: nbformat.write(nb, path)
-    return [*complaints(nb), *([trouble] if trouble else []), *(f"left behind: {p}" for p in left)]
+    return trouble, [*complaints(nb), *(f"left behind: {p}" for p in left)]
 
 
 if __name__ == "__main__":
@@ -112,11 +122,14 @@ if __name__ == "__main__":
     parser.add_argument("--all", action="store_true", help="run every cell, as Jupyter does, and save nothing")
     args = parser.parse_args()
     left_out = set() if args.all else set(get_config().tst_flags.split()) - set(args.flags.split())
-    found = {}
+    broken, untidy = [], []
     for path in args.notebooks:
         print(path, flush=True)
-        found[path] = run(path.resolve(), left_out, not args.all)
-        print(*(f"    {line}" for line in found[path]), sep="\n", end="\n" if found[path] else "", flush=True)
-    bad = [p for p,said in found.items() if said]
-    print(f"{len(found)} pages, {len(found) - len(bad)} in order", *bad, sep="\n    ")
-    sys.exit(bool(bad))
+        trouble, said = run(path.resolve(), left_out, not args.all)
+        print(*(f"    {line}" for line in [*said, *filter(None, [trouble])]), sep="\n", end="\n" if trouble or said else "",
+              flush=True)
+        if trouble: broken.append(path)
+        elif said: untidy.append(path)
+    print(f"{len(args.notebooks)} pages: {len(broken)} end in a traceback, {len(untidy)} show what they should not",
+          *broken, *untidy, sep="\n    ")
+    sys.exit(1 if broken else 2 if untidy else 0)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..data.cache import save_figure
+from ..data.cache import page_style, save_figure
 from .evaluation import evaluating
 from ..geometry.statistics import images_at_once, island, no_autocast
 
@@ -160,7 +160,7 @@ def plot_attention(
     names, everyone = list(results), [*results.values(), *base.values()]
     one_grid, depth = len({tuple(r['grid']) for r in everyone}) == 1, max(len(r['layers']) for r in everyone)
     what, U = ('distance', everyone[0]['uniform']) if one_grid else ('ratio', 1.)
-    with plt.style.context('basd.page'):
+    with page_style():
         fig, axs = plt.subplots(1, 2, figsize=(7, 3))
         for ax,key,line in zip(axs, (what, 'entropy'), (U, 1.)):
             for i,name in enumerate(names):

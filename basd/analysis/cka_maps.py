@@ -10,7 +10,7 @@ __all__ = ['u_centre', 'hsic_table', 'alignment', 'standard_error', 'similaritie
 import torch
 from torch import Tensor
 
-from ..data.cache import save_figure
+from ..data.cache import page_style, save_figure
 from .evaluation import evaluating, name_ticks
 
 # %% ../../nbs/analysis/73_cka_maps.ipynb #c2a66782
@@ -163,7 +163,7 @@ def plot_cka(
     deep = max(max(len(r['layers_a']), len(r['layers_b'])) for r in results.values()) > 8
     columns = min(len(results), 3 if deep else 4)
     rows = -(-len(results)//columns)
-    with plt.style.context('basd.page'):
+    with page_style():
         size = min(7, 2.4*columns + .8), (2.4 - .15*columns + .3*deep)*rows
         fig, axs = plt.subplots(rows, columns, figsize=size, squeeze=False)
         for ax in axs.flat[len(results):]: ax.set_axis_off()

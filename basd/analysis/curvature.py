@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..data.cache import save_figure
+from ..data.cache import page_style, save_figure
 from .evaluation import check_logits, evaluating, name_ticks
 from ..geometry.statistics import no_autocast
 
@@ -267,7 +267,7 @@ def plot_curvature(
     import matplotlib.pyplot as plt
     if not results: raise ValueError("there is nothing to draw; give {name: result of curvature}")
     each = len({r['parameters'] for r in results.values()}) > 1
-    with plt.style.context('basd.page'):
+    with page_style():
         fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.7), width_ratios=(1.4, 1))
         for i,(name, r) in enumerate(results.items()):
             size, shift = r['parameters'] if each else 1, .5*(i + .5)/len(results) - .25
@@ -292,7 +292,7 @@ def plot_landscape(
     "Both slices, all runs in one pair of panels"
     import matplotlib.pyplot as plt
     if not results: raise ValueError("there is nothing to draw; give {name: result of landscape}")
-    with plt.style.context('basd.page'):
+    with page_style():
         fig, axs = plt.subplots(1, 2, figsize=(7, 2.7))
         labels = dict(eigenvector='top eigenvector', random='random direction, filters normalised')
         for ax, (line, label) in zip(axs, labels.items()):

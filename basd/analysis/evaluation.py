@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional import classification as counted
 
-from ..data.cache import save_figure
+from ..data.cache import page_style, save_figure
 from ..data.views import ViewDataset, Views
 
 # %% ../../nbs/analysis/70_evaluation.ipynb #65bd2234
@@ -432,7 +432,7 @@ def sheet(
     classes = [c['name'] for c in result.get('per_class', {}).get('classes', [])]
     panels = dict(scores=plot_scores, per_class=plot_per_class, calibration=plot_calibration,
                   robustness=plot_robustness, confusion=lambda data, ax: plot_confusion(data, ax, classes))
-    with plt.style.context('basd.page'):
+    with page_style():
         fig, axs = plt.subplot_mosaic([['scores', 'robustness'],
                                        ['per_class', 'robustness'],
                                        ['calibration', 'confusion']], figsize=(7, 7), height_ratios=(2, 2, 2.7))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.cache import save_figure
+from ..data.cache import page_style, save_figure
 from .evaluation import evaluating
 from ..losses.spectral import eigenvalues, gram
 
@@ -144,7 +144,7 @@ def plot_spectra(
     if not results: raise ValueError("there is no result to draw; give name → what `spectra` returned")
     columns = 2 if len(results) == 3 else min(len(results) + 1, 3)
     lines = -(-(len(results) + 1)//columns)
-    with plt.style.context('basd.page'):
+    with page_style():
         fig, axs = plt.subplots(lines, columns, figsize=(7, 2.7*lines), squeeze=False)
         for ax,(name,r) in zip(axs.flat, results.items()):
             plot_spectrum(r, ax)
@@ -202,7 +202,7 @@ def plot_mixing(
     if not results: raise ValueError("there is no result to draw; give name → what `mixing` returned")
     last = {name: torch.tensor(r['weights'][-1]) for name,r in results.items()}
     top = max(w.max().item() for w in last.values())
-    with plt.style.context('basd.page'):
+    with page_style():
         fig, axs = plt.subplots(len(results), 3, figsize=(7, 2.3*len(results)), squeeze=False)
         for (heat, layer, entropy),(name,r) in zip(axs, results.items()):
             plot_weights(last[name], heat, top)

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..data.cache import save_figure, write_atomic, Cache, Layout
+from ..data.cache import Cache, Layout, page_style, save_figure, write_atomic
 from ..data.mixing import blend_images, blend_labels, draw_blend
 from ..data.views import Views, build_loader
 from ..geometry.statistics import step_generator
@@ -33,6 +33,10 @@ from .checkpoints import environment
 from .lesson import (Lesson, autocast, build_student, build_teacher, clip_and_flag, dry_run, hold_memory,
                                   input_size, make_optimizer)
 from .recipes import Recipe, TeacherRecipe, load_recipe
+
+# %% ../../nbs/training/66_bench.ipynb #5e0c9d31
+# or the profiler keeps a diary on stderr
+os.environ.update(KINETO_LOG_LEVEL=os.environ.get('KINETO_LOG_LEVEL', '99'))
 
 # %% ../../nbs/training/66_bench.ipynb #43aaf2b0
 def without_weights(
@@ -423,7 +427,7 @@ def write(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out/'bench.json', lambda p: p.write_text(json.dumps(result, indent=1)))
-    with plt.style.context('basd.page'):
+    with page_style():
         fig, ax = plt.subplots(figsize=(7, 1.8))
         plot_bench([result], ax)
         save_figure(fig, out/'bench.png')

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.cache import open_own, own_folder, save_figure
+from ..data.cache import open_own, own_folder, page_style, save_figure
 
 # %% ../../nbs/training/62_metrics.ipynb #bc1df48f
 class Meter:
@@ -258,7 +258,7 @@ def plot_run(
         if key in keys:
             panels.append(lambda ax, key=key, title=title: plot_matrix(series(rows, key)[1][-1], ax, title=title))
     said = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(complaints, 1)]
-    with plt.style.context('basd.page'):
+    with page_style():
         fig, axs = panels_by_inches(len(panels), -(-max(len(parts), len(shares))//4),
                                     sum(len(s.splitlines()) for s in said))
         for ax,draw in zip(axs, panels): draw(ax)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from ..data.cache import save_figure, write_atomic
+from ..data.cache import page_style, save_figure, write_atomic
 from .checkpoints import environment
 from .metrics import read_log
 from .rivals import Field, before
@@ -243,7 +243,7 @@ def record(
             'table.md': markdown(results),
             'table.csv': as_csv(results)}
     for name, content in text.items(): write_atomic(folder/name, lambda p, content=content: p.write_text(content, encoding='utf-8'))
-    with plt.style.context('basd.page'):
+    with page_style():
         ax = plot_race(results)
         save_figure(ax.figure, folder/'race.png')
         plt.close(ax.figure)
