@@ -112,3 +112,9 @@ def test_changes_among_the_recipes_of_a_race(tmp_path, capsys):
         assert main([*race, word]) == 2
         err = capsys.readouterr().err
         assert sentence in err and err.count("\n") == 1 and not (tmp_path/"race").exists(), err
+
+
+def test_a_recipe_of_stages_is_timed_by_its_last(tmp_path, capsys):
+    assert main(["bench", "quickstart", "--reps", "1", "data.batch_size=8", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "stage          basd\n" in capsys.readouterr().out
+    assert json.loads((tmp_path/"bench.json").read_text())["stage"] == "basd"

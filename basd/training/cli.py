@@ -338,6 +338,8 @@ def prepare(
         check_folder('--' + option.replace('_', '-'), getattr(args, option, None))
     for name in filter(None, [getattr(args, 'recipe', None), *(getattr(args, 'recipes', None) or [])]): read_recipe(name)
     for text in getattr(args, 'overrides', []): parse_override(text)
+    # torch's profiler reports each start on stderr, unless it finds this when torch is imported
+    if args.command == 'bench': os.environ.setdefault('KINETO_LOG_LEVEL', '99')
 
 # %% ../../nbs/training/79_cli.ipynb #db00f18d
 def run(
