@@ -8,6 +8,7 @@ formulas, links and the sidebar are tried; themes, callouts and tab sets are not
 import base64
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -110,6 +111,7 @@ def write_readme(markdown, front):
 def main():
     processed = proc_nbs(force=True, n_workers=2)
     pages, made, trouble = {}, {}, []
+    shutil.copytree(processed/"images", out/"images", dirs_exist_ok=True)
     for path in sorted(processed.rglob("*.ipynb")):
         rel = path.relative_to(processed)
         target = out/rel.parent/front_matter(path)["output-file"]
