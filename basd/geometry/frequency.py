@@ -111,12 +111,13 @@ class FrequencySelector(nn.Module):
     def __init__(self,
         widths_s:list,       # widths of the student's extraction points, P integers
         widths_t:list,       # widths of the teacher's layers, L integers
-        bins:int|None=8,     # K, rings up to Nyquist; None: the whole half plane, for layers on one grid
+        # K, rings of spatial frequency up to Nyquist; None: the whole half plane, for layers on one grid
+        bins:int|None=8,
         dist:Literal['kl', 'cosine']='kl', # symmetrised divergence of shares, or one minus their cosine, as published
         drop_dc:bool=True,   # leave the mean token out, which drowns the rest
         normalise:Literal['standard', 'none']='standard', # standardise distances and tokens, or take them as they are
         tau:float=1.,        # first temperature; in (0.05, 10), or any positive number with normalise='none'
-        entropy:float=.01,   # weight λ of the entropy; 0: temperatures stay as they are
+        entropy:float=.01,   # weight λ of the entropy of the mixing weights; 0: temperatures stay as they are
         entropy_sign:Literal[1, -1]=1, # 1: lower the entropy, towards one layer; -1: raise it, towards all of them
     ):
         super().__init__()

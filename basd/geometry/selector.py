@@ -99,7 +99,7 @@ class GrassmannSelector(nn.Module):
         widths_s:list,     # widths of the student's extraction points, P integers
         widths_t:list,     # widths of the teacher's layers, L integers
         rank:int=16,       # k, directions of a subspace; below `dim` and the number of rows, preferably `dim`/2 or less
-        dim:int=128,       # d, width of the common space
+        dim:int=128,       # d, width of the common space to which both models' tokens are mapped
         space:Literal['sample', 'channel']='sample', # compare patterns over rows, or directions of the common space
         procrustes:bool=False, # with space='channel': turn the student onto each teacher layer first
         # a row is a token, or the mean over an image where token places do not correspond
@@ -107,17 +107,19 @@ class GrassmannSelector(nn.Module):
         # standardise distances and tokens and divide L_orth by k, or none of these
         normalise:Literal['standard', 'none']='standard',
         tau:float=1.,      # first temperature; in (0.05, 10), or any positive number with normalise='none'
-        mode:Literal['stiefel', 'learned', 'frozen']='stiefel', # of the common space
+        # maps into the common space: learned and kept orthonormal, learned without constraint, or kept as drawn
+        mode:Literal['stiefel', 'learned', 'frozen']='stiefel',
         # weight of the orthogonality penalty, the only loss of the temperatures; 0: they stay what they are
         orth:float=0.,
-        recon:float=.1,    # weight of the reconstruction loss
-        diagonal:bool=False, # penalise concentration on one layer too
-        recon_form:Literal['tokens', 'mean']='tokens', # what the reconstruction loss compares
+        recon:float=.1,    # weight of the reconstruction loss, which trains the maps into the common space; 0: none
+        diagonal:bool=False, # with `orth`: penalise concentration on one layer too
+        # what the reconstruction loss compares: each token, or their mean over an image
+        recon_form:Literal['tokens', 'mean']='tokens',
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
         # decompose each batch's covariances, or follow those of their running mean
         solver:Literal['eigh', 'track']='eigh',
-        memory:float=.99,  # of the running mean
-        settle:int=50,     # first steps, for which 'track' decomposes too
+        memory:float=.99,  # of solver='track': decay of the running mean per step
+        settle:int=50,     # of solver='track': first steps, in which it decomposes too
     ):
         super().__init__()
         for name, given, allowed in (('space', space, ('sample', 'channel')), ('rows', rows, ('token', 'image')),

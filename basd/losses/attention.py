@@ -71,12 +71,14 @@ class AttentionKL(nn.Module):
         self,
         heads_s:list, # heads of each student layer that is compared
         heads_t:int|list, # heads of a teacher layer; for `scope="all_layers"` a list of every layer's
-        scope:Literal['joint', 'point', 'all_layers']='joint', # which student heads imitate which maps
+        # heads of all points imitate the maps of all points; those of a point its own; or those of every teacher layer
+        scope:Literal['joint', 'point', 'all_layers']='joint',
         normalise:Literal['row', 'map']='row',    # a distribution a query, or a map (published)
         reduction:Literal['row', 'batch']='row',  # nats a query; or summed over heads and queries (original)
         learn_temperature:bool=False,             # divide scores by a learned temperature, 1 at first
-        rows:int|None=None,                       # query rows sampled at each step by `draw`; all of them if None
-        noise:float=.1,                           # of the head map's start, see `HeadAligner`
+        rows:int|None=None,                       # query rows sampled at each step; None: all of them
+        # standard deviation of the first map between heads around their mean, in units of 1/(student heads)
+        noise:float=.1,
         anneal:float=1.,                          # factor on the loss for each epoch that has passed; 0.9 as published
     ):
         super().__init__()

@@ -7,6 +7,7 @@ __all__ = ['inverse_softmax', 'ramp', 'Ramps', 'Balance']
 
 # %% ../../nbs/losses/14_balance.ipynb #ec340ba8
 import math
+from typing import Literal
 
 import torch
 from fastcore.basics import patch
@@ -67,13 +68,16 @@ class Balance(nn.Module):
         names,                        # of the losses, in order
         starts:dict|None=None,        # name → start of its ramp as a share of the warm-up; no ramps if None
         fraction:float=.1,            # warm-up as a share of all steps
-        form:str='reference',         # "reference", "equal", "paper", "original" or "fixed"
-        temperature:float|None=None,  # T; 1 for "reference", else 2
-        u_max:float=1.5,              # how far below its trend a loss may seem to be
-        beta:float=.99,               # memory of the reference
-        floor:float=.25,              # smallest divisor, relative to the first level
-        settle:int=50,                # active forward passes whose mean is the first level
-        weights:dict|None=None,       # of form "fixed"; all equal if None
+        # losses over their running means, weighed by how far each is below its own; the same, all alike; softmax of
+        # inverse losses, as the paper has it; as the original's code has it; or given weights
+        form:Literal['reference', 'equal', 'paper', 'original', 'fixed']='reference',
+        # T of the softmax over losses: large is uniform; None: 1 for "reference", else 2
+        temperature:float|None=None,
+        u_max:float=1.5,              # of "reference": how many times below its trend a loss may count as
+        beta:float=.99,               # of "reference" and "equal": decay of the running means per step
+        floor:float=.25,              # of the same: smallest divisor, relative to the first level
+        settle:int=50,                # of the same: active forward passes whose mean is the first level
+        weights:dict|None=None,       # of "fixed": loss → weight; None: all equal
     ):
         super().__init__()
         if form not in ('reference', 'equal', 'paper', 'original', 'fixed'):

@@ -6,6 +6,8 @@
 __all__ = ['hsic', 'hsic_of_rows', 'unit_power', 'cka', 'CKA', 'shortfall']
 
 # %% ../../nbs/losses/16_cka.ipynb #27587c92
+from typing import Literal
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -91,10 +93,12 @@ def cka(
 class CKA(nn.Module):
     "One minus centred kernel alignment of student and teacher layers; gradient to the student, no parameters"
     def __init__(self,
-        rows:str='token',         # "token": tokens of all images; "image": mean tokens; "within": each image by itself
-        debias:bool|None=None,    # from pairs of different rows only; None: where n < 4 max(p, q)
+        # rows that are compared: tokens of all images; mean tokens; or the tokens of each image by itself
+        rows:Literal['token', 'image', 'within']='token',
+        # estimate from pairs of different rows only; None: where there are fewer than 4 rows a channel
+        debias:bool|None=None,
         log:bool=False,           # −log CKA in place of 1 − CKA; below a tenth continued by its tangent
-        max_rows:int|None=4096,   # for "token": about that many over all ranks, at least one an image; None: all
+        max_rows:int|None=4096,   # of "token": about that many over all ranks, at least one an image; None: all
         center:bool=True,         # False: without centring, for parity only
     ):
         super().__init__()

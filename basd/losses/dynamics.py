@@ -66,8 +66,9 @@ def steps(
 class Dynamics(nn.Module):
     "Match where predictions stand over depth, and how they move; gradient to the student"
     def __init__(self,
-        space:Literal['prediction', 'cka']='prediction', # both models' own heads, or CKA where the teacher has none
-        steps:float=1.,  # β, weight of first differences
+        # read layers by the models' own heads, or compare them by CKA where the teacher has no head
+        space:Literal['prediction', 'cka']='prediction',
+        steps:float=1.,  # β, weight of first differences between layers, ≥ 0
     ):
         super().__init__()
         if space not in ('prediction', 'cka'): raise ValueError(f"space={space!r}; choose 'prediction' or 'cka'")

@@ -6,6 +6,8 @@
 __all__ = ['unit_tokens', 'gram_distance', 'Gram', 'TokenCosine', 'PooledCorrelation', 'all_rows']
 
 # %% ../../nbs/losses/17_gram.ipynb #51546c9b
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -42,8 +44,8 @@ def gram_distance(
 class Gram(nn.Module):
     "Match the cosines among the tokens of an image; gradient to the student, no parameters"
     def __init__(self,
-        # "squared": mean of squared differences; "norm": ‖·‖_F/N², the original, which falls as 1/N
-        form:str='squared',
+        # mean of squared differences of cosines; or their norm ‖·‖_F/N², the original, which falls as 1/N
+        form:Literal['squared', 'norm']='squared',
         center:bool=False,   # subtract the mean token of an image first, which may drown all cosines
     ):
         super().__init__()
@@ -120,7 +122,7 @@ def forward(self:TokenCosine,
 class PooledCorrelation(nn.Module):
     "Match the similarities among the images of a batch; gradient to the student, no parameters"
     def __init__(self,
-        tau:float=.1,       # temperature of the softmax over images
+        tau:float=.1,       # temperature of the softmax over images, > 0; small: nearest images alone count
         mask:bool=True,     # leave out each image's similarity to itself; False as the original
         center:bool=False,  # subtract the mean over the images of all ranks first
     ):

@@ -82,8 +82,9 @@ class HeadRelations(nn.Module):
     of = 'attention'
 
     def __init__(self,
-        relations:tuple[str, ...]=('qq', 'kk', 'vv'), # which; ('qk', 'vv') is the first MiniLM
-        heads:int=12,       # A_r; must divide both widths
+        # pairs of queries q, keys k and values v whose relations are matched; qk, vv is the first MiniLM
+        relations:tuple[str, ...]=('qq', 'kk', 'vv'),
+        heads:int=12,       # A_r, relation heads; must divide both widths
     ):
         super().__init__()
         bad = [r for r in relations if len(r) != 2 or not set(r) <= set('qkv')]

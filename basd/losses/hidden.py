@@ -32,9 +32,10 @@ class Hidden(nn.Module):
     def __init__(self,
         widths_s:list,       # D_s of each pair
         widths_t:list,       # D_t of each pair
-        # coordinates of the comparison: TinyBERT and FitNets, ours for pre-norm transformers, Patient KD
+        # compare tokens as they are (TinyBERT, FitNets), standardised one by one (ours for pre-norm transformers), or
+        # at unit length (Patient KD)
         normalise:Literal['none', 'layer', 'unit']='none',
-        bias:bool=False,     # of the maps
+        bias:bool=False,     # have the maps from the student's to the teacher's width a bias
     ):
         super().__init__()
         if normalise not in ('none', 'layer', 'unit'):
@@ -78,7 +79,7 @@ def loudness(
 class AttentionTransfer(nn.Module):
     "Match where layers are loud; gradient to the student, no parameters"
     def __init__(self,
-        p:float=2., # power of the channels; 2 does not see their rotation
+        p:float=2., # power of the channels, ≥ 1; 2 does not see their rotation
     ):
         super().__init__()
         if p < 1: raise ValueError(f"p={p}; give a power of at least 1, 2 is usual")

@@ -39,9 +39,9 @@ def angles(
 class RKD(nn.Module):
     "Match distances and angles among images; gradient to the student, no parameters"
     def __init__(self,
-        distance:float=25., # weight of distances
-        angle:float=50.,    # weight of angles
-        images:int|None=64, # among which angles are taken, over all ranks; None: all
+        distance:float=25., # weight of the distances between images, ≥ 0
+        angle:float=50.,    # weight of the angles between images, ≥ 0
+        images:int|None=64, # among which angles are taken, over all ranks, at least 3; None: all
     ):
         super().__init__()
         if distance < 0 or angle < 0 or distance + angle == 0:
@@ -155,8 +155,8 @@ class CRD(nn.Module):
     def __init__(self,
         widths_s:list, # D_s of each pair
         widths_t:list, # D_t of each pair
-        dim:int=128,   # of the embeddings
-        tau:float=.07, # temperature
+        dim:int=128,   # width of the embeddings that are compared
+        tau:float=.07, # temperature of the softmax over images, > 0
     ):
         super().__init__()
         if not tau > 0: raise ValueError(f"tau={tau}; it must be positive, 0.07 is usual")

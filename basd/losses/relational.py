@@ -6,6 +6,8 @@
 __all__ = ['coincident', 'relations', 'draw_pairs', 'Relational', 'equal_width']
 
 # %% ../../nbs/losses/11_relational.ipynb #849f2b5c
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -56,9 +58,9 @@ def draw_pairs(
 class Relational(nn.Module):
     "Match the directions between tokens; gradient to the student, no parameters"
     def __init__(self,
-        pairs:int=128,         # K, token pairs a step
-        # "direction": 1 − cosine; "gram": cosines among relations; "smooth_l1": the original, averaged over channels
-        form:str='direction',
+        pairs:int=128,         # K, random token pairs that are compared in each step
+        # 1 − cosine of each relation; cosines among relations; or the original, averaged over channels
+        form:Literal['direction', 'gram', 'smooth_l1']='direction',
     ):
         super().__init__()
         if form not in ('direction', 'gram', 'smooth_l1'):

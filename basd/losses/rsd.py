@@ -6,6 +6,8 @@
 __all__ = ['standardise', 'cross_correlation', 'redundancy', 'Heads', 'RSD', 'PooledRSD']
 
 # %% ../../nbs/losses/10_rsd.ipynb #a30aa62f
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -99,12 +101,14 @@ class RSD(nn.Module):
     def __init__(self,
         widths_s:list,           # D_s of each extraction point
         widths_t:list,           # width of each target
-        gamma:float=2.,          # hidden width of the heads relative to D_s
-        kappa:float|str=.01,     # weight of the off-diagonal; "1/D" as the original
-        center:bool=True,        # Pearson; False: cosine, as the original
+        gamma:float=2.,          # hidden width of the head on the student's tokens, relative to their width
+        # weight of the off-diagonal of the cross-correlation, of what channels share; 1/D as the original
+        kappa:float|Literal['1/D']=.01,
+        center:bool=True,        # Pearson correlation; False: cosine, as the original
         pooled:bool=False,       # rows are images (mean token), as the paper, rather than tokens
-        reduction:str='dim',     # "dim" (about 1 at the start), "sum" (paper) or "mean" (original)
-        norm:str='layer',        # of the heads: "layer", or "batch" as the paper
+        # divide the sum over channel pairs by D (about 1 at the start), by nothing (paper), or by D² (original)
+        reduction:Literal['dim', 'sum', 'mean']='dim',
+        norm:Literal['layer', 'batch']='layer', # normalization in the heads: layer norm, or batch norm as the paper
         max_rows:int|None=None,  # use about that many token rows over all ranks, at least one an image; None: all
     ):
         super().__init__()
@@ -207,10 +211,11 @@ class PooledRSD(nn.Module):
     def __init__(self,
         widths_s:list,      # D_s of each pair
         widths_t:list,      # D_t of each pair
-        gamma:float=2.,     # hidden width of the heads relative to D_s
-        kappa:float=.01,    # weight of the off-diagonal
-        norm:str='batch',   # of the heads: "batch" or "layer"
-        reduction:str='sum',# "sum", "dim" or "mean"
+        gamma:float=2.,     # hidden width of the head on the student's tokens, relative to their width
+        kappa:float=.01,    # weight of the off-diagonal of the cross-correlation, of what channels share
+        norm:Literal['batch', 'layer']='batch', # normalization in the heads
+        # divide the sum over channel pairs by nothing, by D, or by D²
+        reduction:Literal['sum', 'dim', 'mean']='sum',
     ):
         super().__init__()
         self.loss = RSD(widths_s, widths_t, gamma, kappa, pooled=True, norm=norm, reduction=reduction)

@@ -6,6 +6,8 @@
 __all__ = ['gram', 'eigenvalues', 'spectrum', 'normalised', 'moments', 'Spectral', 'batch_spectrum']
 
 # %% ../../nbs/losses/13_spectral.ipynb #e5395719
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -77,12 +79,13 @@ def moments(
 class Spectral(nn.Module):
     "Loss on normalised singular-value spectra; gradient to the student"
     def __init__(self,
-        # "svd": a spectrum an image; "batch": one of the whole batch; "moments": soft ranks without decomposition
-        form:str='svd',
+        # a spectrum for each image; one of the whole batch; or three soft ranks without decomposition
+        form:Literal['svd', 'batch', 'moments']='svd',
         center:bool=False,       # subtract the mean token first; uncentred spectra are dominated by it
-        energy:bool=False,       # compare shares of energy
-        align:str='truncate',    # "truncate", or "pool" as the original
-        reduction:str='sum',     # over singular values: "sum", or "mean" as the original
+        energy:bool=False,       # compare shares of energy σ²/Σσ² in place of unit vectors
+        # of different lengths: keep the largest values of both, or average neighbors as the original
+        align:Literal['truncate', 'pool']='truncate',
+        reduction:Literal['sum', 'mean']='sum', # over singular values; the mean as the original
         samples:int|None=None,   # images a step, over all ranks, drawn at random in pairs; None: all
     ):
         super().__init__()

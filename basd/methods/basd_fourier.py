@@ -30,13 +30,16 @@ FourierOptions = options_of(Fourier, 'widths_s', 'widths_t')
 @settings
 class BASDFourierOptions:
     "Everything that a recipe may say about the earlier form"
-    points:Any = 'default'     # extraction points: student layers by index or name, or "default"
-    layers:Any = 'all'         # teacher layers
+    # extraction points, student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
+    points:Any = 'default'
+    layers:Any = 'all'         # teacher layers that are mixed: "all", or a list of indices or names
+    # which teacher layers each point learns from: mixing weights from energy by spatial frequency
     selector:SelectorOptions = field(default_factory=SelectorOptions)
+    # how mixed teacher tokens are brought to the student's places and width
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
-    fourier:FourierOptions = field(default_factory=FourierOptions)
-    weight:float = .2          # λ of the Fourier loss
-    align:float = 1.           # λ of the aligner's own loss
+    fourier:FourierOptions = field(default_factory=FourierOptions) # the loss on Fourier transforms of the tokens
+    weight:float = .2          # λ of the Fourier loss, beside cross-entropy
+    align:float = 1.           # λ of the aligner's own loss, which trains the aligner alone
 
 # %% ../../nbs/methods/34_basd_fourier.ipynb #0212d746
 @register('basd_fourier')

@@ -48,9 +48,11 @@ def binary_kl(
 @settings
 class DualHeadOptions:
     "Everything that a recipe may say about a head for the teacher"
-    points:Any = 'default'   # student layers; the last one carries the second head
-    T:Annotated[float, Field(gt=0)] = 2.      # temperature
-    weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's part
+    # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names;
+    # the last one carries the second head
+    points:Any = 'default'
+    T:Annotated[float, Field(gt=0)] = 2.      # temperature that divides the logits
+    weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, on the second head
 
 # %% ../../nbs/methods/38_conflict.ipynb #8e9fd301
 @register('dual_head')

@@ -148,14 +148,18 @@ def subsets(
 @settings
 class POCLOptions:
     "Everything that a recipe may say about a curriculum"
-    scores:list[str] = field(default_factory=lambda: ['loss', 'disagreement']) # judges of difficulty, fused
-    stages:Annotated[int, Field(ge=1)] = 4
-    until:Literal['time', 'plateau', 'validation'] = 'time' # how long a stage lasts
-    patience:Annotated[int, Field(ge=1)] = 2   # epochs without progress, of "plateau" and "validation"
-    temperatures:tuple[float, float] = (1., 2.)# of the first and of the last stage
-    alphas:tuple[float, float] = (.7, 1.)      # share of the teacher, likewise
-    balanced:bool = True                       # cut each class by itself; "validation" cuts the ranking as a whole
-    direction:Literal['forward', 'reverse'] = 'forward' # of the divergence
+    # measures of difficulty whose rankings are fused: "loss", "margin", "disagreement", "teacher", or
+    # package.module:function
+    scores:list[str] = field(default_factory=lambda: ['loss', 'disagreement'])
+    stages:Annotated[int, Field(ge=1)] = 4     # stages of the curriculum; stage k of n trains on the easiest k/n
+    # a stage lasts its share of the epochs, or until its training loss, or a held-out tenth's, stops falling
+    until:Literal['time', 'plateau', 'validation'] = 'time'
+    patience:Annotated[int, Field(ge=1)] = 2   # of "plateau" and "validation": epochs without a loss 1 % lower
+    temperatures:tuple[float, float] = (1., 2.)# of the logits, in the first and in the last stage
+    alphas:tuple[float, float] = (.7, 1.)      # weight of the teacher's loss, likewise; the labels' is the rest
+    # rank the images of each class by themselves; "validation" ranks them all together
+    balanced:bool = True
+    direction:Literal['forward', 'reverse'] = 'forward' # KL(teacher‖student), or KL(student‖teacher)
 
     def __post_init__(self):
         if self.until == 'time': belongs(POCLOptions, "until='plateau' and 'validation'", "'time'", patience=self.patience)

@@ -28,8 +28,9 @@ class LogitOptions:
     "How a teacher's logits are compared"
     # softened probabilities, decoupled, the teacher's decision, or edges among predictions
     loss:Literal['kl', 'dkd', 'hard', 'vrm'] = 'kl'
-    T:Annotated[float, Field(gt=0)] = 4.       # temperature of "kl" and "dkd"
-    direction:Literal['forward', 'reverse'] = 'forward' # of "kl"
+    # temperature of "kl" and "dkd" that divides both models' logits; the loss is multiplied by T²
+    T:Annotated[float, Field(gt=0)] = 4.
+    direction:Literal['forward', 'reverse'] = 'forward' # of "kl": KL(teacher‖student), or KL(student‖teacher)
     beta:float = 8.                            # of "dkd": weight of the ranking of other classes
     # of "vrm": every image twice in a batch, edges between first and second views alone
     virtual:bool = False
@@ -90,10 +91,12 @@ def one(self:LogitLoss, z_s, z_t, labels, epoch)->tuple: # the loss, (); the tem
 @settings
 class DistillOptions(LogitOptions):
     "Everything that a recipe may say about distilling logits"
-    alpha:Annotated[float, Field(ge=0, le=1)] = .9 # share of the teacher
-    head:Literal['class', 'distillation'] = 'class' # which of the student's heads the teacher teaches
-    start:Annotated[float, Field(ge=0, lt=1)] = 0.  # share of the run with labels alone
-    rise:Annotated[float, Field(ge=0, le=1)] = 0.   # share of the run over which the teacher comes in
+    # weight of the teacher's loss; cross-entropy with the labels has 1 − alpha
+    alpha:Annotated[float, Field(ge=0, le=1)] = .9
+    # which of the student's heads the teacher teaches; "distillation" needs a model that has a second one, as DeiT's
+    head:Literal['class', 'distillation'] = 'class'
+    start:Annotated[float, Field(ge=0, lt=1)] = 0.  # share of the run before the teacher's part comes in
+    rise:Annotated[float, Field(ge=0, le=1)] = 0.   # share of the run over which it rises, after `start`
 
 # %% ../../nbs/methods/32_distill.ipynb #1d6096f5
 @register('distill')

@@ -54,9 +54,10 @@ def ofa(
 @settings
 class OFAOptions:
     "Everything that a recipe may say about exits taught by a teacher"
-    points:Any = 'default'    # student layers with an exit
-    gamma:Annotated[float, Field(ge=1)] = 1.5 # how much the true class is enhanced where the teacher is sure
-    weight:Annotated[float, Field(ge=0)] = 1. # of the mean over exits and the student's own head
+    # layers with an exit, student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
+    points:Any = 'default'
+    gamma:Annotated[float, Field(ge=1)] = 1.5 # how much the true class is enhanced where the teacher is sure; 1: not
+    weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, a mean over exits and the student's own head
 
 # %% ../../nbs/methods/35_exits.ipynb #aef3825a
 @register('ofa')
@@ -101,10 +102,12 @@ def predictions(
 @settings
 class BYOTOptions:
     "Everything that a recipe may say about a student that teaches itself"
-    points:Any = 'default'                         # student layers; the last one teaches the others
-    alpha:Annotated[float, Field(ge=0, le=1)] = .3 # share of the deepest predictions in an exit's loss
-    T:Annotated[float, Field(gt=0)] = 3.           # temperature
-    beta:Annotated[float, Field(ge=0)] = .03       # weight of the deepest features
+    # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names;
+    # the last one teaches the others
+    points:Any = 'default'
+    alpha:Annotated[float, Field(ge=0, le=1)] = .3 # share of the deepest predictions in an exit's loss; labels: the rest
+    T:Annotated[float, Field(gt=0)] = 3.           # temperature that divides the logits
+    beta:Annotated[float, Field(ge=0)] = .03       # weight of the distance to the deepest features
 
 # %% ../../nbs/methods/35_exits.ipynb #e920b796
 @register('byot')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objectives', 'Target', 'Progress', 'Needs', 'Shapes', 'Objective', 'outcome', 'seeded', 'settings', 'options_of',
-           'register', 'find_objective', 'cross_entropy', 'CrossEntropy']
+           'register', 'known_objectives', 'find_objective', 'cross_entropy', 'CrossEntropy']
 
 # %% ../../nbs/methods/30_objective.ipynb #84a1f590
 import hashlib
@@ -170,7 +170,9 @@ def options_of(
     given = [p for n,p in inspect.signature(target).parameters.items() if n not in skip and p.default is not p.empty]
     fields = [(p.name, Any if p.annotation is p.empty else p.annotation, field(default=defaults.get(p.name, p.default)))
               for p in given]
-    return settings(make_dataclass(f'{target.__name__}Options', fields))
+    made = settings(make_dataclass(f'{target.__name__}Options', fields))
+    made.reads = target                                      # where the meaning of each option is written
+    return made
 
 # %% ../../nbs/methods/30_objective.ipynb #a5daf5ad
 objectives = {} # name → Objective class
@@ -185,16 +187,20 @@ def register(
         return cls
     return _register
 
+# %% ../../nbs/methods/30_objective.ipynb #f56a6045
+def known_objectives()->dict: # name → class
+    "Every method of this package, and what has been registered besides"
+    import basd.methods as room
+    for m in pkgutil.iter_modules(room.__path__): importlib.import_module(f'{room.__name__}.{m.name}')
+    return objectives
+
 # %% ../../nbs/methods/30_objective.ipynb #9366f129
 def find_objective(
     name:str, # a registered name, or "package.module:Class" for your own
 ):
     "The `Objective` class called `name`"
     if ':' in name: return imported(name, f'method.name={name!r}')
-    if name not in objectives:
-        import basd.methods as room
-        for m in pkgutil.iter_modules(room.__path__): importlib.import_module(f'{room.__name__}.{m.name}')
-    if name not in objectives:
+    if name not in objectives and name not in known_objectives():
         raise ValueError(f"unknown method {name!r}; allowed: {', '.join(sorted(objectives))}, or package.module:Class")
     return objectives[name]
 

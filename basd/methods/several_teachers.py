@@ -72,14 +72,16 @@ def soft_kl(
 @settings
 class AMTMLOptions:
     "Everything that a recipe may say about adaptive teachers"
-    # student layers; hints go to them in turn, and the last one weighs the teachers
+    # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names;
+    # hints go to them in turn, and the last one weighs the teachers
     points:Any = 'default'
-    layers:Any = field(default_factory=lambda: [-1])                   # teacher layers; the last of each gives the hint
-    T:Annotated[float, Field(gt=0)] = 5.           # temperature
-    alpha:Annotated[float, Field(ge=0, le=1)] = .7 # share of the teachers
-    hint:Annotated[float, Field(ge=0)] = .1        # weight of the hints
-    decay:Annotated[float, Field(ge=0)] = .1       # λ, of the weighting's parameters
-    entropy:Annotated[float, Field(ge=0)] = 1.     # η, in nats
+    # layers of each teacher, by index or name; the last of them gives the hint
+    layers:Any = field(default_factory=lambda: [-1])
+    T:Annotated[float, Field(gt=0)] = 5.           # temperature that divides the logits
+    alpha:Annotated[float, Field(ge=0, le=1)] = .7 # weight of the teachers' predictions; the labels' is the rest
+    hint:Annotated[float, Field(ge=0)] = .1        # weight of the hints, squared distances to teacher tokens
+    decay:Annotated[float, Field(ge=0)] = .1       # λ, weight decay of the parameters that weigh the teachers
+    entropy:Annotated[float, Field(ge=0)] = 1.     # η, reward of the weights' entropy in nats; large: all teachers alike
 
 # %% ../../nbs/methods/37_several_teachers.ipynb #9a51d5a7
 @register('amtml')
@@ -167,10 +169,12 @@ class Questions(nn.Module):
 @settings
 class DiverseOptions:
     "Everything that a recipe may say about questions and answers"
-    points:Any = 'default'   # student layers; the last one asks
-    layers:Any = field(default_factory=lambda: [-1])        # teacher layers; the last of each answers
-    weight:Annotated[float, Field(ge=0)] = 1. # of the match between state and answers
-    task:Annotated[float, Field(ge=0)] = 1.   # of the task that trains the answers
+    # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names;
+    # the last one asks
+    points:Any = 'default'
+    layers:Any = field(default_factory=lambda: [-1]) # layers of each teacher, by index or name; the last one answers
+    weight:Annotated[float, Field(ge=0)] = 1. # of the match between the student's state and the answers
+    task:Annotated[float, Field(ge=0)] = 1.   # of the classification that trains the answers
 
 # %% ../../nbs/methods/37_several_teachers.ipynb #56bd6504
 @register('diverse')

@@ -6,23 +6,25 @@
 __all__ = ['Whole', 'Count', 'Seed', 'Share', 'Positive', 'Amount', 'Keywords', 'Channels', 'Pixels', 'whole', 'DataRecipe',
            'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'check', 'origin',
            'teachers_of', 'check_teachers', 'resolve', 'stored', 'own_names', 'load_recipe', 'as_tree', 'write_recipe',
-           'differences']
+           'differences', 'meanings', 'type_in_words', 'Key', 'FileRecipe', 'recipe_sections', 'recipe_keys',
+           'keys_table', 'explained']
 
 # %% ../../nbs/training/60_recipes.ipynb #80195464
 import math
 import re
-from dataclasses import asdict, field, fields, is_dataclass
+import textwrap
+from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from ..data.pictures import MAX_PIXELS
-from ..losses.paired import trusted, trusting
-from ..methods.objective import Objective, find_objective, objectives, settings
+from ..losses.paired import feature_losses, find_feature_loss, trusted, trusting
+from ..methods.objective import Objective, find_objective, known_objectives, objectives, settings
 from .recipe_files import check_stages, merge, merged, own_paths, packaged, packed, parse_override, suggestion
 
 # %% ../../nbs/training/60_recipes.ipynb #df78f592
@@ -46,115 +48,130 @@ Pixels = Annotated[Whole, Field(ge=1, le=2**15)]
 @settings
 class DataRecipe:
     "Where images come from, how they are split and read"
-    # "digits", "torch/<name>", "hfds/<hub id or folder>", or a folder of images in the ImageNet layout
+    # "digits" (scikit-learn's, nothing to fetch), "torch/<name>" (torchvision's), "hfds/<hub name or folder of
+    # parquet files>", or a folder of images laid out as split/class/image
     source:str = 'digits'
-    root:str|None = None                  # folder for downloads, or of the data
+    # folder of downloads ("torch/…"; null: data) or of the cache ("hfds/…"), or where a relative `source` starts
+    root:str|None = None
     download:bool = False                 # may missing data be fetched
-    train_split:str = 'train'
-    test_split:str = 'test'
+    train_split:str = 'train'             # split to learn from; of a folder of images, the folder's name
+    test_split:str = 'test'               # split that is evaluated at the end, and chooses nothing
     image_key:str|None = None             # of "hfds/…": column of the images; null: the only one
     label_key:str|None = None             # column of the classes, as numbers or texts; null: the only one, or "label"
-    train_size:Count|None = None            # use only this many of the training images, drawn by `split_seed`
-    val_size:Amount = .1 # held out of the training images: a share below 1, a number of images from 1 on
-    split_seed:Seed = 42
+    # use only this many of the training images, drawn by `split_seed` after the validation images; null: all
+    train_size:Count|None = None
+    # validation images, held out of the training images: a share below 1, a number of images from 1 on, 0: none
+    val_size:Amount = .1
+    split_seed:Seed = 42                  # of the draw of validation images; equal for runs that are compared
     batch_size:Count = 256                # images in an optimizer step, over all ranks and accumulation steps
-    workers:Annotated[Whole, Field(ge=0, le=1024)] = 2 # reader processes a rank
-    memory:bool = True                    # hold decoded images in memory when they fit
-    on_bad:Literal['raise', 'skip'] = 'raise' # what an unreadable image does
-    max_pixels:Count|None = MAX_PIXELS    # of an image, larger ones are unreadable; null: no limit
+    workers:Annotated[Whole, Field(ge=0, le=1024)] = 2 # reader processes a rank; 0: the training process reads
+    memory:bool = True                    # hold decoded images in memory if they take at most 4 GiB
+    on_bad:Literal['raise', 'skip'] = 'raise' # an unreadable image ends the run, or is left out and counted
+    max_pixels:Count|None = MAX_PIXELS    # height × width of an image; larger ones are unreadable; null: no limit
 
 # %% ../../nbs/training/60_recipes.ipynb #07ff945d
 @settings
 class ViewRecipe:
     "Two views of each image, and how the student's are blended"
+    # crop and mirror both views alike, the student's alone, or neither (both are the middle square)
     geometry:Literal['shared', 'independent', 'fixed'] = 'shared'
-    crop_scale:tuple[float, float] = (.35, 1.) # area of the random crop as a share of the image
-    flip:Share = .5
+    crop_scale:tuple[float, float] = (.35, 1.) # area of the random crop, as shares of the image: least and most
+    flip:Share = .5                       # probability of a mirror image
+    # one random change of color for each image the student sees, of random strength (TrivialAugment), or none
     photometry:Literal['trivial', 'none'] = 'trivial'
     erase:Share = .25                     # probability that a rectangle of the student's view is erased
-    mixup:Amount = .8   # α of MixUp's Beta distribution, 0: never
-    cutmix:Amount = 1.  # α of CutMix's, 0: never
-    blend_prob:Share = 1.                 # probability that a batch is blended
-    teacher_sees_blend:bool = False       # consistent teaching: the teacher gets the student's blend, too
-    smoothing:Share = .1                  # label smoothing
+    mixup:Amount = .8                     # α of MixUp's Beta distribution; 0: no MixUp
+    cutmix:Amount = 1.                    # α of CutMix's Beta distribution; 0: no CutMix
+    blend_prob:Share = 1.                 # probability that a batch is blended, by MixUp or CutMix
+    # show the teacher the student's blend; else it sees whole images, and its targets are blended
+    teacher_sees_blend:bool = False
+    smoothing:Share = .1                  # label smoothing: probability that is spread evenly over all classes
 
 # %% ../../nbs/training/60_recipes.ipynb #95f1249d
 @settings
 class StudentRecipe:
     "The model that learns"
-    model:str = 'deit_tiny_patch16_224'   # any timm classifier
-    img_size:Pixels|None = None           # pixels
-    patch_size:Pixels|None = None
-    depth:Annotated[Whole, Field(ge=1, le=1000)]|None = None
+    model:str = 'deit_tiny_patch16_224'   # any timm classifier, by its name
+    img_size:Pixels|None = None           # height and width of its images in pixels; null: the model's own
+    patch_size:Pixels|None = None         # height and width of a patch in pixels; null: the model's own
+    depth:Annotated[Whole, Field(ge=1, le=1000)]|None = None  # blocks; null: the model's own
+    # width of a token, a multiple of `heads`; null: the model's own
     width:Annotated[Whole, Field(ge=1, le=2**16)]|None = None
-    heads:Annotated[Whole, Field(ge=1, le=2**16)]|None = None
-    drop_path:Share = 0.
-    pretrained:bool = False
-    checkpoint:str|None = None            # .pth or .safetensors
-    checkpoint_key:str|None = None        # of the dictionary to take from it, as "model_ema"; None: the usual one
-    # of each channel of images in [0, 1]; None: the model's own
+    heads:Annotated[Whole, Field(ge=1, le=2**16)]|None = None # attention heads of a block; null: the model's own
+    drop_path:Share = 0.                  # rate of stochastic depth at the last block, rising evenly to it
+    pretrained:bool = False               # begin with the model's published weights
+    checkpoint:str|None = None            # begin with the weights of a file, .pth or .safetensors, or of "stage:NAME"
+    checkpoint_key:str|None = None        # which dictionary of the file to take, as "model_ema"; null: the usual one
+    # mean of each channel of images in [0, 1], by which they are normalized; null: the model's own
     mean:Channels|None = None
-    std:Channels|None = None
+    std:Channels|None = None              # standard deviation of each channel, likewise
     kwargs:Keywords = field(default_factory=dict) # further arguments of timm.create_model
 
 # %% ../../nbs/training/60_recipes.ipynb #b130b464
 @settings
 class TeacherRecipe:
     "The frozen model that teaches"
-    model:str|None = None                 # any timm model; None: no teacher, unless `run` names one
+    model:str|None = None                 # any timm model, by its name; null: no teacher, unless `run` names one
     run:str|None = None                   # run directory of this trainer, or "stage:NAME" of the same recipe
     pretrained:bool = False               # the model's published weights
-    checkpoint:str|None = None            # .pth or .safetensors, timm's key layout or one that timm converts
-    checkpoint_key:str|None = None        # of the dictionary to take from it, as "model_ema"; None: the usual one
+    checkpoint:str|None = None            # weights in a file, .pth or .safetensors, in timm's names or ones it converts
+    checkpoint_key:str|None = None        # which dictionary of the file to take, as "model_ema"; null: the usual one
     untrained:bool = False                # random weights are meant, as in a test of the machinery
-    img_size:Pixels|None = None           # pixels of the teacher's view
-    cache:str|None = None                 # folder for what it says of each image; needs a view that does not move
-    mean:Channels|None = None             # of each channel of images in [0, 1], as its weights were trained; None: the model's own
-    std:Channels|None = None              # likewise
+    img_size:Pixels|None = None           # height and width of its view in pixels; null: the model's own
+    # folder for its outputs on the training images, computed once before the first step; needs a view that does not
+    # move: views.geometry fixed or independent
+    cache:str|None = None
+    # mean of each channel of images in [0, 1], as in its training; null: the model's own
+    mean:Channels|None = None
+    std:Channels|None = None              # standard deviation of each channel, likewise
     kwargs:Keywords = field(default_factory=dict) # further arguments of timm.create_model
-    # further teachers, each in the words of this section, for methods that ask several
+    # further teachers, each with the keys of this section, for methods of several teachers
     others:list[dict[str, Any]] = field(default_factory=list)
 
 # %% ../../nbs/training/60_recipes.ipynb #e5e08677
 @settings
 class TrainRecipe:
-    "Optimisation, precision, evaluation and logging"
-    epochs:Count = 100
+    "Optimization, precision, evaluation and logging"
+    epochs:Count = 100                    # passes over the training images
+    # of the initial weights, the order of the images, their views and all draws of the method
     seed:Seed = 0
-    optimizer:Literal['adamw', 'adam', 'sgd'] = 'adamw'
-    # of "sgd": labels keep a momentum of 0.9 less this, all else of 0.9 and this
+    optimizer:Literal['adamw', 'adam', 'sgd'] = 'adamw' # "sgd" is with Nesterov momentum 0.9
+    # of "sgd": labels keep a momentum of 0.9 less this, all else of 0.9 and this; null: one momentum
     momenta_apart:Annotated[float, Field(gt=0, lt=.1)]|None = None
-    lr:Positive = 1e-3
-    min_lr:Amount = 1e-6
-    weight_decay:Amount = .05
-    warmup_epochs:Annotated[float, Field(ge=0, lt=2**31)] = 5.
-    clip:Positive|None = 1.               # gradient norm, of the student and of the objective apart
-    accumulate:Count = 1                  # forward passes an optimizer step
-    precision:Literal['float32', 'bf16'] = 'float32'
-    compile:bool = False
+    lr:Positive = 1e-3                    # largest learning rate, after the warm-up; not scaled by the batch size
+    min_lr:Amount = 1e-6                  # learning rate at the first step and, after a half cosine, at the last
+    weight_decay:Amount = .05             # of matrices and kernels; biases, norms and what the model names have none
+    warmup_epochs:Annotated[float, Field(ge=0, lt=2**31)] = 5. # epochs of linear rise from `min_lr` to `lr`
+    # largest gradient norm, of the student and of the objective's own parameters apart; null: no limit
+    clip:Positive|None = 1.
+    accumulate:Count = 1                  # forward passes an optimizer step; the batch is divided among them
+    precision:Literal['float32', 'bf16'] = 'float32' # "bf16": autocast; sensitive parts stay in float32
+    compile:bool = False                  # compile models and objective with torch.compile
     rank_timeout:Positive = 600.          # seconds that ranks wait for each other before the run ends
-    ema:Annotated[float, Field(ge=0, lt=1)]|None = None # decay of the averaged student; None: no average
+    # decay of the averaged student per step, as 0.999; null: no average
+    ema:Annotated[float, Field(ge=0, lt=1)]|None = None
     log_every:Count = 50                  # optimizer steps a row of metrics.jsonl
-    gradient_shares:bool = True           # measure at logging steps how hard parts pull on the student; not if compiled
-    save_every:Count|None = None          # optimizer steps between checkpoints; None: at the end of each epoch
+    # measure at logged steps the gradient of each part of the loss on the student; not if compiled
+    gradient_shares:bool = True
+    save_every:Count|None = None          # optimizer steps between checkpoints; null: at the end of each epoch
     skip_nonfinite:Annotated[Whole, Field(ge=0)] = 0 # steps of non-finite loss that may be skipped before the run stops
-    # which weights are exported and named first; best and last of the student itself
+    # weights that are exported and named first; "best" (on the validation images) and "last" are the student's own
     headline:Literal['best', 'last', 'ema'] = 'best'
 
 # %% ../../nbs/training/60_recipes.ipynb #418acadd
 @settings
 class MethodRecipe:
     "The method and its options"
-    name:str = 'ce'
+    name:str = 'ce'                       # of a method, or package.module:Class for one of your own
     options:Any = None                    # an instance of the method's own `Options`
 
 # %% ../../nbs/training/60_recipes.ipynb #d98db7fc
 @settings
 class Recipe:
     "Everything about a run"
-    name:str = ''
-    about:str = ''                        # one line
-    paper:str = ''
+    name:str = ''                         # of the run, in what it prints; if left out, the file's name without ending
+    about:str = ''                        # one line about it, for the list of recipes
+    paper:str = ''                        # where the method is published, for the same list
     data:DataRecipe = field(default_factory=DataRecipe)
     views:ViewRecipe = field(default_factory=ViewRecipe)
     student:StudentRecipe = field(default_factory=StudentRecipe)
@@ -167,7 +184,7 @@ class Recipe:
 # %% ../../nbs/training/60_recipes.ipynb #00bee0fe
 def _section(kind):
     "The dataclass in a type such as `Loss|None`, or None"
-    if is_dataclass(kind): return kind
+    if isinstance(kind, type) and is_dataclass(kind): return kind
     return (next((s for a in get_args(kind) if (s := _section(a))), None)
             if get_origin(kind) in (Union, UnionType, Annotated) else None)
 
@@ -471,3 +488,182 @@ def differences(
         elif (list(x) if isinstance(x, tuple) else x) != (list(y) if isinstance(y, tuple) else y):
             out.append(f'{prefix}{k}: {x!r}, {y!r}')
     return out
+
+# %% ../../nbs/training/60_recipes.ipynb #0f6ca344
+@cache
+def meanings(
+    cls, # a `settings` dataclass
+)->dict: # key → its meaning, '' where nobody has written one
+    "What each key of a section means, in the words beside its definition"
+    from fastcore.docments import docments                     # parses source; only when somebody asks
+    words, in_yaml = {}, {'None': 'null', 'True': 'true', 'False': 'false'}
+    for c in reversed(cls.__mro__):
+        if not is_dataclass(c): continue
+        try: words |= {k: re.sub(r'\b(None|True|False)\b', lambda m: in_yaml[m[0]], ' '.join(v.split()))
+                       for k,v in docments(vars(c).get('reads', c), returns=False).items() if v}
+        except (OSError, TypeError): pass                      # made where no source is kept
+    return {f.name: words.get(f.name, '') for f in fields(cls)}
+
+# %% ../../nbs/training/60_recipes.ipynb #64598d4c
+_in_words = {bool: 'true or false', int: 'whole number', float: 'number', str: 'text', dict: 'section', type(None): 'null',
+             Any: 'text, number or list'}
+
+def _range(metadata):
+    "The bounds of a number, where they say something"
+    b = {type(m).__name__: getattr(m, type(m).__name__.lower()) for f in metadata for m in getattr(f, 'metadata', ())}
+    low, high = b.get('Ge', b.get('Gt')), b.get('Le', b.get('Lt'))
+    if high is None or high >= 2**31: return '' if low is None else f" {'≥' if 'Ge' in b else '>'} {low:g}"
+    return f" from {low:g} to {high:g}" if {'Ge', 'Le'} <= b.keys() else f" {'≥' if 'Ge' in b else '>'} {low:g} and {'≤' if 'Le' in b else '<'} {high:g}"
+
+# %% ../../nbs/training/60_recipes.ipynb #d6b476fc
+def type_in_words(
+    kind, # annotation of a field
+)->str:
+    "What may be written for a key"
+    of, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind): return 'section'
+    if of is Annotated: return type_in_words(inner[0]) + _range(kind.__metadata__)
+    if of is Literal: return 'choice'
+    if of in (Union, UnionType): return ', or '.join(map(type_in_words, inner))
+    if of is dict: return 'section' if inner[1] is Any else f'section of {type_in_words(inner[1])}s'
+    if of is list or of is tuple and ... in inner: return f'list of {type_in_words(inner[0])}s'
+    if of is tuple: return f'list of {len(inner)} {type_in_words(inner[0])}s'
+    return _in_words.get(kind, str(kind))
+
+# %% ../../nbs/training/60_recipes.ipynb #797b99c8
+def _choices(kind):
+    "The words in a type such as `Literal['a', 'b']|None`"
+    if get_origin(kind) is Literal: return get_args(kind)
+    return sum(map(_choices, get_args(kind)), ()) if get_origin(kind) in (Union, UnionType, Annotated) else ()
+
+def _flow(x):
+    "A value as it is written in YAML, on one line"
+    if isinstance(x, tuple): x = list(x)
+    return yaml.safe_dump(x, default_flow_style=True, allow_unicode=True, sort_keys=False, width=2**20).removesuffix('\n').removesuffix('\n...')
+
+# %% ../../nbs/training/60_recipes.ipynb #ed8c524d
+class Key(NamedTuple):
+    "One key of a recipe"
+    section:str   # frame section, method or loss that it belongs to
+    key:str       # dotted, as on the command line
+    type:str      # in words
+    choices:tuple # words that are allowed, () where any are
+    default:str   # in YAML; '' for a section whose own keys follow
+    meaning:str
+
+# %% ../../nbs/training/60_recipes.ipynb #65f074b7
+def _default(f): return f.default if f.default_factory is MISSING else f.default_factory()
+
+def _described(cls, section, prefix):
+    "A row for each key of a `settings` dataclass, those of its sections after it"
+    rows, about = [], meanings(cls)
+    for f in fields(cls):
+        if not f.init: continue
+        default = _default(f)
+        rows.append(Key(section, prefix + f.name, type_in_words(f.type), _choices(f.type),
+                        '' if is_dataclass(default) else _flow(default), about[f.name]))
+        if (inner := _section(f.type)) is not None: rows += _described(inner, section, f'{prefix}{f.name}.')
+    return rows
+
+# %% ../../nbs/training/60_recipes.ipynb #ef120b94
+@settings
+class FileRecipe:
+    "What a recipe file may hold beside its sections"
+    extends:str|None = None               # recipe that this one changes: a packaged one by its name, or a .yaml file
+    # name → what differs from the rest of the file in this stage; they run in turn; null leaves out an inherited one
+    stages:dict[str, Any]|None = None
+
+# %% ../../nbs/training/60_recipes.ipynb #7a0d5970
+_frame = dict(data=DataRecipe, views=ViewRecipe, student=StudentRecipe, teacher=TeacherRecipe, train=TrainRecipe)
+
+def _first_line(x): return (x.__doc__ or '').strip().split('\n')[0]
+
+# %% ../../nbs/training/60_recipes.ipynb #d71ef879
+def recipe_sections()->dict: # "frame", "method" or "loss" → name → one line about it
+    "The parts of a recipe that have keys of their own"
+    find_feature_loss('cka')                                   # registers all
+    frame = dict(recipe=_first_line(Recipe)) | {n: _first_line(c) for n,c in _frame.items()}
+    return dict(frame=frame | dict(method=_first_line(MethodRecipe)),
+                method={n: _first_line(c) for n,c in sorted(known_objectives().items())},
+                loss={n: _first_line(c) for n,c in sorted(feature_losses.items())})
+
+# %% ../../nbs/training/60_recipes.ipynb #f4d7affb
+def recipe_keys(
+    section:str|None=None, # a frame section ("recipe" for what stands outside), a method or a loss; None: all
+)->list: # of `Key`
+    "Every key of a section with its type, choices, default and meaning"
+    kinds = {n: kind for kind,names in recipe_sections().items() for n in names}
+    if section is None: return [k for n in kinds for k in recipe_keys(n)]
+    if section not in kinds:
+        raise ValueError(f"unknown section {section!r}{suggestion(section, kinds)}; allowed: {', '.join(kinds)}")
+    if section == 'recipe':
+        return [k for cls in (FileRecipe, Recipe) for k in _described(cls, section, '') if k.key not in kinds and '.' not in k.key]
+    if section == 'method':
+        return [k._replace(choices=tuple(sorted(known_objectives())))
+                for k in _described(MethodRecipe, section, 'method.') if k.key == 'method.name']
+    if section in _frame: return _described(_frame[section], section, f'{section}.')
+    if kinds[section] == 'method': return _described(find_objective(section).Options, section, 'method.')
+    from basd.methods.match import loss_options
+    return [k for cls in loss_options(section) for k in _described(cls, section, f'method.losses.{section}.')]
+
+# %% ../../nbs/training/60_recipes.ipynb #d592417f
+def keys_table(
+    rows, # of `Key`
+)->str: # Markdown
+    "Keys as a table: key, type or choices, default, meaning"
+    def of(k):
+        kind = ', '.join(f'`{_flow(c)}`' for c in k.choices)
+        kind = k.type.replace('choice', kind) if k.choices and 'choice' in k.type else f'{k.type}: {kind}' if kind else k.type
+        return f'`{k.key}`', kind, f'`{k.default}`' if k.default else '', k.meaning
+    safe = lambda text: text.replace('|', chr(92) + '|').replace('<', '&lt;')
+    widths = tuple('-'*n for n in (28, 20, 12, 40))            # in per cent of the page
+    lines = [('key', 'type or choices', 'default', 'meaning'), widths, *map(of, rows)]
+    return '\n'.join(f"| {' | '.join(map(safe, line))} |" for line in lines)
+
+# %% ../../nbs/training/60_recipes.ipynb #167a7bce
+_wide = 84 # characters of a line
+
+def _comment(f, value, meaning):
+    "What is said of a key: its choices, its meaning, its default where the value is another"
+    inner, default = _section(f.type), _default(f)
+    choices = f"null | section of {', '.join(k.name for k in fields(inner))}" if inner and value is None else \
+        ' | '.join(map(_flow, _choices(f.type)))
+    plain = not (is_dataclass(default) or is_dataclass(value) or value is None and inner or f.name == 'options')
+    other = f"default {_flow(default)}" if plain and value != default and default not in ('', [], {}) else ''
+    return '; '.join(filter(None, (': '.join(filter(None, (choices, meaning))), other)))
+
+def _line(text, comment, pad):
+    "A line of YAML with its comment beside it, or above where it is too long"
+    if not comment: return [pad + text]
+    beside = f'{pad}{text}  # {comment}'
+    return [beside] if len(beside) <= _wide else [*textwrap.wrap(comment, _wide, initial_indent=f'{pad}# ',
+                                                                  subsequent_indent=f'{pad}# '), pad + text]
+
+# %% ../../nbs/training/60_recipes.ipynb #ef6e32dc
+def _entry(key, value, comment, pad):
+    "The lines of one key, and of those below it"
+    made = lambda v: is_dataclass(v) or isinstance(v, tuple) and all(map(is_dataclass, v))
+    if made(value):
+        body = [l for v in (value if isinstance(value, tuple) else [value]) for l in _explained(v, pad + '  ')]
+    elif isinstance(value, dict) and value and all(map(made, value.values())):
+        body = [l for k,v in value.items() for l in _entry(k, v, '', pad + '  ')]
+    else: return _line(f'{_flow(key)}: {_flow(value)}', comment, pad)
+    return _line(f'{_flow(key)}:' if body else f'{_flow(key)}: {{}}', comment, pad) + body
+
+def _explained(x, pad=''):
+    "The lines of a `settings` instance"
+    about, filled = meanings(type(x)), getattr(x, 'filled', dict)()
+    if isinstance(x, MethodRecipe): return _entry('name', x.name, about['name'], pad) + _explained(x.options, pad)
+    return [l for f in fields(x) if f.init
+            for l in _entry(f.name, filled.get(f.name, getattr(x, f.name)),
+                            _comment(f, getattr(x, f.name), about[f.name] or _first_line(getattr(x, f.name))), pad)]
+
+# %% ../../nbs/training/60_recipes.ipynb #18911781
+def explained(
+    stages:dict,        # stage → Recipe, as of `load_recipe`
+    name:str|None=None, # of the whole, where there are stages
+)->str: # YAML
+    "A resolved recipe with every key, its meaning, its choices and, where it differs, its default"
+    lines = (_explained(stages['']) if '' in stages else
+             [f'name: {_flow(name)}', 'stages:', *(l for k,r in stages.items() for l in _entry(k, r, '', '  '))])
+    return '\n'.join(lines) + '\n'
