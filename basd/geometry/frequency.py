@@ -115,7 +115,7 @@ class FrequencySelector(nn.Module):
         bins:int|None=8,
         dist:Literal['kl', 'cosine']='kl', # symmetrised divergence of shares, or one minus their cosine, as published
         drop_dc:bool=True,   # leave the mean token out, which drowns the rest
-        normalise:Literal['standard', 'none']='standard', # standardise distances and tokens, or take them as they are
+        normalise:Literal['standard', 'none']='standard', # standardize distances and tokens, or take them as they are
         tau:float=1.,        # first temperature; in (0.05, 10), or any positive number with normalise='none'
         entropy:float=.01,   # weight λ of the entropy of the mixing weights; 0: temperatures stay as they are
         entropy_sign:Literal[1, -1]=1, # 1: lower the entropy, towards one layer; -1: raise it, towards all of them

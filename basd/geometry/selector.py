@@ -104,7 +104,7 @@ class GrassmannSelector(nn.Module):
         procrustes:bool=False, # with space='channel': turn the student onto each teacher layer first
         # a row is a token, or the mean over an image where token places do not correspond
         rows:Literal['token', 'image']='token',
-        # standardise distances and tokens and divide L_orth by k, or none of these
+        # standardize distances and tokens and divide the orthogonality penalty by `rank`, or none of these
         normalise:Literal['standard', 'none']='standard',
         tau:float=1.,      # first temperature; in (0.05, 10), or any positive number with normalise='none'
         # maps into the common space: learned and kept orthonormal, learned without constraint, or kept as drawn
@@ -112,7 +112,7 @@ class GrassmannSelector(nn.Module):
         # weight of the orthogonality penalty, the only loss of the temperatures; 0: they stay what they are
         orth:float=0.,
         recon:float=.1,    # weight of the reconstruction loss, which trains the maps into the common space; 0: none
-        diagonal:bool=False, # with `orth`: penalise concentration on one layer too
+        diagonal:bool=False, # with `orth`: penalize concentration on one layer, too
         # what the reconstruction loss compares: each token, or their mean over an image
         recon_form:Literal['tokens', 'mean']='tokens',
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place

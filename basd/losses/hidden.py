@@ -32,7 +32,7 @@ class Hidden(nn.Module):
     def __init__(self,
         widths_s:list,       # D_s of each pair
         widths_t:list,       # D_t of each pair
-        # compare tokens as they are (TinyBERT, FitNets), standardised one by one (ours for pre-norm transformers), or
+        # compare tokens as they are (TinyBERT, FitNets), standardized one by one (ours for pre-norm transformers), or
         # at unit length (Patient KD)
         normalise:Literal['none', 'layer', 'unit']='none',
         bias:bool=False,     # have the maps from the student's to the teacher's width a bias

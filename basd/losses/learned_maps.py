@@ -48,9 +48,9 @@ class AttentiveLayers(_Pooled):
     def __init__(self,
         widths_s:list,      # D_s of each point
         widths_t:list,      # D_t of each teacher layer, all equal
-        # mean tokens as they are (ALP-KD), standardised, or at unit length
+        # mean tokens as they are (ALP-KD), standardized, or at unit length
         normalise:Literal['none', 'layer', 'unit']='layer',
-        scaled:bool=True,   # divide inner products by √D_t; ALP-KD does not
+        scaled:bool=True,   # divide inner products by the root of the teacher's width; ALP-KD does not
     ):
         super().__init__(widths_s, widths_t, normalise)
         self.scale = widths_t[0]**-.5 if scaled else 1.
@@ -83,7 +83,7 @@ class GatedLayers(_Pooled):
     def __init__(self,
         widths_s:list,      # D_s of each point
         widths_t:list,      # D_t of each teacher layer, all equal
-        normalise:Literal['none', 'layer', 'unit']='layer', # mean tokens as they are, standardised, or at unit length
+        normalise:Literal['none', 'layer', 'unit']='layer', # mean tokens as they are, standardized, or at unit length
     ):
         super().__init__(widths_s, widths_t, normalise)
         self.reach = [l for _,l in layer_map('uniform', len(widths_s), self.L)]
