@@ -92,7 +92,7 @@ HEAVY = ("torch", "timm", "torchvision", "sklearn", "matplotlib", "scipy", "nump
 
 @pytest.mark.parametrize("words, status, said", [
     (["--help"], 0, "COMMAND"), (["--version"], 0, "basd "), (["train", "--help"], 0, "key=value"), (["recipes"], 0, "quickstart"),
-    (["recipes", "hinton"], 0, "stages:"), (["trian"], 2, "did you mean 'train'?"),
+    (["recipes", "hinton"], 0, "stages:"), (["recipes", "hintn", "--all"], 2, "did you mean 'hinton'?"), (["trian"], 2, "did you mean 'train'?"),
     (["train", "quikstart"], 2, "did you mean 'quickstart'?"), (["compare", "hinton", "--seed", "3"], 2, "--seed 3"),
     (["bench", "quickstart", "data.batch_size"], 2, "write key=value")])
 def test_words_alone_import_nothing_heavy(words, status, said):
