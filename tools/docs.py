@@ -3,13 +3,15 @@
     python tools/docs.py            # pages go to _docs/check
 
 Quarto is pandoc with a theme. This check runs the same processing (nbdev) and the same reader (pandoc), so markup,
-formulas, links and the sidebar are tried; themes, callouts and tab sets are not.
+formulas, links and the sidebar are tried; themes, callouts and tab sets are not. The pages have the site's styles and
+the width of its column (tools/page.html), so tools/check_site.py can measure them.
 """
 import base64
 import json
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,45 +20,60 @@ import yaml
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
-config = get_config()
+config, here = get_config(), Path(__file__).parent
 root, out = Path(config.config_path), Path(config.config_path)/"_docs"/"check"
 
 
-def cell_markdown(cell, figures, stem):
-    "One cell of a processed notebook as markdown, its pictures written to `figures`"
+def output_markdown(output, alt, figures, name):
+    "One result of a cell as markdown, a picture written to the folder `figures`; '' if there is nothing to show"
+    data = output.get("data", {})
+    if "image/png" in data:
+        figures.mkdir(parents=True, exist_ok=True)
+        (figures/name).write_bytes(base64.b64decode("".join(data["image/png"])))
+        width = output.get("metadata", {}).get("image/png", {}).get("width")
+        size = f" width={width}" if width else ""
+        return f"![]({figures.name}/{name}){{alt={json.dumps(alt, ensure_ascii=False)}{size}}}"
+    if "text/markdown" in data: return "".join(data["text/markdown"])
+    text = "".join(data.get("text/plain", output.get("text", ""))).rstrip()
+    return f"```\n{text}\n```" if text else ""
+
+
+def cell_options(source):
+    "What a code cell says to Quarto: {option: value}"
+    return yaml.safe_load("\n".join(line[2:].strip() for line in source.splitlines() if re.match(r"#\|\s*[\w-]+:", line))) or {}
+
+
+def cell_markdown(cell, figures, stem, divs):
+    "One cell of a processed notebook as markdown; with `divs` results are marked as Quarto marks them"
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown": return source
     if cell["cell_type"] == "raw": return ""
-    options = dict(re.findall(r"^#\|\s*([\w-]+):\s*(.*\S)", source, re.M))
-    if options.get("include") == "false": return ""
+    options = cell_options(source)
+    if options.get("include") is False: return ""
     code = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip()
-    parts = [f"```python\n{code}\n```"] if code and options.get("echo") != "false" else []
-    for i, output in enumerate([] if options.get("output") == "false" else cell.get("outputs", [])):
-        data = output.get("data", {})
-        if "image/png" in data:
-            name = f"{stem}-{cell.get('id', 'cell')}-{i}.png"
-            figures.mkdir(parents=True, exist_ok=True)
-            (figures/name).write_bytes(base64.b64decode("".join(data["image/png"])))
-            size = output.get("metadata", {}).get("image/png", {}).get("width")
-            parts.append(f"![]({figures.name}/{name}){{alt={options.get('fig-alt', json.dumps(''))}"
-                         + (f" width={size}" if size else "") + "}")
-        elif "text/markdown" in data: parts.append("".join(data["text/markdown"]))
-        else:
-            text = "".join(data.get("text/plain", output.get("text", ""))).rstrip()
-            if text: parts.append(f"```\n{text}\n```")
+    parts = [f"```python\n{code}\n```"] if code and options.get("echo") is not False else []
+    alts = options.get("fig-alt", "")
+    alts = iter(alts if isinstance(alts, list) else [alts])
+    for i, output in enumerate([] if options.get("output") is False else cell.get("outputs", [])):
+        alt = next(alts, "") if "image/png" in output.get("data", {}) else ""
+        text = output_markdown(output, alt, figures, f"{stem}-{cell.get('id', 'cell')}-{i}.png")
+        if text: parts.append(f":::::: {{.cell-output}}\n{text}\n::::::" if divs else text)
     return "\n\n".join(parts)
 
 
-def page_markdown(path, figures):
-    "A processed notebook as markdown, front matter left out"
+def page_markdown(path, figures, divs=True):
+    "A processed page as markdown, front matter left out"
+    if path.suffix == ".qmd": return path.read_text().split("---\n", 2)[2]
     cells = json.loads(path.read_text())["cells"]
-    return "\n\n".join(cell_markdown(c, figures, path.stem) for c in cells)
+    return "\n\n".join(cell_markdown(c, figures, path.stem, divs) for c in cells)
 
 
 def front_matter(path):
-    "What nbdev wrote at the head of a processed notebook: title, description, name of the page"
-    first = json.loads(path.read_text())["cells"][0]
-    said = yaml.safe_load("".join(first["source"]).strip("-\n ")) if first["cell_type"] == "raw" else {}
+    "What stands at the head of a processed page: title, description, name of the page"
+    if path.suffix == ".qmd": said = yaml.safe_load(path.read_text().split("---\n", 2)[1])
+    else:
+        first = json.loads(path.read_text())["cells"][0]
+        said = yaml.safe_load("".join(first["source"]).strip("-\n ")) if first["cell_type"] == "raw" else {}
     return {"output-file": f"{path.stem}.html"} | (said or {})
 
 
@@ -108,28 +125,42 @@ def write_readme(markdown, front):
     (root/"README.md").write_text(f"{note}# {front['title']}\n\n> {front['description']}\n\n{text.strip()}\n")
 
 
+def write_page(path, target, front, quarto):
+    "A processed page as HTML at `target`; returns what pandoc found wrong, '' if nothing"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    style = "../"*len(target.relative_to(out).parts[1:]) + quarto["format"]["html"]["css"]
+    said = {"title": front.get("title", path.stem), "description": front.get("description", ""), "css": style,
+            "overflow": quarto["format"]["html"].get("code-overflow", "scroll")}
+    try:
+        html = pypandoc.convert_text(page_markdown(path, target.parent/f"{path.stem}_files"), "html5", format="markdown", extra_args=[
+            "-s", "--mathml", "--fail-if-warnings", f"--template={here/'page.html'}",
+            *(f"--variable={name}={value}" for name, value in said.items()), f"--metadata=title:{said['title']}"])
+    except RuntimeError as e: return str(e).splitlines()[0]
+    target.write_text(html)
+    return ""
+
+
 def main():
-    processed = proc_nbs(force=True, n_workers=2)
-    pages, made, trouble = {}, {}, []
-    shutil.copytree(processed/"images", out/"images", dirs_exist_ok=True)
-    for path in sorted(processed.rglob("*.ipynb")):
-        rel = path.relative_to(processed)
-        target = out/rel.parent/front_matter(path)["output-file"]
-        made[(out/rel).resolve()] = target.resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        markdown = page_markdown(path, target.parent/f"{path.stem}_files")
-        if str(rel) == "index.ipynb": write_readme(page_markdown(path, root/"nbs"/"images"), front_matter(path))
-        try:
-            html = pypandoc.convert_text(markdown, "html5", format="markdown", extra_args=[
-                "-s", "--mathml", "--fail-if-warnings", f"--metadata=title:{path.stem}"])
-        except RuntimeError as e: trouble.append(f"{rel}: {str(e).splitlines()[0]}"); continue
-        target.write_text(html)
-        pages[str(target.relative_to(out))] = parsed = Anchors()
-        parsed.feed(html)
-    named = set(sidebar_pages(yaml.safe_load((root/"_quarto.yml").read_text())["website"]["sidebar"]["contents"]))
-    there = {str(p.relative_to(processed)) for p in processed.rglob("*.ipynb")}
+    processed, quarto = proc_nbs(force=True, n_workers=2), yaml.safe_load((root/"_quarto.yml").read_text())
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(processed/"images", out/"images")
+    shutil.copy(processed/quarto["format"]["html"]["css"], out)
+    paths = sorted([*processed.rglob("*.ipynb"), *processed.rglob("*.qmd")])
+    front = {path: front_matter(path) for path in paths}
+    target = {path: out/path.relative_to(processed).parent/front[path]["output-file"] for path in paths}
+    index = processed/config.readme_nb
+    write_readme(page_markdown(index, root/"nbs"/"images", divs=False), front[index])
+    with ThreadPoolExecutor(2) as pool:
+        wrong = list(pool.map(lambda path: write_page(path, target[path], front[path], quarto), paths))
+    pages, trouble = {}, [f"{path.relative_to(processed)}: {said}" for path, said in zip(paths, wrong) if said]
+    for path in [path for path, said in zip(paths, wrong) if not said]:
+        pages[str(target[path].relative_to(out))] = parsed = Anchors()
+        parsed.feed(target[path].read_text())
+    named = set(sidebar_pages(quarto["website"]["sidebar"]["contents"]))
+    there = {str(path.relative_to(processed)) for path in paths if path.suffix == ".ipynb"}
     trouble += ([f"_quarto.yml: no page {p}" for p in sorted(named - there)]
                 + [f"_quarto.yml: page {p} is not in the sidebar" for p in sorted(there - named)])
+    made = {(out/path.relative_to(processed)).resolve(): target[path].resolve() for path in paths}
     trouble += [f"broken link in {b}" for b in check_links(pages, made)]
     print(f"{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links, {len(trouble)} in trouble",
           *trouble, sep="\n")

@@ -63,19 +63,36 @@ def source_link(module, name):
     return f'[source]({found[2]}#L{_lineno(name, found[1])}){{.source-link target="_blank"}}\n\n'
 
 
-def entry(module, definition):
+def entry(module, definition, anchor):
     "The cell that stands above a definition"
     name = definition.name
     heading = name.replace("_", r"\_")
-    text = f"{source_link(module, name)}### {heading} {{#{name.lower()} .definition}}\n\n"
+    text = f"{source_link(module, name)}### {heading} {{#{anchor} .definition}}\n\n"
     if not definition.shown: text += f"```python\n{definition.signature}\n```\n\n"
     return mk_cell(text + _ital_first(definition.doc or ""), "markdown")
+
+
+def anchors(names):
+    "{name: anchor} of definitions in their order: in lower case, as nbdev links them; `-1` if only case tells two apart"
+    seen, made = Counter(), {}
+    for name in names:
+        made[name] = name.lower() + (f"-{seen[name.lower()]}" if seen[name.lower()] else "")
+        seen[name.lower()] += 1
+    return made
 
 
 def module_of(nb):
     "Name of the module that a notebook exports to, or None"
     name = _default_exp(nb)
     return name and f"{get_config().lib_path.name}.{name}"
+
+
+def apart(text, taken):
+    "Headings of the text get another anchor where theirs is that of a definition, `taken`"
+    def anchored(found):
+        slug = re.sub(r"[^\w\s.-]", "", found[2].lower()).strip().replace(" ", "-")
+        return f"{found[0]} {{#about-{slug}}}" if slug in taken else found[0]
+    return re.sub(r"^(#+) (.+[^}\s])$", anchored, text, flags=re.M)
 
 
 class Entries(Processor):
@@ -87,14 +104,17 @@ class Entries(Processor):
         module, found = module_of(nb), {id(cell): defined_in(cell) for cell in nb.cells}
         named = {d.name: d for top, inside in found.values() for d in top + inside}
         asked = {name for cell in nb.cells if cell.cell_type == "code" for name in by_hand.findall(cell.source)}
-        cells = []
+        cells, headed = [], [name for name in named if public.fullmatch(name)]
+        at = anchors(headed)
+        above = lambda name: entry(module, named[name], at[name])
         for cell in nb.cells:
+            if cell.cell_type == "markdown": cell.source = apart(cell.source, set(at.values()))
             names = by_hand.findall(cell.source) if cell.cell_type == "code" else []
-            unknown = [name for name in names if name not in named]
+            unknown = [name for name in names if name not in at]
             if unknown: raise ValueError(f"show_doc({unknown[0]}): no exported cell of this page defines it")
             shown = [] if "hide" in cell.directives_ else found[id(cell)][0]
-            cells += [entry(module, named[name]) for name in names]
-            cells += [entry(module, d) for d in shown if public.fullmatch(d.name) and d.name not in asked]
+            cells += [above(name) for name in names]
+            cells += [above(d.name) for d in shown if d.name in at and d.name not in asked]
             if not names: cells.append(cell)
         nb.cells = cells
 
@@ -109,6 +129,9 @@ class Names(NbdevLookup):
             if isinstance(found, tuple) and name.startswith(f"{package}."):
                 module = found[1].removesuffix(".py").replace("/", ".")
                 modules.setdefault(module, {})[name.removeprefix(f"{module}.")] = found
+        for module, names in modules.items():
+            at = anchors(sorted(names, key=lambda name: _lineno(name, names[name][1]) or 0))
+            modules[module] = {name: (f"{found[0].split('#')[0]}#{at[name]}", *found[1:]) for name, found in names.items()}
         many = Counter(name for names in modules.values() for name in names)
         self.syms = {name: found for name, found in self.syms.items() if many[name] < 2}
         for cell in nb.cells:

@@ -1,0 +1,107 @@
+"What the site promises: headings, signatures and links of tools/rendering.py, and settings that name what exists."
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from execnb.nbio import dict2nb, mk_cell
+from nbdev.process import NBProcessor
+from nbdev.processors import hide_, rm_export
+
+root = Path(__file__).parents[1]
+sys.path.insert(0, str(root/"tools"))
+rendering = pytest.importorskip("rendering")
+
+
+def rendered(*cells):
+    "Texts and code of a page with these cells (markdown starts with `md:`), as the site gets them"
+    made = [mk_cell(c.removeprefix("md:"), "markdown" if c.startswith("md:") else "code") for c in
+            ("md:---", "#| default_exp geometry.grassmann", *cells)]
+    nb = dict2nb({"cells": made, "metadata": {}})
+    nb.path_ = str(root/"nbs"/"geometry"/"02_grassmann.ipynb")
+    NBProcessor(nb=nb, procs=[rendering.Entries, rm_export, hide_, rendering.Links, rendering.Doors], process=True)
+    return [cell.source for cell in nb.cells[1:]]
+
+
+named_tuple = '''class Ritz(NamedTuple):
+    "Values and weights"
+    values:Tensor # ascending, (k,)
+    weights:Tensor # sum to one
+    def top(self): return self.values[-1]'''
+choice = '''@cache
+def rows(
+    x:Tensor, # of `principal_angles`
+    form:Literal['tokens', 'means']='tokens', # which
+    weight:Annotated[float, Field(gt=0)]=1.,
+)->Tensor: # (n,)
+    "Rows of `principal_angles`"
+    return x'''
+patched = '''@patch
+@torch.no_grad()
+def step(self:Trainer, n=1):
+    "One step"
+    return n'''
+
+
+def test_signature_where_the_source_is_hidden():
+    text = "\n".join(rendered("#| export\n" + named_tuple, "#| export\n" + choice, "#| export\n" + patched))
+    for said in ("class Ritz(NamedTuple):\n    values:Tensor # ascending, (k,)\n    weights:Tensor # sum to one\n```",
+                 "form:Literal['tokens', 'means']='tokens', # which", "weight:Annotated[float, Field(gt=0)]=1.,",
+                 ")->Tensor: # (n,)\n```", "def step(self:Trainer, n=1):\n```"):
+        assert said in text
+    assert "args" not in text and "return" not in text
+
+
+def test_no_signature_above_shown_source():
+    heading, source = rendered("#| exports\n" + choice)[1:]
+    assert "```" not in heading and "{#rows .definition}" in heading and source == choice
+
+
+def test_names_link_in_text_and_not_in_code():
+    page = "\n".join(rendered("#| export\n" + choice, "md:```\n`principal_angles`\n```\n\nSee `principal_angles`."))
+    assert page.count("](https://basd-project.github.io/basd/geometry/grassmann.html#principal_angles)") == 2
+    fenced = re.findall(r"^```.*?^```", page, re.M | re.S)
+    assert len(fenced) == 2 and not any("](http" in code for code in fenced)
+
+
+def test_a_patched_method_keeps_its_class():
+    text = rendered("#| exports\n" + patched)[1]
+    assert "### Trainer.step {#trainer.step .definition}" in text and "*One step*" in text
+
+
+def test_shown_by_hand_once():
+    cells = rendered("#| export\n" + named_tuple, "show_doc(Ritz)", "show_doc(Ritz.top)")
+    assert [c.count("{#ritz .definition}") for c in cells] == [0, 1, 0] and "### Ritz.top" in cells[-1]
+    with pytest.raises(ValueError, match=r"show_doc\(nothing\): no exported cell of this page defines it"):
+        rendered("show_doc(nothing)")
+
+
+def test_private_and_hidden_names_have_no_heading():
+    assert "###" not in "".join(rendered("#| exports\ndef _inner(): pass", "#| export\n#| hide\ndef f(): pass"))
+
+
+def test_anchors_are_unique():
+    text = "\n".join(rendered("md:## Cka", "#| exports\ndef cka(x): 'a'", "#| exports\nclass CKA: 'b'"))
+    assert re.findall(r"\{#([\w-]+)", text) == ["about-cka", "cka", "cka-1"]
+
+
+def test_a_name_in_two_modules_leads_to_the_page_s_own_or_imported_one():
+    link = lambda *cells: re.search(r"\(https://.*?/basd/(.*?)\)", "\n".join(rendered(*cells)[1:]))
+    assert link("md:`overlap`")[1] == "geometry/grassmann.html#overlap"
+    assert not link("md:`compare`")
+    assert link("from basd.models.taps import compare", "md:`compare`")[1] == "models/taps.html#compare"
+
+
+def test_colab_where_the_page_runs_alone():
+    plain, alone = rendered("md:x")[0], rendered(f"#| hide\nif {rendering.in_colab}: pass", "md:x")[0]
+    assert "colab" not in plain and "github.com/basd-project/basd/blob/main/nbs/geometry/02_grassmann.ipynb" in plain
+    assert "colab.research.google.com/github/basd-project/basd/blob/main/nbs/geometry/02_grassmann.ipynb" in alone
+
+
+def test_settings_name_what_exists():
+    site = yaml.safe_load((root/"_quarto.yml").read_text())
+    assert (root/"nbs"/site["website"]["image"]).exists() and (root/"nbs"/site["format"]["html"]["css"]).exists()
+    assert site["format"]["html"]["code-overflow"] == "wrap" and list(site["format"]) == ["html"]
+    assert re.search(r"katex@\d+\.\d+\.\d+/", site["format"]["html"]["html-math-method"]["url"])
