@@ -481,7 +481,7 @@ def plot_bench(
     "Stacked bars: what a step takes beyond its lower bound, in units of that bound"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 1 + .4*len(results)))[1]
-    labels = labels or [' '.join([r['recipe'], *r['overrides'][:2]]) for r in results]
+    labels = labels or ['\n'.join([r['recipe'], *r['overrides'][:2]]) for r in results]
     names = list(dict.fromkeys(k for r in results for k in r['additions']))
     colour = part_colours(names)
     for y,r in enumerate(results):
@@ -495,7 +495,7 @@ def plot_bench(
         ax.plot([r['time']['ratio']]*2, [y - .4, y + .4], color='k', lw=1.5, label='measured ratio' if y == 0 else None)
     ax.set(yticks=range(len(results)), yticklabels=labels, xlabel='time of a step ÷ its lower bound')
     ax.invert_yaxis(); ax.grid(axis='y', visible=False)
-    ax.legend(ncols=6, fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1))
+    ax.figure.legend(*ax.get_legend_handles_labels(), ncols=6, fontsize=7, loc='outside upper center')
     return ax
 
 # %% ../../nbs/training/66_bench.ipynb #bc75e2a3
