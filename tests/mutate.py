@@ -91,6 +91,7 @@ def pages():
             for p in sorted(ROOT.glob("nbs/*/[!.]*.ipynb"), key=lambda p: p.name)}
 
 
+@cache
 def importers(module):
     "Pages that name `module` in their code"
     named = re.compile(rf"\bbasd\.{re.escape(module)}\b")
