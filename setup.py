@@ -6,12 +6,16 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
 cfg = config["DEFAULT"]
+status = ["Planning", "Pre-Alpha", "Alpha", "Beta", "Production/Stable", "Mature", "Inactive"][int(cfg["status"]) - 1]
+source, docs = cfg["git_url"], cfg["doc_host"] + cfg["doc_baseurl"]
 
 setup(
-    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
-    license="Apache-2.0", author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"],
-    classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Science/Research",
-                 "License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
+    license="Apache-2.0", author=cfg["author"], author_email=cfg["author_email"],
+    project_urls={"Homepage": docs, "Documentation": docs, "Source": source, "Issues": f"{source}/issues",
+                  "Changelog": f"{source}/blob/{cfg['branch']}/CHANGELOG.md"},
+    classifiers=[f"Development Status :: {cfg['status']} - {status}", "Intended Audience :: Science/Research",
+                 "Programming Language :: Python :: 3"],
     packages=find_packages(include=["basd", "basd.*"]), package_data={"basd": ["*.mplstyle", "recipes/*.yaml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
