@@ -8,6 +8,7 @@ the width of its column (tools/page.html), so tools/check_site.py can measure th
 """
 import base64
 import json
+import os
 import re
 import shutil
 import sys
@@ -88,18 +89,23 @@ class Anchors(HTMLParser):
         if tag == "img": self.links.append(attrs["src"])
 
 
-def check_links(pages, made):
-    "Links between `pages` ({relative path: Anchors}) that lead nowhere; `made` says which page a notebook became"
+def to_pages(html, path, target):
+    "Links to notebooks lead to their pages, as Quarto makes them; `target` says which page each became"
+    def page(found):
+        made = target.get((path.parent/found[1]).resolve())
+        return f'href="{os.path.relpath(made, target[path].parent)}' if made else found[0]
+    return re.sub(r'href="([^":#]+\.(?:ipynb|qmd))', page, html)
+
+
+def check_links(pages):
+    "Links between `pages` ({relative path: Anchors}) that lead nowhere"
     broken, site = [], config.doc_host + config.doc_baseurl
     for page, parsed in pages.items():
         for link in parsed.links:
             link = link.removeprefix(site).lstrip("/") if link.startswith(site) else link
             if re.match(r"[a-z]+:", link): continue
             target, _, anchor = link.partition("#")
-            here = (out/page).parent
-            notebook = (here/target).resolve()
-            if notebook in made: target = str(made[notebook])
-            found = ([p for p in ((here/target).resolve(), (out/target).resolve()) if p.exists()] if target
+            found = ([p for p in (((out/page).parent/target).resolve(), (out/target).resolve()) if p.exists()] if target
                      else [(out/page).resolve()])
             name = str(found[0].relative_to(out.resolve())) if found else None
             if (not found or anchor and name in pages and anchor not in pages[name].ids
@@ -126,17 +132,18 @@ def write_readme(markdown, front):
 
 
 def write_page(path, target, front, quarto):
-    "A processed page as HTML at `target`; returns what pandoc found wrong, '' if nothing"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    style = "../"*len(target.relative_to(out).parts[1:]) + quarto["format"]["html"]["css"]
+    "A processed page as HTML where `target` says; returns what pandoc found wrong, '' if nothing"
+    page = target[path]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    style = "../"*len(page.relative_to(out).parts[1:]) + quarto["format"]["html"]["css"]
     said = {"title": front.get("title", path.stem), "description": front.get("description", ""), "css": style,
             "overflow": quarto["format"]["html"].get("code-overflow", "scroll")}
     try:
-        html = pypandoc.convert_text(page_markdown(path, target.parent/f"{path.stem}_files"), "html5", format="markdown", extra_args=[
+        html = pypandoc.convert_text(page_markdown(path, page.parent/f"{path.stem}_files"), "html5", format="markdown", extra_args=[
             "-s", "--mathml", "--fail-if-warnings", f"--template={here/'page.html'}",
             *(f"--variable={name}={value}" for name, value in said.items()), f"--metadata=title:{said['title']}"])
     except RuntimeError as e: return str(e).splitlines()[0]
-    target.write_text(html)
+    page.write_text(to_pages(html, path, target))
     return ""
 
 
@@ -145,13 +152,14 @@ def main():
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(processed/"images", out/"images")
     shutil.copy(processed/quarto["format"]["html"]["css"], out)
+    processed = processed.resolve()
     paths = sorted([*processed.rglob("*.ipynb"), *processed.rglob("*.qmd")])
     front = {path: front_matter(path) for path in paths}
     target = {path: out/path.relative_to(processed).parent/front[path]["output-file"] for path in paths}
     index = processed/config.readme_nb
     write_readme(page_markdown(index, root/"nbs"/"images", divs=False), front[index])
     with ThreadPoolExecutor(2) as pool:
-        wrong = list(pool.map(lambda path: write_page(path, target[path], front[path], quarto), paths))
+        wrong = list(pool.map(lambda path: write_page(path, target, front[path], quarto), paths))
     pages, trouble = {}, [f"{path.relative_to(processed)}: {said}" for path, said in zip(paths, wrong) if said]
     for path in [path for path, said in zip(paths, wrong) if not said]:
         pages[str(target[path].relative_to(out))] = parsed = Anchors()
@@ -160,8 +168,7 @@ def main():
     there = {str(path.relative_to(processed)) for path in paths if path.suffix == ".ipynb"}
     trouble += ([f"_quarto.yml: no page {p}" for p in sorted(named - there)]
                 + [f"_quarto.yml: page {p} is not in the sidebar" for p in sorted(there - named)])
-    made = {(out/path.relative_to(processed)).resolve(): target[path].resolve() for path in paths}
-    trouble += [f"broken link in {b}" for b in check_links(pages, made)]
+    trouble += [f"broken link in {b}" for b in check_links(pages)]
     print(f"{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links, {len(trouble)} in trouble",
           *trouble, sep="\n")
     sys.exit(bool(trouble))
