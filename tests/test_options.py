@@ -14,6 +14,7 @@ from basd.geometry.statistics import step_generator
 from basd.losses.paired import compares, feature_losses, find_feature_loss, told
 from basd.methods.objective import Progress, Shapes, Target, find_objective, objectives, options_of
 from basd.models.taps import Tapped
+from basd.training.recipes import resolve
 
 find_objective("ce"), find_feature_loss("cka")
 find_objective("basd")
@@ -155,7 +156,7 @@ def tried(name, words):
 
 ALONE = ("basd",)                 # too many forms to move each option beside each of them
 NEEDED = dict(heads=dict(heads=2))  # options that a loss cannot be without here
-CASES = [(n, {}) for n in sorted(objectives) if n not in ("ce", "match", "basd_fourier")] + [
+CASES = [(n, {}) for n in sorted(objectives) if n not in ("ce", "match")] + [
     ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if compares(feature_losses[n]) == "layers" else {"layer_map": "uniform"})))
     for n in sorted(feature_losses)] + [("match", dict(losses=dict(gram={}), logits={}))]
 
@@ -189,3 +190,26 @@ def test_every_option(name, base):
             why = EXPLAINED.get((name, said)) or EXPLAINED.get(said)
             if not ok and not why: silent.append(f"{said}" + ("" if choice is NO else f" beside {context[-1]}={choice}"))
     assert not silent, f"{name} {base}: nothing reads {', '.join(silent)}"
+
+
+@pytest.mark.parametrize("name", sorted(set(objectives) - {"ce"}))
+def test_no_number_is_negative(name):
+    "A recipe with a negative weight, temperature or count is refused in a sentence that names the key"
+    cases = [((), find_objective(name).Options)]
+    if name == "match": cases = [(("losses", n), options_of(f, *told)) for n, f in sorted(feature_losses.items())] + cases
+    for at, cls in cases:
+        for path, hint, _ in leaves(cls):
+            if path[0] in ("points", "layers", "layer_map") or not {int, float} & set(kinds(hint)): continue
+            path = (*at, *path)
+            words = put(put(dict(losses=dict(cka={})) if name == "match" else {}, path, -1), ("name",), name)
+            with pytest.raises(ValueError, match=path[-1]) as e: resolve(dict(method=words))
+            assert "Traceback" not in str(e.value), e.value
+
+
+def test_what_a_rule_leaves_unread():
+    "Options of the selector beside a rule that takes its place"
+    rule, own = dict(name="basd", rule="uniform"), leaves(find_objective("basd").Options)
+    for path, hint, default in own:
+        if path[0] != "selector": continue
+        for v in values(path, hint, default):
+            with pytest.raises(ValueError, match=f"selector.{path[-1]}"): resolve(dict(method=put(rule, path, v)))

@@ -190,7 +190,7 @@ METHODS = {
     "dual_head": ["method.name=dual_head", "method.points=[0, 1]"],
     "basd_fourier": ["method.name=basd_fourier", "method.points=[0, 1]"],
     "amtml": ["method.name=amtml", "method.points=[0, 1]"], "diverse": ["method.name=diverse", "method.points=[0, 1]"],
-    "basd": BASD, "uniform": [*BASD, "method.rule=uniform"], "pocl": ["method.name=pocl"],
+    "basd": BASD, "uniform": [*BASD, "method.selector=null", "method.rule=uniform"], "pocl": ["method.name=pocl"],
     "sampled": [*BASD, "method.selector.max_rows=128",
                 "method.losses={rsd: {max_rows: 128}, attn: {rows: 4}, spectral: {samples: 16}}",
                 "method.aligner={samples: 16}"],

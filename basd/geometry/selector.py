@@ -131,6 +131,9 @@ class GrassmannSelector(nn.Module):
         for name, given, usual in (('memory', memory, .99), ('settle', settle, 50)):
             if solver != 'track' and given != usual:
                 raise ValueError(f"{name}={given} belongs to solver='track', not to {solver!r}; leave one of them out")
+        if not (max_rows > 0 and 0 <= memory < 1):
+            raise ValueError(f"max_rows={max_rows}, memory={memory} of the selector; compare at least one row, and remember a "
+                             "share below 1")
         if not 0 < rank < dim:
             raise ValueError(f"rank={rank} directions in a common space of dim={dim}; "
                              f"rank must be between 1 and dim-1={dim-1}")

@@ -92,6 +92,7 @@ class AttentionKL(nn.Module):
         if rows is not None and (normalise == 'map' or rows < 1):
             raise ValueError(f"rows={rows} with normalise={normalise!r}: give at least 1 row, and sample rows only "
                              "with normalise='row'")
+        if not 0 <= anneal <= 1: raise ValueError(f"anneal={anneal}; a factor for each epoch, from 0 to 1")
         self.scope, self.normalise, self.reduction, self.rows, self.anneal = scope, normalise, reduction, rows, anneal
         # at_once: images at a time, where the target is a function; None: as the device has room
         self.points, H, self.at_once = len(heads_s), every[0], None

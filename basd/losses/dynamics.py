@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..geometry.statistics import directions, island, no_autocast
+from ..geometry.statistics import directions, island, no_autocast, too_short
 from .cka import CKA
 from .paired import at_places, feature_loss, paired
 
@@ -58,6 +58,9 @@ def steps(
     "One minus the cosine of first differences; a step of length zero has no direction and counts 1 where the other moves"
     if len(s) < 2: return s.new_zeros(())
     a, b = (directions(z.diff(dim=0), of=z) for z in (s, t))
+    # what is usual for the student and, were it the teacher, least
+    usual, least = too_short(s.diff(dim=0), share=1.), too_short(t.diff(dim=0), share=.1)
+    a = torch.lerp(a.detach(), a, (usual/least.clamp(min=torch.finfo(s.dtype).tiny)).clamp(max=1))
     still = a.detach().square().sum(-1) + b.square().sum(-1) < .5
     return torch.where(still, 0., 1 - (a*b).sum(-1)).mean()
 

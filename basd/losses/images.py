@@ -159,7 +159,7 @@ class CRD(nn.Module):
         tau:float=.07, # temperature of the softmax over images, > 0
     ):
         super().__init__()
-        if not tau > 0: raise ValueError(f"tau={tau}; it must be positive, 0.07 is usual")
+        if not (tau > 0 and dim > 0): raise ValueError(f"tau={tau}, dim={dim}; both must be positive, 0.07 and 128 are usual")
         self.tau = tau
         self.maps_s, self.maps_t = (nn.ModuleList(nn.Linear(d, dim) for d in widths) for widths in (widths_s, widths_t))
 

@@ -10,10 +10,11 @@ __all__ = ['RSDOptions', 'RelationalOptions', 'AttentionOptions', 'SpectralOptio
 # %% ../../nbs/methods/31_basd.ipynb #a8aa2210
 import warnings
 from dataclasses import field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from fastcore.basics import patch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -42,6 +43,8 @@ class AlignerOptions:
     samples:int|None = None
 
     def __post_init__(self):
+        if self.samples is not None and self.samples < 2:
+            raise ValueError(f"samples={self.samples} images of the aligner; give at least 2, or null for all")
         if self.kind == 'interp': belongs(AlignerOptions, "kind='cross'", "'interp'", codes=self.codes, samples=self.samples)
 
 # %% ../../nbs/methods/31_basd.ipynb #5dda4869
@@ -75,6 +78,12 @@ class BASDOptions:
     selector:SelectorOptions = field(default_factory=SelectorOptions)
     # a fixed map in place of the selector: "uniform", "first_to_last", "skip", "last", "final", "first", "reversed",
     # "random", a list of [point, layer], or "mean" for all layers alike; null: the selector
+    points:Any = 'default'                  # extraction points: student layers by index or name, or "default"
+    layers:Any = 'all'                      # teacher layers
+    # null empties what an extended recipe has filled
+    selector:Annotated[SelectorOptions, BeforeValidator(lambda x: {} if x is None else x)] = field(
+        default_factory=SelectorOptions)
+    # a fixed map in place of the selector: a name of `layer_map`, pairs, or "mean" for all layers alike
     rule:Any = None
     # how mixed teacher tokens are brought to the student's places and width
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
@@ -100,6 +109,11 @@ class BASDOptions:
         if self.targets == 'live' and self.aligner.samples is not None:
             raise ValueError(f"aligner.samples={self.aligner.samples} belongs to targets='constant', in which the aligner "
                              "learns from images of its own; leave one of them out")
+        if self.rule is not None:
+            for name,given in vars(self.selector).items():
+                if given != getattr(SelectorOptions(), name):
+                    raise ValueError(f"selector.{name}={given!r} belongs to learned weights, not to rule={self.rule!r}; leave "
+                                     "one of them out (selector=null takes back what an extended recipe gives)")
 
 # %% ../../nbs/methods/31_basd.ipynb #24405707
 def superpose(

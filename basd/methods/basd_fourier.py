@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.features import Features
 from ..geometry.frequency import FrequencySelector
+from ..geometry.statistics import draw_images, step_generator
 from ..losses.fourier import Fourier
+from ..losses.paired import belongs
 from .basd import AlignerOptions, grids_of_mixed, learned
 from .match import blended
 from .objective import (
@@ -40,6 +42,10 @@ class BASDFourierOptions:
     fourier:FourierOptions = field(default_factory=FourierOptions) # the loss on Fourier transforms of the tokens
     weight:float = .2          # λ of the Fourier loss, beside cross-entropy
     align:float = 1.           # λ of the aligner's own loss, which trains the aligner alone
+
+    def __post_init__(self):
+        if self.aligner.width == 'student': # which the teacher is brought to: no widths that differ
+            belongs(Fourier, "aligner.width='teacher'", "'student'", channels=self.fourier.channels)
 
 # %% ../../nbs/methods/34_basd_fourier.ipynb #0212d746
 @register('basd_fourier')
@@ -77,19 +83,29 @@ def targets(self:BASDFourier,
     weights:Tensor,   # mixing weights, (P, L)
     student:Features,
     teacher:Features,
+    images:Tensor|None=None, # which of them train the aligner; None: all
 )->tuple:             # teacher tokens at the student's places, P × (B, N_s, D); the aligner's loss, ()
     "Mix and align"
     mixed = [x.detach() for x in self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens],
                                                    teacher.grids, student.grids)]
-    ys, losses = zip(*(learned(a, x, g) for a,x,g in zip(self.aligners, mixed, grids_of_mixed(student, teacher))))
+    ys, losses = zip(*(learned(a, x, g, images) for a,x,g in zip(self.aligners, mixed, grids_of_mixed(student, teacher))))
     return list(ys), torch.stack(losses).mean()
+
+# %% ../../nbs/methods/34_basd_fourier.ipynb #693668a5
+@patch
+def prepare(self:BASDFourier, progress:Progress, batch:int, device)->Progress:
+    "Draw the images that train the aligner at this step"
+    generator = step_generator(progress.seed, progress.step, device)
+    return progress._replace(drawn=draw_images(batch, self.options.aligner.samples, generator, device))
 
 # %% ../../nbs/methods/34_basd_fourier.ipynb #43003756
 @patch
 def forward(self:BASDFourier, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
     "One evaluation of the objective"
     mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, blend=target.blend)
-    ys, align = self.targets(mix.weights.detach(), student, teacher)
+    images = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None
+              else progress).drawn
+    ys, align = self.targets(mix.weights.detach(), student, teacher, images)
     compare = lambda ys, grids: self.loss(student.tokens, ys, None, student.grids, grids)
     raw = blended(compare, student.tokens, ys, student.grids, student.grids, target.blend)
     parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.weight*raw,

@@ -314,15 +314,17 @@ def _agree(recipe):
     low, high = recipe.views.crop_scale
     if not 0 < low <= high:
         raise ValueError(f"views.crop_scale={[low, high]}: should be two shares of the image, the smaller first")
-    _no_negative_weight(recipe.method.options, ['method'])
+    if ':' not in recipe.method.name: _none_negative(recipe.method.options, ['method'])
 
-def _no_negative_weight(x, path):
-    "Refuse a weight by which a loss would be driven up"
-    items = vars(x).items() if is_dataclass(x) else x.items() if isinstance(x, dict) else ()
+def _none_negative(x, path):
+    "Refuse a negative number among a method's options, by which a loss would be driven up; layers may count from the end"
+    items = (vars(x).items() if is_dataclass(x) else x.items() if isinstance(x, dict)
+             else enumerate(x) if isinstance(x, tuple) else ())
     for k,v in items:
-        if k in ('weight', 'align', 'labels') and isinstance(v, int | float) and v < 0:
-            raise ValueError(f"{'.'.join([*path, str(k)])}={v:g}: a weight should be at least 0")
-        _no_negative_weight(v, [*path, str(k)])
+        if k in ('points', 'layers', 'layer_map', 'rule') or ':' in str(k): continue
+        if isinstance(v, int | float) and v < 0:
+            raise ValueError(f"{'.'.join([*path, str(k)])}={v:g}: should be at least 0")
+        _none_negative(v, [*path, str(k)])
 
 # %% ../../nbs/training/60_recipes.ipynb #4c0a682e
 def resolve(
