@@ -75,15 +75,10 @@ class BASDOptions:
     points:Any = 'default'
     layers:Any = 'all'                      # teacher layers that are mixed: "all", or a list of indices or names
     # which teacher layers each point learns from: mixing weights from distances between subspaces
-    selector:SelectorOptions = field(default_factory=SelectorOptions)
+    selector:Annotated[SelectorOptions, BeforeValidator(lambda x: {} if x is None else x)] = field(
+        default_factory=SelectorOptions)     # null empties what an extended recipe has filled
     # a fixed map in place of the selector: "uniform", "first_to_last", "skip", "last", "final", "first", "reversed",
     # "random", a list of [point, layer], or "mean" for all layers alike; null: the selector
-    points:Any = 'default'                  # extraction points: student layers by index or name, or "default"
-    layers:Any = 'all'                      # teacher layers
-    # null empties what an extended recipe has filled
-    selector:Annotated[SelectorOptions, BeforeValidator(lambda x: {} if x is None else x)] = field(
-        default_factory=SelectorOptions)
-    # a fixed map in place of the selector: a name of `layer_map`, pairs, or "mean" for all layers alike
     rule:Any = None
     # how mixed teacher tokens are brought to the student's places and width
     aligner:AlignerOptions = field(default_factory=AlignerOptions)

@@ -80,19 +80,11 @@ class MatchOptions:
     # "random", or a list of [point, layer], both counted from 0
     layer_map:Any = 'uniform'
     labels:float = 1.                   # weight of cross-entropy with the labels; 0: labels are never seen
-    start:float = 0.                    # share of the run before the teacher's part comes in
-    rise:float = 0.                     # share of the run over which it rises to its full weight, after `start`
+    start:Annotated[float, Field(ge=0, lt=1)] = 0. # share of the run before the teacher's part comes in
+    # share of the run over which it rises to its full weight, after `start`
+    rise:Annotated[float, Field(ge=0, le=1)] = 0.
     # the student begins as evenly chosen layers of a teacher of its own width (DistilBERT)
     start_from_teacher:bool = False
-    logits:MatchedLogits|None = None    # compare the teacher's logits as well
-    points:Any = 'default'              # extraction points
-    layers:Any = 'all'                  # teacher layers to choose from
-    layer_map:Any = 'uniform'           # which of them each point is paired with: a name, or a list of [point, layer]
-    labels:float = 1.                   # weight of cross-entropy; 0: labels are never seen
-    # share of the run before the structure comes in
-    start:Annotated[float, Field(ge=0, lt=1)] = 0.
-    rise:Annotated[float, Field(ge=0, le=1)] = 0. # share of the run over which it does
-    start_from_teacher:bool = False     # the student begins as every other layer of a teacher of its width (DistilBERT)
 
     def __post_init__(self):
         self.losses = {n: o for n,o in self.losses.items() if o is not None}
