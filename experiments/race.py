@@ -71,7 +71,7 @@ def race(name, recipes, changes, folder, jobs=2, controls_only=()):
         changes = [*changes, *controls_only]
         results = compare(*recipes, *controls, folder=folder, overrides=changes, jobs=jobs)
     command = " ".join(["basd compare", *recipes, *controls,
-                        *(f"--set '{c}'" for c in changes if "=/" not in c and "//" not in c)])
+                        *(f"'{c}'" for c in changes if "=/" not in c and "//" not in c)])
     out = Path(__file__).parent/"results"/f"race_{name}.json"
     made = dict(command=command, wall=wall, on_the_clock=on_the_clock, environment=environment())
     out.write_text(json.dumps(results | made, indent=1))

@@ -217,7 +217,7 @@ def score(found):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--only", nargs="*", default=[], help="modules, as in losses.rsd, or rooms")
     p.add_argument("--number", nargs="*", type=int, default=[], help="and of these only the entries with these numbers")
     p.add_argument("--alive", action="store_true", help="and of these only what no result so far says is killed")

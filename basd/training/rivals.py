@@ -148,7 +148,7 @@ def same_images(
     for name in race.rivals:
         if changed := differences(of(race.baseline), of(name), 'data.'):
             raise ValueError(f"{name} has other images than {race.baseline} ({changed[0]}; {race.baseline}, {name}); "
-                             "give all recipes the same with --set, or race them in a folder each")
+                             "give all recipes the same, as in data.source=digits, or race them in a folder each")
 
 # %% ../../nbs/training/68_rivals.ipynb #12e8028a
 def budget_notes(
