@@ -44,13 +44,18 @@ def untracked():
 
 
 def compact(output):
-    "A figure that is too large is given a palette, at the same resolution"
+    "A figure that is too large is given a palette; photographs, for which that is not enough, half the pixels too"
     from PIL import Image
     raw = base64.b64decode(output["data"]["image/png"])
-    if len(raw) <= largest: return
-    picture, out = Image.open(io.BytesIO(raw)), io.BytesIO()
-    picture.convert("RGB").quantize(256).save(out, "PNG", optimize=True, dpi=picture.info.get("dpi", (96, 96)))
-    output["data"]["image/png"] = base64.b64encode(out.getvalue()).decode()
+    picture = Image.open(io.BytesIO(raw))
+    dpi, full = picture.info.get("dpi", (96, 96)), picture.convert("RGB")
+    half = full.resize((full.width//2, full.height//2), Image.Resampling.LANCZOS)
+    for pixels, scale, colors in (full, 1, 256), (full, 1, 64), (half, 2, 128), (half, 2, 32):
+        if len(raw) <= largest: return
+        out = io.BytesIO()
+        pixels.quantize(colors).save(out, "PNG", optimize=True, dpi=[d/scale for d in dpi])
+        raw = out.getvalue()
+        output["data"]["image/png"] = base64.b64encode(raw).decode()
 
 
 def diary(output):
