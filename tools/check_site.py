@@ -4,7 +4,7 @@
     python tools/check_site.py _docs                         # the site that Quarto made
     python tools/check_site.py --shots FOLDER index.html     # and pictures of the pages named
 
-Trouble is: a block of code or output cut off at its column, a page wider than a phone, a picture without alternative
+Trouble is: a block of code, an output or a table cut off at its column, a page wider than a phone, a picture without alternative
 text, `](http` inside code, a signature that is but `*args, **kwargs`, a link that leads nowhere, an error in the console.
 Needs a Chromium or Chrome (BROWSER names another one); without one it says so and checks nothing.
 """
@@ -28,18 +28,19 @@ root = Path(__file__).resolve().parents[1]
 site = "https://basd-project.github.io/basd/"           # where links to ourselves lead
 browsers = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 desk, phone = (1440, 900), (390, 844)
-kinds = "cut code", "wide on a phone", "no alternative text", "link in code", "*args, **kwargs", "broken link", "console error"
+kinds = "cut off", "wide on a phone", "no alternative text", "link in code", "*args, **kwargs", "broken link", "console error"
 
 # what a page holds, asked at the width of a desk
 at_desk = r"""(() => {
   const main = document.querySelector('main') || document.body, start = text => text.trim().split('\n')[0].slice(0, 70);
+  const tables = [...main.querySelectorAll('table')].filter(table => table.offsetParent);
   const blocks = [...main.querySelectorAll('pre')].filter(pre => pre.offsetParent);
-  const cut = pre => [pre, pre.parentElement, ...pre.children].some(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
+  const cut = pre => [pre, pre.parentElement, ...pre.querySelectorAll('code')].some(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
                      || pre.getBoundingClientRect().right > column + 1;
   const column = main.getBoundingClientRect().right;
   const code = [...main.querySelectorAll('pre, code')].filter(c => !c.querySelector('pre, code'));
   return {
-    'cut code': blocks.filter(cut).map(b => start(b.textContent)),
+    'cut off': [...blocks, ...tables].filter(cut).map(b => start(b.textContent)),
     'no alternative text': [...main.querySelectorAll('img')].filter(i => !(i.alt || '').trim()).map(i => i.getAttribute('src')),
     'link in code': code.filter(c => c.textContent.includes('](http')).map(c => start(c.textContent)),
     '*args, **kwargs': blocks.filter(b => /^\s*(def|class) \w+\(\s*\*args, \*\*kwargs\s*\)/.test(b.textContent)).map(b => start(b.textContent)),

@@ -143,14 +143,14 @@ class Names(NbdevLookup):
 
 
 class Links(Processor):
-    "Link the backticked names in text and in results that are text, never in code"
+    "Link the backticked names in text and in results that are text, never in code; a value stays with its ±"
     def __init__(self, nb): super().__init__(nb); self.names = Names(nb)
 
     def cell(self, cell):
         if cell.cell_type == "markdown": cell.source = self.names.linkify(cell.source)
         for output in cell.get("outputs", []):
             text = output.get("data", {}).get("text/markdown")
-            if text: output["data"]["text/markdown"] = self.names.linkify("".join(text))
+            if text: output["data"]["text/markdown"] = self.names.linkify("".join(text).replace(" ± ", "\u00a0±\u00a0"))
 
 
 class Doors(Processor):
