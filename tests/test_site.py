@@ -1,8 +1,8 @@
 "What the site promises: headings, signatures and links of tools/rendering.py, and settings that name what exists."
+import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -98,6 +98,16 @@ def test_colab_where_the_page_runs_alone():
     plain, alone = rendered("md:x")[0], rendered(f"#| hide\nif {rendering.in_colab}: pass", "md:x")[0]
     assert "colab" not in plain and "github.com/basd-project/basd/blob/main/nbs/geometry/02_grassmann.ipynb" in plain
     assert "colab.research.google.com/github/basd-project/basd/blob/main/nbs/geometry/02_grassmann.ipynb" in alone
+
+
+def test_the_cell_for_colab_is_on_the_pages_that_run_alone():
+    colab = pytest.importorskip("colab")
+    pages = {path: json.loads(path.read_text(encoding="utf-8")) for path in (root/"nbs").glob("*/*.ipynb")}
+    assert [path.stem for path, nb in pages.items() if colab.with_cell(nb, path.stem) != nb] == [], "run python tools/colab.py"
+    nb = {"cells": [mk_cell("# Title", "markdown"), mk_cell("Path('../../experiments/results/race.json').read_text()")]}
+    assert colab.with_cell(nb, "x") == nb
+    nb = {"cells": nb["cells"][:1] + [mk_cell("1 + 1")]}
+    assert "git+https://github.com/basd-project/basd" in "".join(colab.with_cell(nb, "x")["cells"][1]["source"])
 
 
 def test_settings_name_what_exists():
