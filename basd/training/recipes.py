@@ -611,19 +611,20 @@ def recipe_keys(
 # %% ../../nbs/training/60_recipes.ipynb #d592417f
 def keys_table(
     rows, # of `Key`
-)->str: # Markdown
+)->str: # Markdown, with code as HTML, which nobody takes for a symbol to be linked
     "Keys as a table: key, type or choices, default, meaning"
+    code = lambda text: f'<code>{text}</code>' if text else ''
+    safe = lambda text: text.replace('&', '&amp;').replace('<', '&lt;').replace('|', '&#124;')
     def of(k):
-        kind = ', '.join(f'`{_flow(c)}`' for c in k.choices)
-        kind = k.type.replace('choice', kind) if k.choices and 'choice' in k.type else f'{k.type}: {kind}' if kind else k.type
-        return f'`{k.key}`', kind, f'`{k.default}`' if k.default else '', k.meaning
-    safe = lambda text: text.replace('|', chr(92) + '|').replace('<', '&lt;')
-    widths = tuple('-'*n for n in (28, 20, 12, 40))            # in per cent of the page
+        kind, choices = safe(k.type), ', '.join(code(safe(_flow(c))) for c in k.choices)
+        kind = kind.replace('choice', choices) if 'choice' in kind else f'{kind}: {choices}' if choices else kind
+        return code(safe(k.key)), kind, code(safe(k.default)), re.sub(r'`([^`]+)`', r'<code>\1</code>', safe(k.meaning))
+    widths = tuple('-'*n for n in (27, 20, 13, 40))            # in per cent of the page
     lines = [('key', 'type or choices', 'default', 'meaning'), widths, *map(of, rows)]
-    return '\n'.join(f"| {' | '.join(map(safe, line))} |" for line in lines)
+    return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
 
 # %% ../../nbs/training/60_recipes.ipynb #167a7bce
-_wide = 84 # characters of a line
+_wide = 78 # characters of a line
 
 def _comment(f, value, meaning):
     "What is said of a key: its choices, its meaning, its default where the value is another"
