@@ -50,7 +50,7 @@ def compact(output):
     picture = Image.open(io.BytesIO(raw))
     dpi, full = picture.info.get("dpi", (96, 96)), picture.convert("RGB")
     half = full.resize((full.width//2, full.height//2), Image.Resampling.LANCZOS)
-    for pixels, scale, colors in (full, 1, 256), (full, 1, 64), (half, 2, 128), (half, 2, 32):
+    for pixels, scale, colors in (full, 1, 256), (full, 1, 64), (half, 2, 256), (half, 2, 64):
         if len(raw) <= largest: return
         out = io.BytesIO()
         pixels.quantize(colors).save(out, "PNG", optimize=True, dpi=[d/scale for d in dpi])
