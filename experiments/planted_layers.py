@@ -81,8 +81,16 @@ def hits(distances):
     return int((distances.argmin(1) == torch.arange(len(distances))).sum())
 
 
+def nearest(d):
+    "Distance of each planted layer to its own, and to the nearest other one, and which that is"
+    other, which = d.clone().fill_diagonal_(torch.inf).min(1)
+    rounded = lambda x: [round(v, 3) for v in x.tolist()]
+    return dict(own=rounded(d.diagonal()), other=rounded(other), which=which.tolist())
+
+
 def blends(images, xs, args):
-    "Planted layers found under each blend, with blended rows and with those of whole images, one number a seed"
+    """Planted layers found under each blend, with blended rows and with those of whole images, one number a seed; of the
+    blended images also with rows of a teacher that sees them, and how near each layer is to its own and to the nearest other"""
     images, xs, out = as_tensor(images[:args.blended]), [x[:args.blended] for x in xs], {}
     partner = torch.arange(len(images)) ^ 1
     for name, (lam, side) in BLENDS.items():
@@ -91,10 +99,13 @@ def blends(images, xs, args):
             corner = torch.rand(2, generator=torch.Generator().manual_seed(seed))*(1 - (side or 0))
             blend = Blend(partner, torch.tensor(lam), None if side is None else torch.cat([corner, corner + side]))
             keep = blend.keep(xs[0].shape[1], (14, 14))
-            for of, shown in {"blended tokens": [blend_tokens(x, blend, keep) for x in xs],
-                              "blended images": block_tokens(blend_images(images, blend), args.weights)}.items():
+            seen = block_tokens(blend_images(images, blend), args.weights)
+            for of, shown in {"blended tokens": [blend_tokens(x, blend, keep) for x in xs], "blended images": seen}.items():
                 for rows, how in (("blended", blend), ("whole", None)):
-                    out[name][of][rows].append(hits(measure(shown, xs, {}, args, seed, how)[0]))
+                    d = measure(shown, xs, {}, args, seed, how)[0]
+                    out[name][of][rows].append(hits(d))
+                    if rows == "blended" and not seed: out[name][of] |= nearest(d)
+            out[name]["blended images"].setdefault("seen", []).append(hits(measure(seen, seen, {}, args, seed)[0]))
         print(name, out[name], flush=True)
     return out
 
@@ -111,12 +122,17 @@ def main():
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--noise", type=float, default=.3)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only-blends", action="store_true", help="make the part with blends again, and keep the others")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent/"results"/"planted_layers.json")
     args = parser.parse_args()
 
     start = time.time()
     images = read_images(args.data, args.images)
     xs = block_tokens(as_tensor(images), args.weights)
+    if args.only_blends:
+        found = json.loads(args.out.read_text()) | dict(blends=blends(images, xs, args))
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        return
     forms = {}
     for name, options in FORMS.items():
         runs = [measure(xs, xs, options, args, seed) for seed in range(args.seeds)]

@@ -10,6 +10,8 @@ from basd.training.cli import main
 CE = ["train", "basd_cifar10", *TINY, "data.train_size=64", "data.val_size=20", "train.epochs=1", "train.ema=null",
       "train.warmup_epochs=0", "method.name=ce"]
 
+PLAIN = [w for w in CE[2:] if not w.startswith("method.")]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -63,3 +65,21 @@ def test_each(name, finished, here, capsys):
     if name == ".lock":
         at.unlink(); os.mkfifo(at)
         assert main(["resume", "run"]) == 2 and "no regular file" in capsys.readouterr().err
+
+
+def test_folders(here, capsys):
+    "A stage's folder, or that of a run in a race, that leads elsewhere is named before anything is written there"
+    (here/"two.yaml").write_text("extends: basd_cifar10\nmethod: {name: ce}\nstages: {a: {}, b: {}}")
+    assert main(["train", "two.yaml", *PLAIN, "--run-dir", "two"]) == 0
+    elsewhere = here/"elsewhere"
+    (here/"two"/"b").rename(elsewhere)
+    (elsewhere/"result.json").unlink()
+    (here/"two"/"b").symlink_to(elsewhere)
+    (here/"race").mkdir(); (here/"race"/"ce-0").symlink_to(elsewhere)
+    (here/"ce.yaml").write_text("method: {name: ce}")
+    kept = {p.name: p.read_bytes() for p in elsewhere.iterdir() if p.is_file()}
+    for words, link in ((["resume", "two"], "two/b"),
+                        (["compare", "ce.yaml", "--seeds", "1", "--folder", "race", "--set", *PLAIN], "race/ce-0")):
+        capsys.readouterr()
+        assert main(words) == 2 and f"{link} is a link" in capsys.readouterr().err
+        assert {p.name: p.read_bytes() for p in elsewhere.iterdir() if p.is_file()} == kept

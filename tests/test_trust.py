@@ -61,6 +61,7 @@ def hostile(finished, here, method):
     recipe_with(method, run/"recipe.yaml")
     for at in (here, run): (at/"payload.py").write_text(PAYLOAD)
     (here/"extends.yaml").write_text("extends: runs/hostile/recipe.yaml\ntrain: {epochs: 1}")
+    (here/"link.yaml").symlink_to(run/"recipe.yaml")
     return run
 
 
@@ -69,6 +70,7 @@ COMMANDS = {"evaluate": ["evaluate", RUN, "--quick"], "report": ["evaluate", RUN
             "analyze": ["analyze", RUN, "--metrics", "attention", "--images", "8"],
             "train its recipe": ["train", RECIPE, "--run-dir", "new"],
             "train what extends it": ["train", "extends.yaml", "--run-dir", "new"],
+            "train a link to it": ["train", "link.yaml", "--run-dir", "new"],
             "resume by name": [*CE, "--resume", "--run-dir", RUN],
             "resume": ["train", RECIPE, "--resume", "--run-dir", RUN],
             "bench": ["bench", RECIPE, "--reps", "1", "data.batch_size=4"],

@@ -51,8 +51,8 @@ def hsic_of_rows(
 # %% ../../nbs/losses/16_cka.ipynb #37659ab7
 def unit_power(
     x:Tensor,          # rows, (..., n, p)
-    center:bool=True,  # subtract the mean row
-    mean=global_mean,  # of means over ranks; the identity keeps to the rows of this rank
+    center:bool,       # subtract the mean row
+    mean,              # of means over ranks: `global_mean`, or the identity, which keeps to the rows of this rank
 )->Tensor:             # (..., n, p)
     "Centred rows of mean squared length one, or zero if they are all alike"
     m = mean(x.mean(-2, keepdim=True)) if center else torch.zeros_like(x[..., :1, :])

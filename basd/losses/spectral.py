@@ -163,4 +163,4 @@ def draw(self:Spectral,
     device='cpu',
 )->Tensor|None:          # which of them are used at this step; None: all
     "Images of this step, for `target` and `forward`"
-    return None if self.form == 'batch' else draw_images(batch, self.samples, generator, device)
+    return draw_images(batch, self.samples, generator, device)

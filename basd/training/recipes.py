@@ -372,8 +372,8 @@ def _keywords(section, s, own):
 def stored(
     path, # of a recipe
 )->bool:
-    "Is this the recipe of a run, by its name?"
-    return Path(path).name == 'recipe.yaml'
+    "Is this the recipe of a run, by its name, or a link to one?"
+    return 'recipe.yaml' in (Path(path).name, Path(path).resolve().name)
 
 # %% ../../nbs/training/60_recipes.ipynb #b7601916
 def own_names(
