@@ -110,6 +110,27 @@ def test_the_cell_for_colab_is_on_the_pages_that_run_alone():
     assert "git+https://github.com/basd-project/basd" in "".join(colab.with_cell(nb, "x")["cells"][1]["source"])
 
 
+trouble = """<main><h2 id="here">x</h2><pre style="overflow: auto"><code>{long}</code></pre><img src="a.png" width="600">
+<pre><code>see [f](https://example.org)</code></pre><pre>def Plan(\n    *args, **kwargs\n):</pre>
+<a href="gone.html">a</a><a href="sound.html#gone">b</a><a href="sound.html#there">c</a><a href="https://example.org">d</a></main>
+<script>console.error('no')</script>"""
+
+
+def test_the_checker_sees_each_kind_of_trouble(tmp_path):
+    check_site = pytest.importorskip("check_site")
+    if not check_site.found_browser(): pytest.skip("no browser here")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+    (tmp_path/"bad.html").write_text(head + trouble.format(long="x"*400))
+    (tmp_path/"sound.html").write_text(head + '<main id="there"><pre>short</pre><img src="a.png" alt="a" width="10"></main>')
+    (tmp_path/"a.png").write_bytes(next((root/"nbs"/"images").glob("*.png")).read_bytes())
+    browser = check_site.Browser(check_site.found_browser())
+    try: held = check_site.check(tmp_path, ["bad.html", "sound.html"], browser)
+    finally: browser.close()
+    assert [len(held["bad.html"][kind]) for kind in check_site.kinds] == [1, 1, 1, 1, 1, 2, 1]
+    assert [len(held["sound.html"][kind]) for kind in check_site.kinds] == [0]*7
+    assert check_site.table(held).splitlines()[-1].split() == ["2", "pages", *"1111121"]
+
+
 def test_settings_name_what_exists():
     site = yaml.safe_load((root/"_quarto.yml").read_text())
     assert (root/"nbs"/site["website"]["image"]).exists() and (root/"nbs"/site["format"]["html"]["css"]).exists()

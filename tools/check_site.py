@@ -13,6 +13,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ root = Path(__file__).resolve().parents[1]
 site = "https://basd-project.github.io/basd/"           # where links to ourselves lead
 browsers = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 desk, phone = (1440, 900), (390, 844)
+patience = 60                                           # seconds without a word from the browser
 kinds = "cut off", "wide on a phone", "no alternative text", "link in code", "*args, **kwargs", "broken link", "console error"
 
 # what a page holds, asked at the width of a desk
@@ -61,6 +63,9 @@ at_phone = r"""(() => {
 })()""".replace("SCREEN", str(phone[0]))
 
 
+def found_browser(): return next(filter(None, map(shutil.which, filter(None, (os.environ.get("BROWSER"), *browsers)))), None)
+
+
 class Browser:
     "Chromium without a window, spoken to in its own protocol over two pipes"
     def __init__(self, binary):
@@ -74,7 +79,7 @@ class Browser:
              "--hide-scrollbars", "--no-first-run", f"--user-data-dir={self.folder}"],
             pass_fds=(3, 4), preexec_fn=wire, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for fd in (theirs_in, theirs_out, *apart): os.close(fd)
-        self.reader, self.writer = os.fdopen(ours_in, "rb"), os.fdopen(ours_out, "wb", buffering=0)
+        self.reader, self.writer = os.fdopen(ours_in, "rb", buffering=0), os.fdopen(ours_out, "wb", buffering=0)
         self.session, self.number, self.rest, self.errors = None, 0, b"", []
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -83,7 +88,8 @@ class Browser:
     def receive(self):
         "The next message of the browser; errors of the page are kept in `errors`"
         while b"\0" not in self.rest:
-            more = self.reader.read1(1 << 20)
+            if not select.select([self.reader], [], [], patience)[0]: raise RuntimeError(f"the browser said nothing for {patience} s")
+            more = self.reader.read(1 << 20)
             if not more: raise RuntimeError("the browser has gone")
             self.rest += more
         line, self.rest = self.rest.split(b"\0", 1)
@@ -94,7 +100,7 @@ class Browser:
             self.errors.append(detail.get("exception", {}).get("description", detail["text"]).splitlines()[0])
         if what == "Runtime.consoleAPICalled" and how["type"] in ("error", "assert"):
             self.errors.append(" ".join(str(a.get("value", a.get("description", ""))) for a in how["args"]))
-        if what == "Log.entryAdded" and how["entry"]["level"] == "error":
+        if what == "Log.entryAdded" and how["entry"]["level"] == "error" and not how["entry"].get("url", "").endswith("/favicon.ico"):
             self.errors.append(f"{how['entry']['text']} {how['entry'].get('url', '')}".strip())
         return said
 
@@ -203,9 +209,10 @@ def main():
     parser.add_argument("pages", nargs="*", help="only these pages, relative to the folder")
     parser.add_argument("--shots", type=Path, help="also put a picture of each page at both widths into this folder")
     asked = parser.parse_args()
-    binary = next(filter(None, map(shutil.which, filter(None, (os.environ.get("BROWSER"), *browsers)))), None)
+    binary = found_browser()
     if not binary: return print("no page was checked: there is no Chromium or Chrome here (BROWSER names one)")
-    pages = asked.pages or sorted(str(p.relative_to(asked.folder)) for p in asked.folder.rglob("*.html"))
+    pages = asked.pages or sorted(str(p.relative_to(asked.folder)) for p in asked.folder.rglob("*.html") if "site_libs" not in p.parts)
+    if not pages: sys.exit(f"{asked.folder} holds no page: build the docs first (python tools/docs.py)")
     if asked.shots: asked.shots.mkdir(parents=True, exist_ok=True)
     browser = Browser(binary)
     try: held = check(asked.folder, pages, browser, asked.shots)

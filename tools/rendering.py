@@ -60,16 +60,16 @@ def source_link(module, name):
     "Link to the line of a definition, '' where the package does not have it"
     found = NbdevLookup()[f"{module}.{name}"]
     if not isinstance(found, tuple): return ""
-    return f'[source]({found[2]}#L{_lineno(name, found[1])}){{.source-link target="_blank"}}\n\n'
+    return f'[source]({found[2]}#L{_lineno(name, found[1])}){{.source-link target="_blank"}}\n'
 
 
 def entry(module, definition, anchor):
     "The cell that stands above a definition"
     name = definition.name
     heading = name.replace("_", r"\_")
-    text = f"{source_link(module, name)}### {heading} {{#{anchor} .definition}}\n\n"
-    if not definition.shown: text += f"```python\n{definition.signature}\n```\n\n"
-    return mk_cell(text + _ital_first(definition.doc or ""), "markdown")
+    text = f"### {heading} {{#{anchor} .definition}}\n\n{source_link(module, name)}{_ital_first(definition.doc or '')}".rstrip()
+    if not definition.shown: text += f"\n\n```python\n{definition.signature}\n```"
+    return mk_cell(text, "markdown")
 
 
 def anchors(names):
