@@ -8,18 +8,19 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     if os.path.realpath(here) == os.path.realpath(home): sys.path.append(here)      # a checkout of basd
 
 import signal
+from importlib import import_module
 
 
 def start()->int: # exit status
     "The command in a process of its own"
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    def load():
-        "Import torch and what needs it; an interrupt meanwhile is an end without a word"
+    def imported(name):
+        "An interrupt while it is imported is an end without a word"
         if ours: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        import basd.training.trainer                               # noqa: F401
+        module = import_module(name)
         if ours: signal.signal(signal.SIGINT, signal.default_int_handler)
-    from basd.training.cli import main
-    status = main(load=load)
+        return module
+    status = imported("basd.training.cli").main(load=lambda: imported("basd.training.trainer"))     # with torch
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)      # all is done; the same one again
     return status
 
