@@ -613,12 +613,12 @@ def keys_table(
     rows, # of `Key`
 )->str: # Markdown, with code as HTML, which nobody takes for a symbol to be linked
     "Keys as a table: key, type or choices, default, meaning"
-    code = lambda text: f'<code>{text}</code>' if text else ''
+    code = lambda text: f'<code class="key">{text}</code>' if text else ''     # unbroken, but for a key's dots
     safe = lambda text: text.replace('&', '&amp;').replace('<', '&lt;').replace('|', '&#124;')
     def of(k):
         kind, choices = safe(k.type), ', '.join(code(safe(_flow(c))) for c in k.choices)
         kind = kind.replace('choice', choices) if 'choice' in kind else f'{kind}: {choices}' if choices else kind
-        return code(safe(k.key)), kind, code(safe(k.default)), re.sub(r'`([^`]+)`', r'<code>\1</code>', safe(k.meaning))
+        return code(k.key.replace('.', '.<wbr>')), kind, code(safe(k.default)), re.sub(r'`([^`]+)`', r'<code>\1</code>', safe(k.meaning))
     widths = tuple('-'*n for n in (27, 20, 13, 40))            # in per cent of the page
     lines = [('key', 'type or choices', 'default', 'meaning'), widths, *map(of, rows)]
     return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
