@@ -71,8 +71,8 @@ def execute(nb, skip, folder):
             if skip(cell_index): return cell
             return await super().async_execute_cell(cell, cell_index, **kwargs)
     try:
-        Client(nb, timeout=None, kernel_name="python3", resources=dict(metadata=dict(path=str(folder))),
-               extra_arguments=kernel_options).execute()
+        Client(nb, timeout=None, coalesce_streams=True, kernel_name="python3", extra_arguments=kernel_options,
+               resources=dict(metadata=dict(path=str(folder)))).execute()
     except nbclient.exceptions.CellExecutionError as e: return str(e)
 
 
@@ -111,7 +111,8 @@ def run(path, flags, save=True):
         left = [str(p.relative_to(home)) for p in home.rglob("*") if p.is_file()]
     left += sorted(untracked() - before)
     for cell in (c for c in nb.cells if c.cell_type == "code"):
-        cell.outputs = [o for o in cell.outputs if not diary(o)]
+        quiet = cell.source.rstrip().endswith(";")
+        cell.outputs = [o for o in cell.outputs if not diary(o) and not (quiet and o.get("name") == "stdout")]
         for output in cell.outputs:
             if "image/png" in output.get("data", {}): compact(output)
     clean_nb(nb)
