@@ -1,0 +1,306 @@
+"""Which teacher layers, and does choosing pay: selectors, fixed maps and rivals in the same frame.
+
+    python experiments/race_selectors.py FRAME RUNS [--jobs N] [--seeds 0 1 2] [--only NAME …] [--plan]
+    HF_HUB_OFFLINE=1 python experiments/race_selectors.py cifar10_8 CIFAR10_FOLDER VIT_TINY.safetensors RUNS …
+
+FRAME is one of the names in FRAMES below, whose numbers stay what they are whatever the packaged recipes become. An
+entry is a packaged recipe: every `select_NAME`, every `map_NAME`, `leap`, `lift` and `wide_last`, and `ce`, labels
+alone; what a recipe says of its student's stage is laid over the frame. All seeds of a frame share one teacher where
+`once` is set, and its outputs on eight views per image where `views` is set, so that a step costs no teacher pass.
+
+One thread a run, --jobs runs at a time, seed by seed. Each run that ends is written to
+experiments/results/selectors_FRAME.json at once; a script that was stopped or killed goes on from the checkpoints in
+RUNS, which frames may share. A failed run stands in the file with its reason and is tried again by the next call.
+"""
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from basd.data.cache import fingerprint, write_atomic
+from basd.methods.objective import find_objective
+from basd.training.checkpoints import environment
+from basd.training.compare import recipe_file, side_by_side
+from basd.training.metrics import read_log
+from basd.training.recipe_files import merge, read_recipe, recipe_names
+from basd.training.recipes import resolve, write_recipe
+from basd.training.rivals import Run
+from basd.training.standings import result_of
+from basd.training.trainer import on_stop
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT/"experiments"/"results"
+FIRST = ["ce", "uniform", "nearest", "progressive", "complementary", "ramp"]      # the order of work within a seed
+POINTS, DEPTH = 4, 6                    # of the packaged recipes' student and teacher
+
+# the quickstart of November 2026, where labels alone are in the middle of their rise
+DIGITS = dict(
+    data=dict(source="digits", val_size=.15, batch_size=64, workers=0),
+    views=dict(crop_scale=[.6, 1.], flip=0., blend_prob=.5),
+    student=dict(model="deit_tiny_patch16_224", img_size=24, patch_size=4, depth=4, width=48, heads=3),
+    train=dict(epochs=15, lr=2e-3, warmup_epochs=2, log_every=20, gradient_shares=False))
+PLAIN = dict(mixup=0., cutmix=0., photometry="none", erase=0.)          # views of teachers
+SMALL = dict(student=dict(depth=6, width=72), views=PLAIN, train=dict(epochs=20))
+CNN = dict(student=dict(model="resnet18", patch_size=None, depth=None, width=None, heads=None,
+                        kwargs=dict(channels=[24, 36, 48, 72])), views=PLAIN, train=dict(epochs=20))
+# race.py's frame for two cores
+CIFAR10 = dict(
+    data=dict(download=False, val_size=1000, train_size=4000, batch_size=64, workers=0),
+    views=dict(crop_scale=[.6, 1.], flip=.5, blend_prob=.5),
+    student=dict(model="deit_tiny_patch16_224", img_size=32, patch_size=4, depth=4, width=96, heads=3),
+    train=dict(lr=2e-3, warmup_epochs=1, log_every=20, gradient_shares=False))
+VIT_TINY = dict(student=dict(model="vit_tiny_patch16_224", img_size=96, patch_size=16, depth=12, width=192),
+                views=PLAIN, train=dict(epochs=3, lr=2e-4))
+LAYERS = [1, 3, 5, 7, 9, 11]
+
+
+def digits(about, changes=None, teacher=SMALL, **more):
+    "A frame on digits"
+    return dict(about=about, base=merge(DIGITS, changes or {}), teacher=teacher, seeds=list(range(10))) | more
+
+
+def cifar10(epochs):
+    "A frame on CIFAR-10"
+    return dict(about=f"CIFAR-10, 4,000 images, {epochs} epochs of 62 steps, a tuned ViT-Tiny of 12 layers as teacher",
+                base=merge(CIFAR10, dict(train=dict(epochs=epochs))), teacher=VIT_TINY, layers=LAYERS, once=True, views=8,
+                seeds=[0, 1, 2])
+
+
+FRAMES = dict(
+    digits=digits("digits, 15 epochs of 19 steps, a teacher of 6 layers"),
+    digits_redundant=digits("digits, the same teacher with seven copies of its third layer among twelve layers",
+                            copies=[0, 1, *[2]*7, 3, 4, 5]),
+    digits_deeper=digits("digits, a student of 8 layers and a teacher of 4", dict(student=dict(depth=8)),
+                         merge(SMALL, dict(student=dict(depth=4))), points=[1, 3, 5, 7], depth=4),
+    digits_cnn=digits("digits, a small ResNet-18 as teacher of a ViT", teacher=CNN, depth=None),
+    cifar10_8=cifar10(8), cifar10_34=cifar10(34))
+
+
+def entries():
+    "entry → packaged recipe, in the order of work"
+    names = recipe_names()
+    found = {"ce": None} | {n.removeprefix("select_"): n for n in names if n.startswith("select_")}
+    found |= {n.removeprefix("map_"): n for n in names if n.startswith("map_")}
+    found |= {n: n for n in ("leap", "lift", "wide_last") if n in names}
+    found.setdefault("nearest", "quickstart")
+    return dict(sorted(found.items(), key=lambda e: FIRST.index(e[0]) if e[0] in FIRST else len(FIRST)))
+
+
+def stage_of(recipe):
+    "What a packaged recipe says of its student's stage, without the teacher's place"
+    stages = {k: v for k,v in read_recipe(recipe)["stages"].items() if v is not None and k not in ("teacher", "ce")}
+    if len(stages) != 1: raise ValueError(f"{recipe} has the stages {', '.join(stages)} besides its teacher; leave one")
+    stage = copy.deepcopy(*stages.values())
+    stage.get("teacher", {}).pop("run", None)
+    return stage
+
+
+def placed(given, all_of, count):
+    "Indices that a recipe gives for a model of `count` layers, in the frame's; `all_of` None: the frame has the same"
+    if all_of is None or given == "default": return given
+    if given == "all": return all_of
+    return [all_of[(i + 1)*len(all_of)//count - 1] if isinstance(i, int) and i >= 0 else i for i in given]
+
+
+def recipe_of(frame, entry, recipe, seed, local, teacher):
+    "The recipe of a run, and what distinguishes it from other runs of its seed"
+    stage = dict(method=dict(name="ce")) if recipe is None else stage_of(recipe)
+    tree = merge(merge(frame["base"], local), stage)
+    objective = find_objective(tree["method"]["name"])
+    options = resolve({k: v for k,v in tree.items() if k != "teacher"}).method.options
+    if hasattr(options, "points"):
+        tree["method"]["points"] = placed(options.points, frame.get("points"), POINTS)
+    if hasattr(options, "layers"):
+        every = frame.get("layers") or (range(len(frame["copies"])) if "copies" in frame else
+                                        frame.get("depth") and range(frame["depth"]))
+        given = options.layers
+        tree["method"]["layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
+    if tree["method"]["name"] == "basd": tree["method"]["weight"] = .3
+    told = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
+    key = fingerprint([told, merge(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])[:8]
+    if entry != "ce" and teacher:
+        needs = objective.needs(resolve({k: v for k,v in tree.items() if k != "teacher"}).method.options)
+        tree["teacher"] = tree.get("teacher", {}) | dict(run=str(teacher))
+        if "views" in frame:
+            what = fingerprint([needs.layers, needs.attention, needs.logits, tree["views"], tree["student"]["img_size"]])[:8]
+            tree["teacher"] |= dict(cache=str(teacher.parents[1]/"caches"/f"{teacher.name}-{what}"),
+                                    cache_views=frame["views"])
+    else: tree.pop("teacher", None)
+    return resolve(merge(tree, dict(train=dict(seed=seed)))), key
+
+
+def teacher_runs(frame, seeds, folder, local):
+    "seed → the run of its teacher"
+    tree = merge(merge(frame["base"], local), frame["teacher"])
+    tree = merge(tree, dict(train=dict(gradient_shares=True))) | dict(method=dict(name="ce"))
+    key = fingerprint([merge(tree, dict(student=dict(checkpoint=None))) | dict(data=frame["base"]["data"])])[:8]
+    out = {}
+    for seed in seeds:
+        s = 0 if frame.get("once") else seed
+        out[seed] = Run(f"teachers/{key}-{s}", resolve(merge(tree, dict(name="teacher", train=dict(seed=s)))), [])
+    return out
+
+
+def with_copies(teacher, order):
+    "A run directory beside a ViT teacher's, of the same function: block `i` of `order` the first time, then idle blocks"
+    out = teacher.with_name(f"{teacher.name}-{fingerprint(order)[:4]}")
+    if (out/"student.safetensors").is_file(): return out
+    weights, about = load_file(teacher/"student.safetensors"), json.loads((teacher/"student.json").read_text())
+    new = {k: v for k,v in weights.items() if not k.startswith("blocks.")}
+    for i,block in enumerate(order):
+        start, idle = f"blocks.{block}.", block in order[:i]        # an idle block adds nothing to what it is given
+        for k,v in weights.items():
+            if k.startswith(start):
+                silent = idle and k.split(".")[-2] in ("proj", "fc2")
+                new[f"blocks.{i}.{k.removeprefix(start)}"] = torch.zeros_like(v) if silent else v.clone()
+    about["model_args"]["depth"] = len(order)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("recipe.yaml", "classes.json"):
+        if (teacher/name).is_file(): (out/name).write_text((teacher/name).read_text())
+    (out/"student.json").write_text(json.dumps(about))
+    write_atomic(out/"student.safetensors", lambda p: save_file(new, str(p)))
+    return out
+
+
+def processor():
+    "The CPU's model and, as two generations may share a name, its number"
+    try: lines = dict(l.split(":", 1) for l in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in l)
+    except OSError: return platform.processor()
+    said = {k.strip(): v.strip() for k,v in lines.items()}
+    return f"{said.get('model name', platform.machine())}, family {said.get('cpu family')}, model {said.get('model')}"
+
+
+def thinned(rows, count=40):
+    "[step, weights (P, L)] of about `count` logged steps, first and last among them"
+    rows = [r for r in rows if isinstance(r.get("mixing"), list)]
+    if not rows: return []
+    width = max(len(w) for r in rows for w in r["mixing"])          # a teacher that stops early has fewer columns
+    full = lambda r: [[round(x, 3) for x in w] + [0.]*(width - len(w)) for w in r["mixing"]]
+    if all(full(r) == full(rows[0]) for r in rows): return [[rows[-1]["step"], full(rows[-1])]]      # a fixed map
+    keep = sorted({round(i*(len(rows) - 1)/(count - 1)) for i in range(count)})
+    return [[rows[i]["step"], full(rows[i])] for i in keep]
+
+
+def row_of(run, folder, cpu, jobs):
+    "What is kept of a run"
+    at, (_, entry, seed) = folder/run.name, run.name.split("/")
+    entry, _, key = entry.rpartition("-")
+    found = result_of(at) or dict(failed="it has no result")
+    row = dict(entry=entry, seed=int(seed), key=key, method=run.recipe.method.name, cpu=cpu, jobs=jobs,
+               commit=(environment()["git"] or {}).get("commit"), steps=0)
+    if "failed" in found: return row | dict(failed=found["failed"])
+    log = read_log(at, "step")
+    weights = thinned(log) if int(seed) < 3 else []
+    return row | {k: found[k] for k in ("top1", "val_top1", "best_epoch", "images", "step", "seconds", "extra")} | dict(
+        steps=log[-1]["step"], weights=weights)
+
+
+def keep(row, name, about):
+    "Put a row into the frame's file, in place of an older one; rows of the entry from another recipe go"
+    path = RESULTS/f"selectors_{name}.json"
+    there = json.loads(path.read_text())["runs"] if path.is_file() else []
+    stay = [r for r in there if r["entry"] != row["entry"] or (r["key"] == row["key"] and r["seed"] != row["seed"])]
+    if gone := [r for r in there if r["entry"] == row["entry"] and r["key"] != row["key"]]:
+        print(f"{row['entry']}: {len(gone)} rows of another recipe are left out from here on", flush=True)
+    rows = sorted([*stay, row], key=lambda r: (r["seed"], r["entry"]))
+    lines = ",\n".join("  " + json.dumps(r, separators=(",", ":")) for r in rows)
+    head = json.dumps(about | dict(environment={k: v for k,v in environment().items() if k != "git"}))
+    write_atomic(path, lambda p: p.write_text(f'{head[:-1]},\n "runs": [\n{lines}\n]}}\n'))
+
+
+def known_cpus(folder):
+    "Processors of earlier calls on this folder, and of this one at the end"
+    note = folder/"processors.json"
+    known = [c for c in (json.loads(note.read_text()) if note.is_file() else []) if c != processor()] + [processor()]
+    write_atomic(note, lambda p: p.write_text(json.dumps(known)))
+    return known
+
+
+def settle_all(runs, folder, jobs, ended):
+    "Write the recipes of the runs that have no result, and settle these"
+    left = [r for r in runs if not (folder/r.name/"result.json").is_file()]
+    for r in left:
+        (folder/r.name/"failed.txt").unlink(missing_ok=True)
+        recipe_file(folder, r).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(recipe_file(folder, r), lambda p, r=r: write_recipe(r.recipe, p))
+    side_by_side(left, folder, "cpu", ended, jobs)
+
+
+def build_caches(runs, folder, jobs):
+    "Runs of one epoch, one for each cache that is not there, which it is made by"
+    first = {r.recipe.teacher.cache: r for r in reversed(runs) if r.recipe.teacher.cache}
+    out = []
+    for cache, r in first.items():
+        recipe = copy.deepcopy(r.recipe)
+        recipe.train.epochs, recipe.train.warmup_epochs = 1, 0.
+        out.append(Run(f"caches_made/{Path(cache).name}", recipe, []))
+    settle_all(out, folder, jobs, lambda r: print(f"{r.name} is made", flush=True))
+    for r in out:
+        if (why := folder/r.name/"failed.txt").is_file(): print(f"{r.name}: {why.read_text().splitlines()[0]}", flush=True)
+
+
+def race(name, folder, local, seeds, only, jobs, plan=False):
+    "Run what is missing of a frame"
+    frame, known = FRAMES[name], entries()
+    if wrong := [n for n in only if n not in known]:
+        raise SystemExit(f"no entry {wrong[0]!r}; there are {', '.join(known)}")
+    chosen, seeds = [n for n in known if n in (only or known)], seeds or frame["seeds"]
+    teachers = teacher_runs(frame, seeds, folder, local)
+    once = list({t.name: t for t in teachers.values()}.values())
+    if plan: print(f"{name}: {len(chosen)} entries ({', '.join(chosen)}) × {len(seeds)} seeds"); return
+    cpus, interrupt = known_cpus(folder), lambda: (_ for _ in ()).throw(KeyboardInterrupt("stopped on request"))
+    with on_stop(interrupt):
+        settle_all(once, folder, jobs, lambda r: print(f"{r.name}: {result_of(folder/r.name)}", flush=True))
+        at = {s: folder/t.name for s,t in teachers.items()}
+        taught = {s: (result_of(p) or {}).get("top1") for s,p in at.items()}
+        if "copies" in frame: at = {s: with_copies(p, frame["copies"]) for s,p in at.items()}
+        runs = []
+        for seed in seeds:
+            for entry in chosen:
+                try: recipe, key = recipe_of(frame, entry, known[entry], seed, local, at[seed])
+                except ValueError as e: print(f"{entry}: left out, {e}", flush=True); continue
+                runs.append(Run(f"{name}/{entry}-{key}/{seed}", recipe, []))
+        if "views" in frame: build_caches(runs, folder, jobs)
+        began = {r.name for r in runs if (folder/r.name/"recipe.yaml").is_file()}
+        about = dict(frame=name, about=frame["about"], epochs=frame["base"]["train"]["epochs"], cached="views" in frame,
+                     teacher={str(s): t for s,t in taught.items()})
+        def ended(run):
+            row = row_of(run, folder, " + ".join(cpus) if run.name in began else cpus[-1], jobs)
+            keep(row, name, about)
+            print(f"{run.name}: {row.get('failed') or format(row['top1'], '.2f') + ' %'}", flush=True)
+        path = RESULTS/f"selectors_{name}.json"
+        written = {(r["entry"], r["key"], r["seed"]) for r in
+                   (json.loads(path.read_text())["runs"] if path.is_file() else []) if "failed" not in r}
+        for r in runs:                      # ended, but the script was killed before it was written
+            entry, _, k = r.name.split("/")[1].rpartition("-")
+            if (folder/r.name/"result.json").is_file() and (entry, k, int(r.name.split("/")[2])) not in written: ended(r)
+        settle_all(runs, folder, jobs, ended)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("frame", choices=FRAMES)
+    p.add_argument("paths", nargs="+", help="RUNS, or DATA WEIGHTS RUNS for CIFAR-10")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    p.add_argument("--seeds", type=int, nargs="+", default=[])
+    p.add_argument("--only", nargs="+", default=[], help="entries; all if left out")
+    p.add_argument("--plan", action="store_true", help="say what would be run, and run nothing")
+    args = p.parse_args()
+    photos = args.frame.startswith("cifar10")
+    if len(args.paths) != (3 if photos else 1): p.error("give DATA WEIGHTS RUNS" if photos else "give RUNS")
+    folder, local = Path(args.paths[-1]).resolve(), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    if photos:
+        data, weights = (Path(x).resolve() for x in args.paths[:2])
+        local = dict(data=dict(source=f"hfds/{data}", root=str(folder/"images")))
+        FRAMES[args.frame]["teacher"] = merge(VIT_TINY, dict(student=dict(checkpoint=str(weights))))
+    torch.set_num_threads(args.jobs)        # one for each run
+    os.chdir(ROOT)
+    try: race(args.frame, folder, local, args.seeds, args.only, args.jobs, args.plan)
+    except KeyboardInterrupt as e: sys.exit(f"{e or 'interrupted'}; the same command goes on")
