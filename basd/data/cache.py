@@ -222,13 +222,13 @@ def no_room(
 
 # %% ../../nbs/data/53_cache.ipynb #e1592f93
 class Cache:
-    "Records of `n` images in memory-mapped shards"
+    "`n` records in memory-mapped shards"
     def __init__(self,
         folder,            # made if it is not there
         layout:Layout,
-        n:int,             # images
+        n:int,             # records: of images, or of views of them
         parts:dict,        # name → fingerprint of what the records depend on
-        shard:int=512,     # S, images a file
+        shard:int=512,     # S, records a file
         free:int|None=None,# bytes that the disk has left; asked of the system if None
     ):
         self.folder, self.layout, self.n, self.shard, self.maps = Path(folder), layout, n, shard, {}
@@ -236,6 +236,8 @@ class Cache:
                           shard=shard, **parts)
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
+        # looked for before the note: who builds here at the same moment writes the note first
+        strange = any(not p.name.startswith('.cache.json.') for p in self.folder.iterdir())
         note = self.folder/'cache.json'
         if note.is_file():
             try: there = json.loads(note.read_text())
@@ -246,7 +248,7 @@ class Cache:
             if differs:
                 raise ValueError(f"the cache in {folder} is stale: it was made with another "
                                  f"{' and another '.join(differs)}; remove it, or give another folder")
-        elif any(not p.name.startswith('.cache.json.') for p in self.folder.iterdir()):
+        elif strange:
             raise ValueError(f"{folder} holds something that is no cache; give an empty folder")
         wanted, free = (sum(self.bytes_of(i) for i in self.missing()),
                         shutil.disk_usage(self.folder).free if free is None else free)
@@ -260,20 +262,25 @@ class Cache:
 
     def path(self, i)->Path: return self.folder/f'shard-{i:05d}.bin'
 
-    def images(self, i)->range: return range(i*self.shard, min((i + 1)*self.shard, self.n)) # of shard `i`
+    def records(self, i)->range: return range(i*self.shard, min((i + 1)*self.shard, self.n)) # of shard `i`
 
-    def bytes_of(self, i)->int: return len(self.images(i))*self.layout.nbytes
+    def bytes_of(self, i)->int: return len(self.records(i))*self.layout.nbytes
+
+    def whole(self, i)->bool: # is shard `i` there with all its bytes
+        return self.path(i).is_file() and self.path(i).stat().st_size == self.bytes_of(i)
+
+    def begun(self, i)->bool: # does some process write shard `i`, or did one that is gone
+        return any(self.folder.glob(f'.{self.path(i).name}.*'))
 
     def missing(self)->list: # numbers of shards that are not there, or not whole
         "Shards that have to be made"
-        return [i for i in range(self.shards)
-                if not self.path(i).is_file() or self.path(i).stat().st_size != self.bytes_of(i)]
+        return [i for i in range(self.shards) if not self.whole(i)]
 
     @property
     def complete(self)->bool: return not self.missing()
 
     def __repr__(self):
-        return (f'Cache({self.n} images, {readable(self.n*self.layout.nbytes)}, '
+        return (f'Cache({self.n} records, {readable(self.n*self.layout.nbytes)}, '
                 f'{self.shards - len(self.missing())} of {self.shards} shards)')
 
 # %% ../../nbs/data/53_cache.ipynb #57dee256
@@ -288,39 +295,39 @@ def readable(
 # %% ../../nbs/data/53_cache.ipynb #e588f584
 @patch
 def build(self:Cache,
-    produce,         # (image numbers) → dict of arrays (B, *shape)
-    batch:int=64,    # images at a time
+    produce,         # (record numbers) → dict of arrays (B, *shape)
+    batch:int=64,    # records at a time
     rank:int=0,      # which share of the shards is made here
     world:int=1,     # of how many
     progress=None,   # wraps an iterable of batches, as `fastprogress.progress_bar`
 ):
     "Make the shards that are missing"
     mine = [i for i in self.missing() if i % world == rank]     # by number: ranks may look at different moments
-    todo = iter((progress or iter)([self.images(i)[s:s + batch] for i in mine
-                                    for s in range(0, len(self.images(i)), batch)]))
-    def fill(path, last):
+    batches = lambda i: [self.records(i)[s:s + batch] for s in range(0, len(self.records(i)), batch)]
+    bar = iter((progress or iter)([b for i in mine for b in batches(i)]))
+    def fill(path, i):
         with open(path, 'wb') as f:
-            for images in todo:
-                f.write(self.layout.pack(produce(list(images))).cpu().numpy().data)
-                if images[-1] == last: break
-    for i in mine: write_atomic(self.path(i), lambda p: fill(p, self.images(i)[-1]))
-    next(todo, None)                                            # a bar that has come to its end
+            for records,_ in zip(batches(i), bar): f.write(self.layout.pack(produce(list(records))).cpu().numpy().data)
+    for patient in (True, False):                               # what another process is at comes last
+        for i in mine:
+            if not self.whole(i) and not (patient and self.begun(i)): write_atomic(self.path(i), lambda p: fill(p, i))
+    for _ in bar: pass                                          # it has come to its end
 
 # %% ../../nbs/data/53_cache.ipynb #1a715a0f
 @patch
 def read(self:Cache,
-    images:Tensor, # image numbers, (B,)
+    which:Tensor,  # record numbers, (B,)
     pin:bool=False,# into memory from which a GPU copies without waiting
 )->Tensor:         # (B, length)
-    "Records of some images; `Layout.unpack` gives them their names"
-    out = torch.empty(len(images), self.layout.length, dtype=getattr(torch, self.layout.dtype), pin_memory=pin)
+    "Some records; `Layout.unpack` gives them their names"
+    out = torch.empty(len(which), self.layout.length, dtype=getattr(torch, self.layout.dtype), pin_memory=pin)
     into = out.numpy()
-    for row, image in enumerate(images.tolist()):
-        i = image//self.shard
+    for row, record in enumerate(which.tolist()):
+        i = record//self.shard
         if i not in self.maps:
             self.maps[i] = np.memmap(self.path(i), self.layout.dtype, 'r',
-                                     shape=(len(self.images(i)), self.layout.length))
-        into[row] = self.maps[i][image - i*self.shard]
+                                     shape=(len(self.records(i)), self.layout.length))
+        into[row] = self.maps[i][record - i*self.shard]
     return out
 
 @patch

@@ -119,8 +119,11 @@ class TeacherRecipe:
     untrained:bool = False                # random weights are meant, as in a test of the machinery
     img_size:Pixels|None = None           # height and width of its view in pixels; null: the model's own
     # folder for its outputs on the training images, computed once before the first step; needs a view that does not
-    # move: views.geometry fixed or independent
+    # move (views.geometry fixed or independent), or `cache_views`
     cache:str|None = None
+    # crops and flips of each image that are recorded, the same in every run; an epoch shows one of them, with color,
+    # erasing and blending as ever; null: new crops and flips in every epoch, or a view that does not move
+    cache_views:Count|None = None
     # mean of each channel of images in [0, 1], as in its training; null: the model's own
     mean:Channels|None = None
     std:Channels|None = None              # standard deviation of each channel, likewise

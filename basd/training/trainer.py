@@ -115,8 +115,10 @@ def build_models(self:Trainer):
                                               None if self.teacher is None else dry_run(self.teacher, self.device),
                                               self.classes).to(self.device)
     objective.meet(student, self.teacher)
+    # the same with and without a cache: a run may go on without one
+    recorded = None if self.teacher is None else r.teacher.cache_views
     make_views = lambda size_t: Views(self.size_s, size_t, geometry=v.geometry, crop_scale=tuple(v.crop_scale),
-                                      flip=v.flip, photometry=v.photometry, erase=v.erase)
+                                      flip=v.flip, photometry=v.photometry, erase=v.erase, recorded=recorded)
     self.whole_views = self.views = make_views(self.size_t)
     self.lesson, self.kept = Lesson(student, objective), None
     if self.teacher is not None and r.teacher.cache is not None:
@@ -146,7 +148,7 @@ def show(self:Trainer,
     target = Target(blend_labels(y, self.classes, blend, v.smoothing), None if v.teacher_sees_blend else blend)
     taught = None
     with autocast(self.device, self.t.precision):
-        if self.kept is not None: taught = self.kept(batch['index'])
+        if self.kept is not None: taught = self.kept(batch['asked'], batch.get('view'))
         elif self.teacher is not None:
             clean = batch['teacher'].to(self.device, non_blocking=True)
             taught = self.teacher(blend_images(clean.to(self.dtype)/255, blend) if v.teacher_sees_blend else clean)
