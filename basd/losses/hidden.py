@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..geometry.statistics import directions, island, no_autocast
-from .paired import at_places, feature_loss
+from .paired import at_places, belongs, feature_loss
 
 # %% ../../nbs/losses/20_hidden.ipynb #4c6c3813
 def in_coordinates(
@@ -36,12 +36,19 @@ class Hidden(nn.Module):
         # at unit length (Patient KD)
         normalise:Literal['none', 'layer', 'unit']='none',
         bias:bool=False,     # have the maps from the student's to the teacher's width a bias
+        mapped:bool=True,    # False: compare without maps, where student and teacher are equally wide
     ):
         super().__init__()
         if normalise not in ('none', 'layer', 'unit'):
             raise ValueError(f"normalise={normalise!r}; choose 'none', 'layer' or 'unit'")
+        unequal = [(a, b) for a,b in zip(widths_s, widths_t, strict=True) if a != b]
+        if unequal and not mapped:
+            raise ValueError(f"mapped=False compares tokens of width {unequal[0][0]} with tokens of width {unequal[0][1]}; "
+                             "leave it out, or take a student whose layer is as wide (deit_tiny_lift, deit_tiny_wide_last)")
+        if not mapped: belongs(Hidden, 'mapped=True', 'mapped=False', bias=bias)
         self.normalise = normalise
-        self.maps = nn.ModuleList(nn.Linear(a, b, bias=bias) for a,b in zip(widths_s, widths_t, strict=True))
+        self.maps = nn.ModuleList(nn.Linear(a, b, bias=bias) if mapped else nn.Identity()
+                                  for a,b in zip(widths_s, widths_t))
 
     def one(self,
         x:Tensor, # mapped student tokens, (B, N, D_t)

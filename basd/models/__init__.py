@@ -1,2 +1,2 @@
-"Taps on any model, frozen teachers, students; models for small images are registered with timm on import"
-from . import small_images
+"Taps on any model, frozen teachers, students; this package's own models are registered with timm on import"
+from . import last_layers, small_images
