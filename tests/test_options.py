@@ -10,14 +10,16 @@ from pydantic import TypeAdapter
 
 from basd.data.mixing import draw_blend
 from basd.geometry.features import Features
+from basd.geometry.selector import find_selector, selectors
 from basd.geometry.statistics import step_generator
 from basd.losses.paired import compares, feature_losses, find_feature_loss, told
+from basd.methods.basd import selector_options
 from basd.methods.objective import Progress, Shapes, Target, find_objective, objectives, options_of
 from basd.models.taps import Tapped
 from basd.training.recipes import resolve
 
 find_objective("ce"), find_feature_loss("cka")
-find_objective("basd")
+find_objective("basd"), find_selector("nearest")
 B, C, STEPS = 8, 6, 6
 NO = object()
 
@@ -27,7 +29,7 @@ TRY = {
     "kappa": [.1, "1/D"], "scores": [["margin"]], "temperatures": [(1., 3.)], "alphas": [(.5, 1.)],
     "starts": [dict(rsd=.5)], "weights": [dict(rsd=.1, rel=.2, attn=.3, spectral=.4), None], "relations": [("qk", "vv")],
     "temperature": [{}, 3.], "losses": [dict(token={})], "debias": [False, True], "images": [4], "max_rows": [16],
-    "settle": [2],
+    "settle": [2], "goal": ["last"], "share": [1e9], "fast": [.01], "until": [.9], "batches": [1], "selector": [dict(name="ramp")],
 }
 # words that are checked where they are used
 WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch"), "spectral.align": ("truncate", "pool"),
@@ -40,6 +42,7 @@ EXPLAINED = {
     ("match", "logits"): "is in the base already",
     "losses.spectral.align": "both sides have as many singular values here, and nothing to cut or pool",
     "balance.floor": "acts when a loss has fallen to a quarter of its first level (page on balance)",
+    **{(n, "selector.dim"): "is for layers of different widths, and these have one" for n in ("complementary", "arc_length")},
     "balance.settle": "is how many steps that first level is a mean of",
 }
 
@@ -134,7 +137,7 @@ def lesson(name, words):
         blend = draw_blend(step_generator(0, step), B, prob=.7)
         result = objective(s, t, Target(labels, blend), Progress(2*step, 60, 0, epoch=step/2, observe=True))
         opt.zero_grad(); result["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); objective.after_step()
+        torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); objective.after_step(); objective.renew()
         out += [v for told in (result["parts"], result["report"]) for k in sorted(told) for v in seen(told[k])]
         out += [p.grad.double().norm().item() for p in params if p.grad is not None]
     out += [p.detach().double().abs().sum().item() for p in params] + [float(len(objective.no_weight_decay()))]
@@ -155,13 +158,20 @@ def tried(name, words):
 
 
 ALONE = ("basd",)                 # too many forms to move each option beside each of them
+AT = dict(progressive=dict(share=1e-9)) # where an option is seen in a few steps: the frontier moves
 NEEDED = dict(heads=dict(heads=2))  # options that a loss cannot be without here
 CASES = [(n, {}) for n in sorted(objectives) if n not in ("ce", "match")] + [
     ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if compares(feature_losses[n]) == "layers" else {"layer_map": "uniform"})))
-    for n in sorted(feature_losses)] + [("match", dict(losses=dict(gram={}), logits={}))]
+    for n in sorted(feature_losses)] + [("match", dict(losses=dict(gram={}), logits={}))] + [
+    ("basd", dict(selector=dict(name=n) | AT.get(n, {}))) for n in sorted(selectors)]
 
 
-@pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", {})))
+def of_selector(name):
+    "The options of a selector, below the method"
+    return [(("selector", *p), h, d) for p,h,d in leaves(selector_options(name)) if p != ("name",)]
+
+
+@pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", [v["selector"]["name"]] if "selector" in v else []))))
 def test_every_option(name, base):
     options = find_objective(name).Options
     own = list(leaves(options))
@@ -169,6 +179,7 @@ def test_every_option(name, base):
         loss, = base["losses"]
         own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_of(feature_losses[loss], *told))] + (
             own if "logits" in base else [])
+    if "selector" in base: own = of_selector(base["selector"]["name"])
     silent = []
     contexts = [((), NO)] + [(p, v) for p,h,d in own for v in choices(p, h, d) if name not in ALONE]
     for context, choice in contexts:
@@ -187,7 +198,7 @@ def test_every_option(name, base):
                 after, no = tried(name, put(words, path, v))
                 return (path[-1] in no) if no else differ(after, before)
             ok = all(moves(v) for v in forms) if forms else any(moves(v) for v in each)
-            why = EXPLAINED.get((name, said)) or EXPLAINED.get(said)
+            why = EXPLAINED.get((base.get("selector", {}).get("name", name), said)) or EXPLAINED.get(said)
             if not ok and not why: silent.append(f"{said}" + ("" if choice is NO else f" beside {context[-1]}={choice}"))
     assert not silent, f"{name} {base}: nothing reads {', '.join(silent)}"
 
@@ -197,19 +208,21 @@ def test_no_number_is_negative(name):
     "A recipe with a negative weight, temperature or count is refused in a sentence that names the key"
     cases = [((), find_objective(name).Options)]
     if name == "match": cases = [(("losses", n), options_of(f, *told)) for n, f in sorted(feature_losses.items())] + cases
+    if name == "basd": cases += [(("selector", n), selector_options(n)) for n in sorted(selectors)]
     for at, cls in cases:
         for path, hint, _ in leaves(cls):
             if path[0] in ("points", "layers", "layer_map") or not {int, float} & set(kinds(hint)): continue
             path = (*at, *path)
-            words = put(put(dict(losses=dict(cka={})) if name == "match" else {}, path, -1), ("name",), name)
+            if at[:1] == ("selector",): words = dict(name=name, selector=dict(name=at[1]) | {path[-1]: -1})
+            else:
+                words = put(put(dict(losses=dict(cka={})) if name == "match" else {}, path, -1), ("name",), name)
             with pytest.raises(ValueError, match=path[-1]) as e: resolve(dict(method=words))
             assert "Traceback" not in str(e.value), e.value
 
 
 def test_what_a_rule_leaves_unread():
     "Options of the selector beside a rule that takes its place"
-    rule, own = dict(name="basd", rule="uniform"), leaves(find_objective("basd").Options)
-    for path, hint, default in own:
-        if path[0] != "selector": continue
+    rule = dict(name="basd", rule="uniform")
+    for path, hint, default in of_selector("nearest"):
         for v in values(path, hint, default):
             with pytest.raises(ValueError, match=f"selector.{path[-1]}"): resolve(dict(method=put(rule, path, v)))

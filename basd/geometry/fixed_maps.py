@@ -67,7 +67,7 @@ class FixedSelector(FrequencySelector):
         self.register_buffer('weights', w)
         self.register_buffer('spread', layer_entropy(w).abs(), persistent=False)
 
-    def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, generator=None, blend=None)->Mix:
+    def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, generator=None, blend=None, time=None)->Mix:
         "The rule's weights"
         w, zero = self.weights.to(torch.promote_types(xs_s[0].dtype, torch.float32)), self.weights.new_zeros(())
         return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_zeros(len(w)),

@@ -149,6 +149,11 @@ class FrequencySelector(nn.Module):
                              "common space; tap layers of one width, or use GrassmannSelector")
         return self.widths_t[0]
 
+    @property
+    def depth(self)->int:
+        "How many teacher layers, from the first, the next step compares and mixes"
+        return len(self.widths_t)
+
     def draw(self, tokens, grids, batch, generator=None, device='cpu')->None: "Nothing is sampled"
 
     def after_step(self): "Nothing to be kept on a manifold"
@@ -195,6 +200,7 @@ def forward(self:FrequencySelector,
     grids_t:list|None=None, # (height, width) of each layer's tokens; a sequence where None
     generator=None,     # not used: nothing is drawn
     blend=None,         # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
+    time=None,          # not used: nothing moves with the run
 )->Mix:
     "Compare every extraction point with every teacher layer"
     p, q = self.profiles(xs_s, xs_t, grids_s, grids_t, blend)

@@ -127,6 +127,9 @@ class Objective(nn.Module):
     def after_step(self):
         "Called after each optimizer step; constrained parameters go back to their manifold here"
 
+    def renew(self):
+        "Called after the log is written, which waits for the device: what the host must know of the state is read here"
+
     def no_weight_decay(self)->set:
         "Names of parameters that weight decay must leave alone, timm's convention"
         return set()

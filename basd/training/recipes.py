@@ -23,6 +23,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from ..data.pictures import MAX_PIXELS
+from ..geometry.selector import find_selector, selectors
 from ..losses.paired import feature_losses, find_feature_loss, trusted, trusting
 from ..methods.objective import Objective, find_objective, known_objectives, objectives, settings
 from .recipe_files import check_stages, merge, merged, own_paths, packaged, packed, parse_override, suggestion
@@ -584,17 +585,19 @@ _frame = dict(data=DataRecipe, views=ViewRecipe, student=StudentRecipe, teacher=
 def _first_line(x): return (x.__doc__ or '').strip().split('\n')[0]
 
 # %% ../../nbs/training/60_recipes.ipynb #d71ef879
-def recipe_sections()->dict: # "frame", "method" or "loss" → name → one line about it
+def recipe_sections()->dict: # "frame", "method", "selector" or "loss" → name → one line about it
     "The parts of a recipe that have keys of their own"
+    find_selector('nearest')
     find_feature_loss('cka')                                   # registers all
     frame = dict(recipe=_first_line(Recipe)) | {n: _first_line(c) for n,c in _frame.items()}
     return dict(frame=frame | dict(method=_first_line(MethodRecipe)),
                 method={n: _first_line(c) for n,c in sorted(known_objectives().items())},
+                selector={n: _first_line(c) for n,c in sorted(selectors.items())},
                 loss={n: _first_line(c) for n,c in sorted(feature_losses.items())})
 
 # %% ../../nbs/training/60_recipes.ipynb #f4d7affb
 def recipe_keys(
-    section:str|None=None, # a frame section ("recipe" for what stands outside), a method or a loss; None: all
+    section:str|None=None, # a frame section ("recipe" for what stands outside), a method, a selector or a loss; None: all
 )->list: # of `Key`
     "Every key of a section with its type, choices, default and meaning"
     kinds = {n: kind for kind,names in recipe_sections().items() for n in names}
@@ -608,7 +611,10 @@ def recipe_keys(
                 for k in _described(MethodRecipe, section, 'method.') if k.key == 'method.name']
     if section in _frame: return _described(_frame[section], section, f'{section}.')
     if kinds[section] == 'method': return _described(find_objective(section).Options, section, 'method.')
+    from basd.methods.basd import selector_options
     from basd.methods.match import loss_options
+    if kinds[section] == 'selector':
+        return [k for k in _described(selector_options(section), section, 'method.selector.') if k.key != 'method.selector.name']
     return [k for cls in loss_options(section) for k in _described(cls, section, f'method.losses.{section}.')]
 
 # %% ../../nbs/training/60_recipes.ipynb #d592417f

@@ -281,6 +281,7 @@ def log_step(self:Trainer):
     if rank() == 0: self.log.write(row)
     self.comment = f"loss {row['loss']:.3f}"
     if self.fatal.item() >= 0: self.give_up()
+    self.lesson.objective.renew()
     self.note_statistics()
     self.drawn.clear()
     self.planned = {e: choice for e,choice in self.planned.items() if e == max(self.planned)}
