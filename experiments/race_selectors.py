@@ -4,8 +4,7 @@
     HF_HUB_OFFLINE=1 python experiments/race_selectors.py cifar10_8 CIFAR10_FOLDER VIT_TINY.safetensors RUNS …
 
 FRAME is one of the names in FRAMES below, whose numbers stay what they are whatever the packaged recipes become. An
-entry is a packaged recipe: every `select_NAME`, every `map_NAME`, `leap`, `lift` and `wide_last`, and `ce`, labels
-alone; what a recipe says of its student's stage is laid over the frame. All seeds of a frame share one teacher where
+entry is a packaged recipe: every `select_NAME`, every `map_NAME`, the rivals in RIVALS, and `ce`, labels alone; what a recipe says of its student's stage is laid over the frame. All seeds of a frame share one teacher where
 `once` is set, and its outputs on eight views per image where `views` is set, so that a step costs no teacher pass.
 
 One thread a run, --jobs runs at a time, seed by seed. Each run that ends is written to
@@ -36,7 +35,9 @@ from basd.training.trainer import on_stop
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/"experiments"/"results"
-FIRST = ["ce", "uniform", "nearest", "progressive", "complementary", "ramp"]      # the order of work within a seed
+# the order of work within a seed
+FIRST = ["ce", "uniform", "nearest", "progressive", "complementary", "ramp", "leap", "final", "first"]
+RIVALS = ["leap", "lift", "wide_last", "last_layer"]
 POINTS, DEPTH = 4, 6                    # of the packaged recipes' student and teacher
 
 # the quickstart of November 2026, where labels alone are in the middle of their rise
@@ -78,7 +79,7 @@ FRAMES = dict(
                             copies=[0, 1, *[2]*7, 3, 4, 5]),
     digits_deeper=digits("digits, a student of 8 layers and a teacher of 4", dict(student=dict(depth=8)),
                          merge(SMALL, dict(student=dict(depth=4))), points=[1, 3, 5, 7], depth=4),
-    digits_cnn=digits("digits, a small ResNet-18 as teacher of a ViT", teacher=CNN, depth=None),
+    digits_cnn=digits("digits, a small ResNet-18 as teacher of a ViT", teacher=CNN, depth=4),
     cifar10_8=cifar10(8), cifar10_34=cifar10(34))
 
 
@@ -87,7 +88,7 @@ def entries():
     names = recipe_names()
     found = {"ce": None} | {n.removeprefix("select_"): n for n in names if n.startswith("select_")}
     found |= {n.removeprefix("map_"): n for n in names if n.startswith("map_")}
-    found |= {n: n for n in ("leap", "lift", "wide_last") if n in names}
+    found |= {n: n for n in RIVALS if n in names}
     found.setdefault("nearest", "quickstart")
     return dict(sorted(found.items(), key=lambda e: FIRST.index(e[0]) if e[0] in FIRST else len(FIRST)))
 
@@ -114,6 +115,8 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
     tree = merge(merge(frame["base"], local), stage)
     objective = find_objective(tree["method"]["name"])
     options = resolve({k: v for k,v in tree.items() if k != "teacher"}).method.options
+    if "last_width" in tree["student"].get("kwargs", {}):           # as wide as the teacher
+        tree["student"]["kwargs"] = tree["student"]["kwargs"] | dict(last_width=frame["teacher"]["student"]["width"] or 72)
     if hasattr(options, "points"):
         tree["method"]["points"] = placed(options.points, frame.get("points"), POINTS)
     if hasattr(options, "layers"):
@@ -128,7 +131,7 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
         needs = objective.needs(resolve({k: v for k,v in tree.items() if k != "teacher"}).method.options)
         tree["teacher"] = tree.get("teacher", {}) | dict(run=str(teacher))
         if "views" in frame:
-            what = fingerprint([needs.layers, needs.attention, needs.logits, tree["views"], tree["student"]["img_size"]])[:8]
+            what = fingerprint([needs.layers, needs.attention, tree["views"]["crop_scale"], tree["views"]["flip"]])[:8]
             tree["teacher"] |= dict(cache=str(teacher.parents[1]/"caches"/f"{teacher.name}-{what}"),
                                     cache_views=frame["views"])
     else: tree.pop("teacher", None)
@@ -232,19 +235,6 @@ def settle_all(runs, folder, jobs, ended):
     side_by_side(left, folder, "cpu", ended, jobs)
 
 
-def build_caches(runs, folder, jobs):
-    "Runs of one epoch, one for each cache that is not there, which it is made by"
-    first = {r.recipe.teacher.cache: r for r in reversed(runs) if r.recipe.teacher.cache}
-    out = []
-    for cache, r in first.items():
-        recipe = copy.deepcopy(r.recipe)
-        recipe.train.epochs, recipe.train.warmup_epochs = 1, 0.
-        out.append(Run(f"caches_made/{Path(cache).name}", recipe, []))
-    settle_all(out, folder, jobs, lambda r: print(f"{r.name} is made", flush=True))
-    for r in out:
-        if (why := folder/r.name/"failed.txt").is_file(): print(f"{r.name}: {why.read_text().splitlines()[0]}", flush=True)
-
-
 def race(name, folder, local, seeds, only, jobs, plan=False):
     "Run what is missing of a frame"
     frame, known = FRAMES[name], entries()
@@ -266,7 +256,6 @@ def race(name, folder, local, seeds, only, jobs, plan=False):
                 try: recipe, key = recipe_of(frame, entry, known[entry], seed, local, at[seed])
                 except ValueError as e: print(f"{entry}: left out, {e}", flush=True); continue
                 runs.append(Run(f"{name}/{entry}-{key}/{seed}", recipe, []))
-        if "views" in frame: build_caches(runs, folder, jobs)
         began = {r.name for r in runs if (folder/r.name/"recipe.yaml").is_file()}
         about = dict(frame=name, about=frame["about"], epochs=frame["base"]["train"]["epochs"], cached="views" in frame,
                      teacher={str(s): t for s,t in taught.items()})
