@@ -260,7 +260,7 @@ def origin(
     "Where a model's weights come from; two places are refused"
     given = lambda k: getattr(m, k, None) not in (None, False, {}, '')
     if getattr(m, 'run', None) is not None:
-        second = [f.name for f in fields(m) if f.name not in ('run', 'cache', 'others') and given(f.name)]
+        second = [f.name for f in fields(m) if f.name not in ('run', 'cache', 'cache_views', 'others') and given(f.name)]
         if second: raise ValueError(_two(m, key, second))
         return 'run'
     weights = [k for k in ('checkpoint', 'pretrained', 'untrained') if given(k)]
