@@ -29,7 +29,7 @@ TRY = {
     "kappa": [.1, "1/D"], "scores": [["margin"]], "temperatures": [(1., 3.)], "alphas": [(.5, 1.)],
     "starts": [dict(rsd=.5)], "weights": [dict(rsd=.1, rel=.2, attn=.3, spectral=.4), None], "relations": [("qk", "vv")],
     "temperature": [{}, 3.], "losses": [dict(token={})], "debias": [False, True], "images": [4], "max_rows": [16],
-    "settle": [2], "goal": ["last"], "share": [1e9], "fast": [.01], "until": [.9], "batches": [1], "selector": [dict(name="ramp")],
+    "settle": [2], "goal": ["last"], "share": [1e9], "fast": [.01], "until": [.9, .01], "batches": [1], "selector": [dict(name="ramp")],
 }
 # words that are checked where they are used
 WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch"), "spectral.align": ("truncate", "pool"),
@@ -171,7 +171,7 @@ def of_selector(name):
     return [(("selector", *p), h, d) for p,h,d in leaves(selector_options(name)) if p != ("name",)]
 
 
-@pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", [v["selector"]["name"]] if "selector" in v else []))))
+@pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", [v["selector"]["name"]] if "selector" in v else [])))
 def test_every_option(name, base):
     options = find_objective(name).Options
     own = list(leaves(options))
