@@ -190,12 +190,18 @@ def thinned(rows, count=40):
     return [[rows[i]["step"], full(rows[i])] for i in keep]
 
 
+def kind_of(recipe):
+    "What a recipe takes part as"
+    if recipe is None: return "labels"
+    return "map" if recipe.startswith("map_") else "rival" if recipe in RIVALS else "selector"
+
+
 def row_of(run, folder, cpu, jobs):
     "What is kept of a run"
     at, (_, entry, seed) = folder/run.name, run.name.split("/")
     entry, _, key = entry.rpartition("-")
     found = result_of(at) or dict(failed="it has no result")
-    row = dict(entry=entry, seed=int(seed), key=key, method=run.recipe.method.name, cpu=cpu, jobs=jobs,
+    row = dict(entry=entry, kind=kind_of(entries()[entry]), seed=int(seed), key=key, method=run.recipe.method.name, cpu=cpu, jobs=jobs,
                commit=(environment()["git"] or {}).get("commit"), steps=0)
     if "failed" in found: return row | dict(failed=found["failed"])
     log = read_log(at, "step")
