@@ -347,15 +347,17 @@ class Taps:
         self.images = any(isinstance(m, nn.Conv2d) for m in model.modules())
         self.outputs, self.versions, self.grid, self.handles = {}, {}, self.fixed, []
         self.running, self.repeated = False, set()
+        self.depth = None        # layers after which the pass that is running ends; None: it does not end early
 
     def attach(self):
         "Register the hooks"
         try:
             self.handles += [self.model.register_forward_pre_hook(Hook(self._begin)),
                              self.model.register_forward_hook(Hook(self._end))]
-            for i,m in enumerate(self.modules): self.handles.append(m.register_forward_hook(Hook(partial(self._keep, i))))
             for r in self.readers: self.handles += r.hooks() if r else []
             if self.embed is not None: self.handles.append(self.embed.register_forward_hook(Hook(self._note_grid)))
+            # last, as these may end the pass
+            for i,m in enumerate(self.modules): self.handles.append(m.register_forward_hook(Hook(partial(self._keep, i))))
         except BaseException: self.remove(); raise
 
     def remove(self):
@@ -375,16 +377,18 @@ class Taps:
         out = _pick(out, r.item, self.names[i])
         self.outputs[i] = out.clone() if r.copy else out
         self.versions[i] = _version(self.outputs[i])
+        if self.depth is not None and all(j in self.outputs for j in range(self.depth)): raise _Enough(self)
 
     def _note_grid(self, module, args, out): self.grid = tuple(out.shape[-2:])
 
     def features(self,
         logits:Tensor|None=None, # what the forward pass returned, if it is to be handed on
+        depth:int|None=None,     # the first so many layers; None: all
     )->Features:
         "The latest forward pass as `Features`"
-        self.check()
+        self.check(depth)
         tokens, grids, attention, unread = [], [], [], []
-        for i,r in enumerate(self.readers):
+        for i,r in enumerate(self.readers[:depth]):
             out = self.outputs[i].mean(0) if self.time_axis else self.outputs[i]
             x, grid, prefix = self.tokens(i, out)
             a = r.read(prefix) if r and out.dim() == 3 else None
@@ -393,17 +397,19 @@ class Taps:
             unread.append(None if fits else self.unread[i] if r is None else f'{_full(r.attn)} ran with a mask or on other tokens')
         return Features(tokens, attention, logits, grids, unread=unread)
 
-    def take(self, logits=None)->Features:
+    def take(self, logits=None, depth=None)->Features:
         "The latest forward pass as `Features`, and nothing of it kept"
-        f = self.features(logits)
+        f = self.features(logits, depth)
         for seen in (self.outputs, self.versions): seen.clear()
         return f
 
 # %% ../../nbs/models/40_taps.ipynb #aa2c8686
 @patch
-def check(self:Taps):
+def check(self:Taps,
+    depth:int|None=None, # the first so many layers; None: all
+):
     "Refuse outputs that are missing, were overwritten, or are one of several"
-    missing = [n for i,n in enumerate(self.names) if i not in self.outputs]
+    missing = [n for i,n in enumerate(self.names[:depth]) if i not in self.outputs]
     if missing:
         raise ValueError(f"no forward pass has gone through {', '.join(missing)} yet; "
                          "run the model inside `with tap(...)`, and tap only modules that it uses")
@@ -514,6 +520,25 @@ def _refuse_compiled(model):
         raise ValueError(f"{type(model).__name__} is compiled, and compiled code does not see hooks added later; "
                          "tap the plain model and compile the whole: torch.compile(Tapped(model))")
 
+# %% ../../nbs/models/40_taps.ipynb #fd97967d
+class _Enough(BaseException):
+    "Ends a forward pass from which nothing more is read; carries the `Taps` that raised it"
+
+# %% ../../nbs/models/40_taps.ipynb #7fb28f17
+@patch
+def run(self:Taps,
+    depth:int|None, # end after the first so many layers; None: do not
+    *args,          # of the model
+    **kwargs,       # likewise
+): # what the model returns; None if the pass ended early
+    "Run the model, or its beginning"
+    if depth is None: return self.model(*args, **kwargs)
+    self.depth = depth
+    try: self.model(*args, **kwargs)
+    except _Enough as e:
+        if e.args[0] is not self: raise
+    finally: self.depth, self.running = None, False
+
 # %% ../../nbs/models/40_taps.ipynb #c830a721
 def find_logits(
     model:nn.Module,
@@ -579,14 +604,18 @@ class Tapped(nn.Module):
     def forward(self,
         x,        # images (B, 3, h, w), bytes or floats in [0, 1]; anything that `model` takes if `mean` is None
         *args,    # passed on to the model
-        **kwargs, # likewise
-    )->Features:
-        "One ordinary forward pass"
+        depth:int|None=None, # end after the first so many tapped layers, without logits; None: run the whole model
+        **kwargs, # passed on to the model
+    )->Features:  # of `depth` layers
+        "One ordinary forward pass, or its beginning"
+        if depth is not None and not 1 <= depth <= len(self.names):
+            raise ValueError(f"depth={depth} of {len(self.names)} tapped layers; give 1 to {len(self.names)}, or None for the "
+                             "whole model")
         if self.readings is None and not torch.compiler.is_compiling(): self.settle(x, *args, **kwargs)
         z = self.normalise(x)
-        if self.taps is not None: return self._features(self.taps.take, z, self.model(z, *args, **kwargs))
-        with self._watched() as taps: out = self.model(z, *args, **kwargs)
-        return self._features(taps.features, z, out)
+        if self.taps is not None: return self._features(self.taps.take, z, self.taps.run(depth, z, *args, **kwargs), depth)
+        with self._watched() as taps: out = taps.run(depth, z, *args, **kwargs)
+        return self._features(taps.features, z, out, depth)
 
     def attach(self):
         "Leave the hooks in place from now on, so that a compiler finds them and no step has to set them"
@@ -625,9 +654,9 @@ class Tapped(nn.Module):
         try: yield taps
         finally: taps.remove()
 
-    def _features(self, read, x, out):
-        z, second = find_logits(self.model, out, self.logits)
-        f = read(z.mean(0) if z is not None and self.time_axis and z.dim() == 3 else z)
+    def _features(self, read, x, out, depth):
+        z, second = find_logits(self.model, out, self.logits) if depth is None else (None, None)
+        f = read(z.mean(0) if z is not None and self.time_axis and z.dim() == 3 else z, depth)
         f.distilled = second
         wrong = next((i for i,t in enumerate(f.tokens) if not self.time_axis and len(t) != len(x)), None) \
             if isinstance(x, Tensor) and x.dim() == 4 else None
