@@ -129,6 +129,14 @@ class Features:
 
     def __len__(self): return len(self.tokens)
 
+    def first(self,
+        n:int, # layers
+    )->'Features':
+        "The first layers alone, without logits, as a forward pass hands over that ends with them"
+        if not 1 <= n <= len(self): raise ValueError(f"the first {n} of {len(self)} layers; give 1 to {len(self)}")
+        return Features(self.tokens[:n], self.attention[:n], None, self.grids[:n], unread=self.unread[:n],
+                        members=self.members and [f.first(min(n, len(f))) for f in self.members])
+
     def __repr__(self):
         layers = ', '.join(f"{'×'.join(map(str, x.shape[1:]))}{'' if a is None else f' ({a.heads} heads)'}"
                            for x,a in zip(self.tokens, self.attention))

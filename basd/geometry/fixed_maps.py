@@ -64,12 +64,21 @@ class FixedSelector(FrequencySelector):
             if len(pairs) < len(given):
                 raise ValueError(f"rule={rule!r} names a point twice; a selector gives each point one layer")
             w = torch.eye(L)[[pairs.get(p, pairs[max(pairs)]) for p in range(P)]]
+        self.read = 1 + max(w.nonzero()[:, 1].tolist())
         self.register_buffer('weights', w)
         self.register_buffer('spread', layer_entropy(w).abs(), persistent=False)
 
+    @property
+    def depth(self)->int: # teacher layers up to the last one that the rule reads
+        return self.read
+
     def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, generator=None, blend=None, time=None)->Mix:
-        "The rule's weights"
-        w, zero = self.weights.to(torch.promote_types(xs_s[0].dtype, torch.float32)), self.weights.new_zeros(())
+        "The rule's weights, of the first `depth` layers or more"
+        if len(xs_t) < self.depth:
+            raise ValueError(f"{len(xs_t)} teacher layers, and the rule reads layer {self.depth - 1}, counted from 0; "
+                             f"give the first {self.depth}")
+        w, zero = self.weights[:, :len(xs_t)], self.weights.new_zeros(())
+        w = w.to(torch.promote_types(xs_s[0].dtype, torch.float32))
         return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_zeros(len(w)),
                                  entropy=self.spread, orth=zero, recon=zero))
 

@@ -220,6 +220,12 @@ def meet(self:Match, student, teacher):
     for loss in self.losses.values():
         if hasattr(loss, 'meet'): loss.meet(student, teacher)
 
+# %% ../../nbs/methods/33_match.ipynb #eb783648
+@patch
+def teacher_depth(self:Match)->int|None: # tapped teacher layers, counted from the first; None: all, and the logits
+    "Layers up to the last one that is paired"
+    return None if self.logits is not None else 1 + max(l for _,layers in self.sides.values() for l in layers)
+
 # %% ../../nbs/methods/33_match.ipynb #6e05320d
 @patch
 def no_weight_decay(self:Match)->set: # names, timm's convention

@@ -124,6 +124,10 @@ class Objective(nn.Module):
         "Which training images this epoch draws from; None: all of them"
         return None
 
+    def teacher_depth(self)->int|None: # tapped teacher layers, counted from the first; None: all, and the logits
+        "How many of the teacher's tapped layers the next step reads, as a number on the host"
+        return None
+
     def after_step(self):
         "Called after each optimizer step; constrained parameters go back to their manifold here"
 

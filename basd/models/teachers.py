@@ -387,9 +387,10 @@ class Several(nn.Module):
 
     def forward(self,
         x,  # images, as a teacher takes them
+        depth:int|None=None, # end each pass after its first so many tapped layers; None: run all models whole
     )->Features: # the first one's, with `members`
         "Ask all of them"
-        each = [t(x) for t in self.members]
+        each = [t(x, depth=depth and min(depth, len(t.names))) for t in self.members]
         return replace(each[0], members=each)
 
     def probe(self, x)->Features:

@@ -101,7 +101,9 @@ def build(self:CachedTeacher,
 def __call__(self:CachedTeacher,
     asked:Tensor, # positions in `images`, as a batch of the loader has them, (B,)
     view:Tensor|None=None, # which of their recorded views, (B,); None: the first, which is all there is of a fixed view
+    depth:int|None=None, # the first so many tapped layers alone, without logits; None: all that was kept
 )->Features:
     "The recorded features of these views"
     rows = self.cache.read(self.rows[asked] + (0 if view is None else view), pin=self.device.type == 'cuda')
-    return from_record(self.layout.unpack(rows.to(self.device, non_blocking=True)), self.form)
+    features = from_record(self.layout.unpack(rows.to(self.device, non_blocking=True)), self.form)
+    return features if depth is None else features.first(depth)

@@ -146,12 +146,14 @@ def show(self:Trainer,
                        v.mixup, v.cutmix, v.blend_prob, self.device)
     x = blend_images(x.to(self.dtype)/255, blend)
     target = Target(blend_labels(y, self.classes, blend, v.smoothing), None if v.teacher_sees_blend else blend)
-    taught = None
+    taught, self.depth = None, self.lesson.objective.teacher_depth()
+    upto = {} if self.depth is None else dict(depth=self.depth)
     with autocast(self.device, self.t.precision):
-        if self.kept is not None: taught = self.kept(batch['asked'], batch.get('view'))
+        if self.kept is not None: taught = self.kept(batch['asked'], batch.get('view'), **upto)
         elif self.teacher is not None:
             clean = batch['teacher'].to(self.device, non_blocking=True)
-            taught = self.teacher(blend_images(clean.to(self.dtype)/255, blend) if v.teacher_sees_blend else clean)
+            clean = blend_images(clean.to(self.dtype)/255, blend) if v.teacher_sees_blend else clean
+            taught = self.teacher(clean, **upto)
         progress = Progress(self.step, self.total, self.t.seed, self.step/self.per_epoch, observe)
         return x, taught, target, self.lesson.objective.prepare(progress, len(y), self.device)
 
@@ -277,6 +279,7 @@ def log_step(self:Trainer):
     row, now = self.meter.read(), time.perf_counter()
     row |= dict(kind='step', step=self.step, epoch=self.step/self.per_epoch, lr=self.optimizer.param_groups[-1]['lr'],
                 skipped=self.skipped.item(), seconds=now - self.clock)
+    if self.layers: row['teacher_depth'] = self.depth or self.layers                # of the step just made
     self.clock = now
     if rank() == 0: self.log.write(row)
     self.comment = f"loss {row['loss']:.3f}"
@@ -424,10 +427,17 @@ def start(self:Trainer,
     self.start_readers()
     self.note_statistics()
     if self.t.compile:
+        hold_graphs(self.layers)
         for m in (self.lesson.student, self.teacher): m and m.attach()
         self.model, self.teacher = torch.compile(self.lesson), self.teacher and torch.compile(self.teacher)
     elif self.device.type == 'cpu': hold_memory()
     if world() > 1: self.model = DistributedDataParallel(self.model)
+
+# %% ../../nbs/training/65_trainer.ipynb #1e864df5
+def hold_graphs(depths):
+    "Let the compiler keep a graph for each depth of the teacher"
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 8 + depths)
 
 # %% ../../nbs/training/65_trainer.ipynb #31f7a468
 @patch
@@ -437,6 +447,8 @@ def arrange(self:Trainer):
     self.dtype = next(self.lesson.student.parameters()).dtype
     self.groups = [params(self.lesson.student), params(self.lesson.objective)]
     self.model, self.constrained = self.lesson, self.groups[1]
+    teachers = [] if self.teacher is None else getattr(self.teacher, 'members', [self.teacher])
+    self.layers = max((len(t.names) for t in teachers), default=0)                  # tapped, of the deepest teacher
 
 # %% ../../nbs/training/65_trainer.ipynb #94a37bdc
 @patch
