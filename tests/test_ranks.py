@@ -183,6 +183,7 @@ OWN = {"cka": "debias: true", "heads": "heads: 4", "rkd": "images: 8"}
 METHODS = {
     "match": ["method.name=match", "method.points=[0, 1]", "method.logits={weight: 1.0, temperature: {kind: sample}}",
               "method.losses={" + ", ".join(f"{n}: {{{OWN.get(n, '')}}}" for n in LOSSES) + "}"],
+    "stops early": ["method.name=match", "method.points=[0, 1]", "method.layer_map=first", "method.losses={cka: {}, gram: {}}"],
     "distill": ["method.name=distill", "method.loss=dkd"],
     "vrm": ["method.name=distill", "method.loss=vrm", "method.virtual=true"],
     "learned maps": ["method.name=match", "method.points=[0, 1]", "method.losses={lad: {}, alp: {}}"],
@@ -198,7 +199,9 @@ METHODS = {
 def every_method(words, run):
     def one(name, own):
         trainer = in_double(load_recipe("deit_cifar", [*words, *own])[""], run/name)
-        return parts_and_gradients(trainer, next(iter(trainer.read(0, 0, 1, trainer.views))))
+        found = parts_and_gradients(trainer, next(iter(trainer.read(0, 0, 1, trainer.views))))
+        assert (trainer.depth == 1) == (name == "stops early")
+        return found
     return {name: one(name, own) for name, own in METHODS.items()}
 
 
