@@ -48,7 +48,7 @@ def parts_and_gradients(trainer, batch):
     result = trainer.forward(batch)
     result["loss"].backward()
     said = result["parts"] | {k: v for k, v in result["report"].items()
-                              if k.split("/")[0] in ("raw", "mixing", "distance")}
+                              if k.split("/")[0] in ("raw", "mixing", "distance", "leap", "reached")}
     return ({k: global_mean(v.detach()) for k, v in said.items()},
             {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None})
 
@@ -186,6 +186,8 @@ METHODS = {
     "stops early": ["method.name=match", "method.points=[0, 1]", "method.layer_map=first", "method.losses={cka: {}, gram: {}}"],
     "distill": ["method.name=distill", "method.loss=dkd"],
     "vrm": ["method.name=distill", "method.loss=vrm", "method.virtual=true"],
+    "leap": ["method.name=match", "method.points=[0, 1]", "method.losses={leap: {memory: 0.5}}"],
+    "leap selector": ["method.name=basd", "method.points=[0, 1]", "method.selector={name: leap, memory: 0.5}"],
     "learned maps": ["method.name=match", "method.points=[0, 1]", "method.losses={lad: {}, alp: {}}"],
     "ofa": ["method.name=ofa", "method.points=[0, 1]"], "byot": ["method.name=byot", "method.points=[0, 1]"],
     "dual_head": ["method.name=dual_head", "method.points=[0, 1]"],

@@ -66,8 +66,10 @@ def find_feature_loss(
 ):
     "The loss called `name`"
     if ':' in name: return imported(name, f'loss {name!r}')
-    import basd.losses as room
-    for m in pkgutil.iter_modules(room.__path__): importlib.import_module(f'{room.__name__}.{m.name}')
+    import basd.losses
+    import basd.selectors                                      # whose ladder is a loss, too
+    for room in (basd.losses, basd.selectors):
+        for m in pkgutil.iter_modules(room.__path__): importlib.import_module(f'{room.__name__}.{m.name}')
     if name not in feature_losses:
         raise ValueError(f"unknown loss {name!r}; "
                          f"allowed: {', '.join(sorted(feature_losses))}, or package.module:Class")

@@ -94,10 +94,10 @@ def step(self:Ladder,
     "Error on the target layer; in training, measure and climb"
     n, grids_t, moves = x.shape[1], grids_t or [None]*len(ys), self.training and clock is not None
     with no_autocast(x):
-        z = self.map(island(x)) if x.dtype != torch.float64 else self.map(x)
+        z = self.map(island(x))
         if moves: self.in_time(z, ys, grid_s, grids_t, blend, clock := clock.to(self.since))
-        w = F.one_hot(self.target.long(), self.open).to(z.dtype)[None, :len(ys)]
-        y = mix_tokens(w, ys[:w.shape[1]], n, grids_t[:w.shape[1]], grid_s, normalise=False)[0]
+        w = F.one_hot(self.target.long(), len(self.widths_t)).to(z.dtype)[None, :len(ys)]
+        y = mix_tokens(w, ys, n, grids_t, grid_s, normalise=False)[0]
         y = self.read(y, n, grid_s, grid_s, blend)
         if moves:
             self.average.copy_(self.averaged(cka(z.detach().flatten(0, 1), y.flatten(0, 1))))
@@ -117,7 +117,7 @@ def averaged(self:Ladder,
 @torch.no_grad()
 def in_time(self:Ladder, z:Tensor, ys:list, grid_s, grids_t:list, blend, clock:Tensor):
     "Before a step: on the first batch the layer of largest CKA is the target; later, move if time is up"
-    if self.begun: return self.climb(clock - self.since >= self.limit, clock, min(len(ys), self.open))
+    if self.begun: return self.climb(clock - self.since >= (1 - 1e-4)*self.limit, clock, min(len(ys), self.open)) # rounded
     c = [cka(z.flatten(0, 1), self.read(y, z.shape[1], g, grid_s, blend).flatten(0, 1)) for y,g in zip(ys, grids_t)]
     self.target.copy_(torch.stack(c).argmax())
     self.since.copy_(clock)
