@@ -236,6 +236,7 @@ def meet(self:Match, student, teacher):
 def teacher_depth(self:Match)->int|None: # tapped teacher layers, counted from the first; None: all, and the logits
     "Layers up to the last one that is paired"
     return None if self.logits is not None else 1 + max(l for _,layers in self.sides.values() for l in layers)
+
 # %% ../../nbs/methods/33_match.ipynb #4f6a82cb
 @patch
 def renew(self:Match):
