@@ -48,7 +48,7 @@ DIGITS = dict(
     train=dict(epochs=15, lr=2e-3, warmup_epochs=2, log_every=20, gradient_shares=False))
 PLAIN = dict(mixup=0., cutmix=0., photometry="none", erase=0.)          # views of teachers
 SMALL = dict(student=dict(depth=6, width=72), views=PLAIN, train=dict(epochs=20))
-CNN = dict(student=dict(model="resnet18", patch_size=None, depth=None, width=None, heads=None,
+CNN = dict(student=dict(model="resnet18", img_size=48, patch_size=None, depth=None, width=None, heads=None,
                         kwargs=dict(channels=[24, 36, 48, 72])), views=PLAIN, train=dict(epochs=20))
 # race.py's frame for two cores
 CIFAR10 = dict(

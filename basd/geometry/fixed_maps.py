@@ -7,10 +7,13 @@ __all__ = ['layer_map', 'pairs_of', 'FixedSelector']
 
 # %% ../../nbs/geometry/08_fixed_maps.ipynb #047a2fde
 import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from .frequency import FrequencySelector, layer_entropy
 from .selector import Mix
+from .statistics import island, no_autocast
 
 # %% ../../nbs/geometry/08_fixed_maps.ipynb #cff469b7
 def layer_map(
@@ -51,7 +54,7 @@ class FixedSelector(FrequencySelector):
     "Teacher layers by a rule; nothing is measured and nothing learned"
     def __init__(self,
         widths_s:list,   # D_s of each extraction point
-        widths_t:list,   # D_t of each teacher layer, all equal
+        widths_t:list,   # D_t of each teacher layer
         rule='uniform',  # of `layer_map`, pairs, or "mean": all layers, alike
     ):
         super().__init__(widths_s, widths_t, entropy=0.)
@@ -83,3 +86,28 @@ class FixedSelector(FrequencySelector):
                                  entropy=self.spread, orth=zero, recon=zero))
 
     def no_weight_decay(self)->set: return set()
+
+# %% ../../nbs/geometry/08_fixed_maps.ipynb #dc669c0e
+@patch(as_prop=True)
+def mixed_width(self:FixedSelector)->int:
+    "Width of mixed tokens: that of the widest teacher layer"
+    return max(self.widths_t)
+
+# %% ../../nbs/geometry/08_fixed_maps.ipynb #596fc4c8
+@patch
+def mix(self:FixedSelector,
+    weights:Tensor,     # mixing weights, (P, L)
+    xs_t:list,          # teacher tokens, L × (B, N_t, D)
+    n_outs:list,        # tokens of each extraction point, P integers; used where teacher layers differ in their places
+    grids_t:list|None=None, # (height, width) of each layer's tokens, or None
+    grids_s:list|None=None, # (height, width) of each point's tokens, or None
+    constant:bool=True, # cut the weights from the graph
+)->list:                # P × (B, N, `mixed_width`)
+    "Mixed teacher tokens for every extraction point; narrow layers get channels of zeros"
+    if len(set(self.widths_t)) > 1:
+        if [x.shape[-1] for x in xs_t] != self.widths_t[:len(xs_t)]:
+            raise ValueError(f"teacher tokens of widths {[x.shape[-1] for x in xs_t]}, but the selector was made for "
+                             f"{self.widths_t}; make one for these")
+        with no_autocast(xs_t[0]):
+            xs_t = [F.pad(F.layer_norm(island(x), x.shape[-1:]), (0, self.mixed_width - x.shape[-1])) for x in xs_t]
+    return FrequencySelector.mix(self, weights, xs_t, n_outs, grids_t, grids_s, constant)
