@@ -1,0 +1,67 @@
+"""Selectors whose state moves in a run: stopped anywhere they go on to the last bit, two ranks equal one, and no step
+reads a teacher layer that was not run"""
+import pytest
+import torch
+from conftest import TINY
+from forks import on_ranks
+from test_ranks import in_double
+from torch.testing import assert_close
+
+from basd.geometry.selector import find_selector, selectors
+from basd.training.checkpoints import digest, load
+from basd.training.metrics import read_log
+from basd.training.recipes import load_recipe
+from basd.training.trainer import Trainer
+
+find_selector("nearest")
+# so that in 21 steps frontiers move by measurement and by the clock, and maps settle
+OWN = {"progressive": dict(share=.3, memory=.5, until=.8, fast=.5), "ramp": dict(until=.9), "complementary": dict(batches=5),
+       "arc_length": dict(batches=5)}
+WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs"))] + [
+    "teacher.kwargs={patch_size: 8, depth: 6, embed_dim: 48, num_heads: 3}", "student.drop_path=0", "train.log_every=3"]
+
+
+def words_of(name):
+    taken = {"dim": 24, "rank": 4} if hasattr(find_selector(name), "measure") else {}
+    options = dict(name=name) | taken | OWN.get(name, {})
+    return [*WORDS, "method.selector={" + ", ".join(f"{k}: {v}" for k,v in options.items()) + "}"]
+
+
+def state(run): return digest({k: v for k,v in load(run/"last.pt").items() if k not in ("elapsed", "offset")})
+
+
+def moved(run): return [(r["step"], r["mixing"], r.get("frontier")) for r in read_log(run) if r["kind"] == "step"]
+
+
+@pytest.mark.parametrize("name", sorted(selectors))
+def test_stop_and_go_on(name, tmp_path):
+    "Stopped between two rows of the log, and between two of the teacher's depths"
+    recipe = load_recipe("basd_cifar10", words_of(name))[""]
+    Trainer(recipe, tmp_path/"whole", bars=False).train()
+    for stop in (5, 11):
+        half = Trainer(recipe, tmp_path/f"half-{stop}", bars=False)
+        half.told_to_stop = lambda: half.step >= stop
+        assert half.train() is None
+        again = Trainer(recipe, tmp_path/f"half-{stop}", resume=True, bars=False)
+        assert again.step == stop and again.lesson.objective.selector.depth == half.lesson.objective.selector.depth
+        again.train()
+        assert state(tmp_path/f"half-{stop}") == state(tmp_path/"whole")
+        assert moved(tmp_path/f"half-{stop}") == moved(tmp_path/"whole")
+    if name in OWN: # the test can fail: something has moved
+        first, *_, last = moved(tmp_path/"whole")
+        assert first[1:] != last[1:] or "batches" in OWN[name]
+
+
+def whole_run(words, run):
+    trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
+    trainer.step = 0
+    trainer.train()
+    return torch.tensor([r["mixing"] for r in read_log(run) if r["kind"] == "step"]), trainer.lesson.objective.selector.depth
+
+
+@pytest.mark.parametrize("name", sorted(selectors))
+def test_two_ranks_equal_one(name, tmp_path):
+    (one, depth1), (two, depth2) = (on_ranks(whole_run, words_of(name), tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path)
+                                    for ranks in (1, 2))
+    assert depth1 == depth2
+    assert_close(two, one, rtol=1e-6, atol=1e-7)
