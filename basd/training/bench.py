@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ class Bench:
         self.lesson = Lesson(student, objective)
         self.optimizer, self.plain_optimizer = (make_optimizer(self.lesson, r),
                                                 torch.optim.AdamW(self.plain.parameters(), 1e-4, fused=True))
-        self.model = self.lesson
+        self.model, self.whole = self.lesson, False         # `whole`: run all of the teacher, whatever is read of it
         self.made_up()
         self.records = self.keep() if cached else None
         if r.train.compile: self.compile()
@@ -174,11 +175,17 @@ def keep(self:Bench):
 # %% ../../nbs/training/66_bench.ipynb #021ca99e
 @patch
 def features(self:Bench):
-    "What the teacher says of the clean images"
-    if self.records is None: return None if self.teacher is None else self.teacher(self.clean)
+    "The teacher's features of the clean images, as many layers as the objective reads"
+    depth = None if self.whole else self.lesson.objective.teacher_depth()
+    if self.records is None: return None if self.teacher is None else self.ask(depth)
     cache, form, which, _ = self.records
-    return from_record(cache.layout.unpack(cache.read(which, pin=self.device.type == 'cuda')
-                                           .to(self.device, non_blocking=True)), form)
+    f = from_record(cache.layout.unpack(cache.read(which, pin=self.device.type == 'cuda')
+                                        .to(self.device, non_blocking=True)), form)
+    return f if depth is None else f.first(depth)
+
+@patch
+def ask(self:Bench, depth=None): return self.teacher(self.clean, **({} if depth is None else dict(depth=depth)))
+
 
 # %% ../../nbs/training/66_bench.ipynb #11f6ca46
 def seconds(
@@ -232,6 +239,38 @@ def additions(
     over = lambda k: max(0., parts.get(f'full/{k}', 0.) - parts.get(f'bound/{k}', 0.))
     named = {k.removeprefix('part/'): v for k,v in parts.items() if k.startswith('part/')}
     return {'taps': over('teacher')} | named | {'backward': over('backward'), 'optimizer': over('optimizer')}
+
+# %% ../../nbs/training/66_bench.ipynb #9aa4e00d
+@patch
+def by_depth(self:Bench,
+    depths:list|None=None, # layers after which the pass is ended; None: a quarter, half and three quarters of them
+    reps:int=3,            # rounds
+)->dict: # depth → time as a share of the whole pass, median of the rounds
+    "How long the teacher takes to each of some layers"
+    L = max(len(t.names) for t in members(self.teacher))
+    depths = depths or sorted({max(1, L*i//4) for i in (1, 2, 3)})
+    with autocast(self.device, self.recipe.train.precision):
+        rounds = [[seconds(partial(self.ask, n), self.device) for n in (None, *depths)] for _ in range(1 + reps)][1:]
+    return {n: statistics.median(r[i]/r[0] for r in rounds) for i,n in enumerate(depths, 1)}
+
+# %% ../../nbs/training/66_bench.ipynb #40e00111
+@patch
+def saved(self:Bench,
+    reps:int=7, # pairs
+)->dict: # of `race`: the step with the whole teacher as its bound
+    "The step of the recipe beside the same step with the whole teacher"
+    def whole():
+        self.whole = True
+        try: self.full()
+        finally: self.whole = False
+    return race(whole, self.full, self.device, reps)
+
+# %% ../../nbs/training/66_bench.ipynb #a9fba740
+@patch
+def steady(self:Bench):
+    "Make the steps after which a selector that measures the teacher first has done so, and let it say how far it reads"
+    for _ in range(getattr(getattr(self.lesson.objective, 'selector', None), 'batches', 1)): self.full()
+    self.lesson.objective.renew()
 
 # %% ../../nbs/training/66_bench.ipynb #56cf5774
 @patch
@@ -424,16 +463,24 @@ def bench(
     stage, r = last_stage(load_recipe(recipe, overrides, trust))
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     b = Bench(r, device, cached=cached, hold=hold)
+    b.steady()
     timed, parts = race(b.bound, b.full, device, reps), b.parts()
     result = dict(recipe=recipe, stage=stage, overrides=list(overrides), cached=cached, hold=hold, B=b.B,
                   precision=r.train.precision, compile=r.train.compile,
                   time=timed, parts=parts, additions=additions(parts), memory=b.memory(),
                   images_per_s=dict(step=b.B/timed['full'], pipeline=b.pipeline()),
                   date=time.strftime('%Y-%m-%d'), environment=environment() | dict(cpu=_cpu()))
+    if b.teacher is not None and not cached: result['early'] = _early(b, reps)
     if device == 'cuda' and gpu_checks: result |= dict(kernels=b.kernels(), without_waiting=_checked(b))
     if sizes: result['growth'] = growth(r, sizes(r) if callable(sizes) else sizes, device)
     if out is not None: write(result, out)
     return result
+
+def _early(b, reps):
+    "How far the teacher is run, and what that saves"
+    depth, layers = b.lesson.objective.teacher_depth(), max(len(t.names) for t in members(b.teacher))
+    return dict(layers=layers, depth=depth, teacher=b.by_depth() if layers > 1 else {},
+                step=b.saved(reps) if depth is not None and depth < layers else None)
 
 def _checked(b):
     "True, or what the host waited for"
@@ -509,6 +556,14 @@ def table(
             ('full step', f"{t['full']:.3f} s"),
             ('ratio', f"{t['ratio']:.2f} (quartiles {t['low']:.2f} to {t['high']:.2f})")]
     rows += [(f'  {k}', f"{v:.3f} s") for k,v in result['additions'].items()]
+    early = result.get('early') or {}
+    if early.get('teacher'):
+        rows += [('teacher', ', '.join(f'{s:.2f}' for s in early['teacher'].values()) + ' of its whole pass to layer '
+                  + ', '.join(map(str, early['teacher'])) + f" of {early['layers']}")]
+    if early.get('step'):
+        s = early['step']
+        rows += [('early stop', f"at layer {early['depth']} of {early['layers']}: {s['ratio']:.2f} of the step with the whole "
+                                f"teacher (quartiles {s['low']:.2f} to {s['high']:.2f})")]
     rows += [('peak memory', f"{m['full']/2**20:.0f} MiB, {m['ratio']:.2f} of the bound's {m['bound']/2**20:.0f} MiB"),
              ('images/s', f"{i['step']:.0f} used, {i['pipeline']:.0f} delivered")]
     return '\n'.join(f'{a:<14} {b}' for a,b in rows)
