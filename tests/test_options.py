@@ -29,7 +29,7 @@ TRY = {
     "kappa": [.1, "1/D"], "scores": [["margin"]], "temperatures": [(1., 3.)], "alphas": [(.5, 1.)],
     "starts": [dict(rsd=.5)], "weights": [dict(rsd=.1, rel=.2, attn=.3, spectral=.4), None], "relations": [("qk", "vv")],
     "temperature": [{}, 3.], "losses": [dict(token={})], "debias": [False, True], "images": [4], "max_rows": [16],
-    "settle": [2], "goal": ["last"], "share": [1e9], "fast": [.01], "until": [.9, .01], "batches": [1], "selector": [dict(name="ramp")],
+    "leap.limit": [1.], "settle": [2], "goal": ["last"], "share": [1e9], "fast": [.01], "until": [.9, .01], "batches": [1], "selector": [dict(name="ramp")],
 }
 # words that are checked where they are used
 WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch"), "spectral.align": ("truncate", "pool"),
@@ -43,6 +43,7 @@ EXPLAINED = {
     "losses.spectral.align": "both sides have as many singular values here, and nothing to cut or pool",
     "balance.floor": "acts when a loss has fallen to a quarter of its first level (page on balance)",
     **{(n, "selector.dim"): "is for layers of different widths, and these have one" for n in ("complementary", "arc_length")},
+    **dict.fromkeys(("losses.leap.ahead", "selector.ahead"), "is what is run between two rows of the log, and here every step has one"),
     "balance.settle": "is how many steps that first level is a mean of",
 }
 
