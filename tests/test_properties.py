@@ -24,7 +24,7 @@ from basd.geometry.alignment import HeadAligner, InterpAligner, TokenAligner, ta
 from basd.geometry.features import Attention, Features, FormedAttention
 from basd.geometry.fixed_maps import FixedSelector
 from basd.geometry.frequency import FrequencySelector
-from basd.geometry.selector import GrassmannSelector
+from basd.geometry.selector import find_selector, selectors
 from basd.geometry.statistics import step_generator
 from basd.losses.attention import AttentionKL, cut_attention, pseudo_attention
 from basd.losses.balance import Balance
@@ -445,7 +445,8 @@ def test_losses_on_logits():
     check(tally, .2)
 
 
-SELECTORS = dict(grassmann=GrassmannSelector, frequency=FrequencySelector, fixed=FixedSelector)
+find_selector("nearest")
+SELECTORS = dict(frequency=FrequencySelector, fixed=FixedSelector) | selectors
 RULES = ("uniform", "first_to_last", "skip", "last", "final", "first", "reversed", "random", "mean", [[0, 0]])
 
 
@@ -459,8 +460,8 @@ def test_selectors(name):
         batch = Batch(case)
         P, L = len(batch.student), len(batch.teacher)
         torch.manual_seed(0)
-        own = dict(grassmann=dict(rank=rank, dim=16 if wide else 8, tau=tau), frequency=dict(tau=tau),
-                   fixed=dict(rule=rule))[name]
+        known = inspect.signature(SELECTORS[name]).parameters
+        own = {k: v for k, v in dict(rank=rank, dim=16 if wide else 8, tau=tau, rule=rule).items() if k in known}
         widths = [x.shape[-1] for x in batch.student], [x.shape[-1] for x in batch.teacher]
         selector = attempt(lambda: SELECTORS[name](*widths, **given | own), tally, "options")
         if selector is None: return
@@ -470,7 +471,7 @@ def test_selectors(name):
             n = [x.shape[1] for x in s.tokens]
             places = selector.draw(n, s.grids, case.B, step_generator(0, 0) if drawn else None)
             with autocast(case):
-                mix = selector(s.tokens, t.tokens, s.grids, t.grids, places)
+                mix = selector(s.tokens, t.tokens, s.grids, t.grids, places, time=torch.tensor(step/2))
                 return mix, selector.mix(mix.weights, t.tokens, n, t.grids, s.grids)
         for step in range(2):                                             # the second after an update
             out = attempt(run, tally)
@@ -480,7 +481,7 @@ def test_selectors(name):
             assert_close(mix.weights.float().sum(-1), torch.ones(P), rtol=1e-5, atol=1e-5)
             for k, v in mix.report.items(): finite(v, f"report of {k}")
             assert ((mix.report["distances"] >= 0).all() and (mix.report["entropy"] <= 1.0001).all()
-                    and ((mix.report["temperatures"] == 0) if name == "fixed" else (mix.report["temperatures"] > 0)).all())
+                    and (mix.report["temperatures"] >= 0).all())
             for x in mixed: finite(x, "mixed tokens")
             selector.zero_grad()
             sound(mix.regulariser, case, selector.parameters(), [*batch.of_student, *batch.of_teacher])
@@ -488,6 +489,8 @@ def test_selectors(name):
                 for q in selector.parameters():
                     if q.grad is not None: q -= 1e-3*q.grad/case.scale/max(1., (q.grad/case.scale).norm())
             selector.after_step()
+            getattr(selector, "renew", int)()
+            assert 1 <= selector.depth <= L and (mix.weights[:, selector.depth:] == 0).all() or "tau" in known
             for q in selector.parameters(): finite(q, "a parameter after a step")
     holds()
     check(tally, .6)
@@ -569,7 +572,7 @@ def test_balance():
 
 # whom to ask about an option that is a word
 SAID = {f"{c.__name__}Options": c
-        for c in (GrassmannSelector, FrequencySelector, Balance, Fourier, Temperature, *STRUCTURE.values())}
+        for c in (*SELECTORS.values(), Balance, Fourier, Temperature, *STRUCTURE.values())}
 SMALL = dict(rank=2, dim=8, max_rows=32, settle=1, start_from_teacher=False)
 LACKING = dict(match=lambda: st.lists(st.sampled_from(sorted(feature_losses)), min_size=1, max_size=3, unique=True).map(
                    lambda names: dict(losses={n: {} for n in names})))     # what a method's options cannot be without
