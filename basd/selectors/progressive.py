@@ -36,7 +36,7 @@ class ProgressiveSelector(Frontier, GrassmannSelector):
         widths_t:list,    # widths of the teacher's layers, L integers
         rank:int=16,      # k, directions of a subspace; below `dim` and the number of rows, preferably `dim`/2 or less
         dim:int=128,      # d, width of the common space to which both models' tokens are mapped
-        share:float=.5,   # θ: share of the teacher's own overlap from a layer to the next at which a layer counts as reached
+        share:float=.3,   # θ: share of the teacher's own overlap from a layer to the next at which a layer counts as reached
         goal:str|list='uniform', # fixed map at which the frontiers arrive, as of `layer_map`
         until:float=.6,   # share of the run after which they have arrived at the latest
         fast:float=.1,    # share of the run that the whole way takes at least
