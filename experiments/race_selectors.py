@@ -86,9 +86,9 @@ FRAMES = dict(
 def entries():
     "entry → packaged recipe, in the order of work"
     names = recipe_names()
-    found = {"ce": None} | {n.removeprefix("select_"): n for n in names if n.startswith("select_")}
-    found |= {n.removeprefix("map_"): n for n in names if n.startswith("map_")}
-    found |= {n: n for n in RIVALS if n in names}
+    found = {"ce": None} | {n: n for n in RIVALS if n in names} | {n.removeprefix("map_"): n for n in names if n.startswith("map_")}
+    for n in (n for n in names if n.startswith("select_")):         # a rival's rule as BASD's selector keeps its long name
+        found[n if n.removeprefix("select_") in found else n.removeprefix("select_")] = n
     found.setdefault("nearest", "quickstart")
     return dict(sorted(found.items(), key=lambda e: FIRST.index(e[0]) if e[0] in FIRST else len(FIRST)))
 
