@@ -74,8 +74,9 @@ def handed_over(
     members = features.members or [features]
     logits = {'logits' if features.members is None else f'{i}.logits': f.logits
               for i,f in enumerate(members) if f.logits is not None}
-    return {f"the {who}'s {k}": x
-            for k,x in (dict(zip(names, (x for f in members for x in f.tokens))) | logits).items()}
+    own = lambda i: names if features.members is None else [n for n in names if n.startswith(f'{i}.')]
+    tokens = {n: x for i,f in enumerate(members) for n,x in zip(own(i), f.tokens)}  # the first layers, where not all were run
+    return {f"the {who}'s {k}": x for k,x in (tokens | logits).items()}
 
 # %% ../../nbs/training/67_faults.ipynb #b19ff35b
 def not_finite(
