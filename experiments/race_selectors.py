@@ -196,13 +196,19 @@ def kind_of(recipe):
     return "map" if recipe.startswith("map_") else "rival" if recipe in RIVALS else "selector"
 
 
+def commit_of(at):
+    "Of the code with which a run began"
+    path = at/"environment.json"
+    return (json.loads(path.read_text()).get("git") or {}).get("commit") if path.is_file() else None
+
+
 def row_of(run, folder, cpu, jobs):
     "What is kept of a run"
     at, (_, entry, seed) = folder/run.name, run.name.split("/")
     entry, _, key = entry.rpartition("-")
     found = result_of(at) or dict(failed="it has no result")
     row = dict(entry=entry, kind=kind_of(entries()[entry]), seed=int(seed), key=key, method=run.recipe.method.name, cpu=cpu, jobs=jobs,
-               commit=(environment()["git"] or {}).get("commit"), steps=0)
+               commit=commit_of(at), steps=0)
     if "failed" in found: return row | dict(failed=found["failed"])
     log = read_log(at, "step")
     weights = thinned(log) if int(seed) < 3 else []
@@ -213,7 +219,8 @@ def row_of(run, folder, cpu, jobs):
 def keep(row, name, about):
     "Put a row into the frame's file, in place of an older one; rows of the entry from another recipe go"
     path = RESULTS/f"selectors_{name}.json"
-    there = json.loads(path.read_text())["runs"] if path.is_file() else []
+    old = json.loads(path.read_text()) if path.is_file() else dict(runs=[])
+    there, about = old["runs"], about | dict(teacher=old.get("teacher", {}) | about["teacher"])
     stay = [r for r in there if r["entry"] != row["entry"] or (r["key"] == row["key"] and r["seed"] != row["seed"])]
     if gone := [r for r in there if r["entry"] == row["entry"] and r["key"] != row["key"]]:
         print(f"{row['entry']}: {len(gone)} rows of another recipe are left out from here on", flush=True)
@@ -235,7 +242,6 @@ def settle_all(runs, folder, jobs, ended):
     "Write the recipes of the runs that have no result, and settle these"
     left = [r for r in runs if not (folder/r.name/"result.json").is_file()]
     for r in left:
-        (folder/r.name/"failed.txt").unlink(missing_ok=True)
         recipe_file(folder, r).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(recipe_file(folder, r), lambda p, r=r: write_recipe(r.recipe, p))
     side_by_side(left, folder, "cpu", ended, jobs)
@@ -252,6 +258,7 @@ def race(name, folder, local, seeds, only, jobs, plan=False):
     if plan: print(f"{name}: {len(chosen)} entries ({', '.join(chosen)}) × {len(seeds)} seeds"); return
     cpus, interrupt = known_cpus(folder), lambda: (_ for _ in ()).throw(KeyboardInterrupt("stopped on request"))
     with on_stop(interrupt):
+        for t in once: (folder/t.name/"failed.txt").unlink(missing_ok=True)                         # tried again
         settle_all(once, folder, jobs, lambda r: print(f"{r.name}: {result_of(folder/r.name)}", flush=True))
         at = {s: folder/t.name for s,t in teachers.items()}
         taught = {s: (result_of(p) or {}).get("top1") for s,p in at.items()}
@@ -272,6 +279,7 @@ def race(name, folder, local, seeds, only, jobs, plan=False):
         path = RESULTS/f"selectors_{name}.json"
         written = {(r["entry"], r["key"], r["seed"]) for r in
                    (json.loads(path.read_text())["runs"] if path.is_file() else []) if "failed" not in r}
+        for r in runs: (folder/r.name/"failed.txt").unlink(missing_ok=True)               # tried again
         for r in runs:                      # ended, but the script was killed before it was written
             entry, _, k = r.name.split("/")[1].rpartition("-")
             if (folder/r.name/"result.json").is_file() and (entry, k, int(r.name.split("/")[2])) not in written: ended(r)

@@ -90,7 +90,10 @@ def verdict(
     "What a frame says about choosing, in sentences"
     rows, ahead, behind = told_apart(results, 'uniform')
     about = results['about'][0].upper() + results['about'][1:]
-    if not rows: return f"{about}: too few runs to say anything yet."
+    if not rows:
+        lone = [f"`{r['name']}` {r['difference']:+.2f}" for r in choices(results) if r['name'] in measured and r['pairs']]
+        return f"{about}: too few runs to say anything yet" + (
+            f"; in one seed, which proves nothing, {named(lone, '{}')} points from the uniform map." if lone else '.')
     at, best = {r['name']: r for r in choices(results)}, max(rows, key=lambda r: r['difference'])
     low, high = best['difference'] - best['half'], best['difference'] + best['half']
     bare = [r['name'] for r in rows if r['difference'] - r['half'] > 0]
