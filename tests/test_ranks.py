@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from basd.data.views import build_loader
 from basd.geometry.alignment import InterpAligner, target_health
+from basd.geometry.features import Features, FormedAttention
 from basd.geometry.frequency import FrequencySelector
 from basd.geometry.grassmann import orthonormal_scores, overlap, scores, subspace
 from basd.geometry.projections import reconstruction
@@ -26,7 +27,7 @@ from basd.losses.spectral import Spectral
 from basd.training.checkpoints import load
 from basd.training.cli import main
 from basd.training.faults import replay
-from basd.training.lesson import open_data
+from basd.training.lesson import everyone, open_data
 from basd.training.recipes import load_recipe
 from basd.training.trainer import Trainer
 
@@ -227,3 +228,28 @@ def test_every_method_on_several_ranks(blend, tmp_path, record_property):
                                           msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
             for k in grads1: assert_close(grads[k], grads1[k], rtol=1e-6, atol=1e-9,
                                           msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
+
+
+def cached_method(words, run):
+    "Of one batch with recorded views in the second epoch: which views, then what `parts_and_gradients` gives"
+    words = [*words, f"teacher.cache={run.parent/'cache'}-{world()}"]
+    trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
+    def kept_in_double(asked, view, kept=trainer.kept):
+        f = kept(asked, view)
+        return Features([x.double() for x in f.tokens], [FormedAttention(a.map.double()) for a in f.attention],
+                        f.logits.double(), f.grids)
+    trainer.kept = kept_in_double
+    batch = next(iter(trainer.read(1, trainer.per_epoch, trainer.per_epoch + 1, trainer.views)))
+    return everyone([*zip(batch["asked"].tolist(), batch["view"].tolist())]), *parts_and_gradients(trainer, batch)
+
+
+def test_two_ranks_share_recorded_views(tmp_path):
+    "They build the same records in shares, draw the same views, and learn the same from them"
+    words = [*TINY, "student.drop_path=0", "teacher.cache_views=5"]
+    (views1, parts1, grads1), (views2, parts2, grads2) = (
+        on_ranks(cached_method, words, tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))
+    assert sum(views2, []) == views1[0] and len({v for _, v in views1[0]}) == 5
+    records = lambda ranks: {p.name: p.read_bytes() for p in (tmp_path/f"cache-{ranks}").glob("shard-*")}
+    assert len(records(1)) > 1 and records(1) == records(2)
+    for k in parts1: assert_close(parts2[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
+    for k in grads1: assert_close(grads2[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")

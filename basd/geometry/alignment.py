@@ -254,5 +254,7 @@ class HeadAligner(nn.Module):
         "Mix heads"
         with no_autocast(s):
             s = island(s)
-            y = (self.weight.to(s.dtype) @ s.flatten(-2)).unflatten(-1, s.shape[-2:])
+            z = s.flatten(-2)
+            # one matrix for each image, or `@` would turn heads into the last dimension first, and back afterwards
+            y = (self.weight.to(s.dtype).expand(*z.shape[:-2], -1, -1) @ z).unflatten(-1, s.shape[-2:])
             return y if self.bias is None else y + self.bias.to(s.dtype)

@@ -131,6 +131,7 @@ def resample_tokens(
 def _keys(ops, A): # ops (out, in) one an axis, A (..., R, N_in) -> (..., R, N_out)
     if len(ops) == 1: return A @ ops[0].mT
     h, w = ops
+    if h.numel()*w.numel() <= 2**14: return A @ torch.kron(h, w).mT    # many tiny products cost more than one
     return (h @ (A.unflatten(-1, (h.shape[1], w.shape[1])) @ w.mT)).flatten(-2)
 
 # %% ../../nbs/geometry/03_resampling.ipynb #15789151

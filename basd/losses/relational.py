@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..geometry.statistics import (
-    directions, global_mean, images_at_once, in_pieces, island, no_autocast, rounding, step_generator)
+    directions, global_mean, images_at_once, in_pieces, inverse_length, island, no_autocast, rounding, step_generator)
 
 # %% ../../nbs/losses/11_relational.ipynb #e40052d9
 @torch.no_grad()
@@ -25,7 +25,7 @@ def coincident(
     "Distance below which two tokens of an image count as one"
     with no_autocast(x):
         x = island(x)
-        usual = (2*x.var(-2, correction=0).sum(-1)).sqrt()
+        usual = (2/x.shape[-2])**.5*torch.linalg.vector_norm(x - x.mean(-2, keepdim=True), dim=(-2, -1))
         return share*usual + rounding(x.dtype)*torch.linalg.vector_norm(x, dim=-1).mean(-1)
 
 # %% ../../nbs/losses/11_relational.ipynb #8e67651c
@@ -125,14 +125,22 @@ def in_pieces(self:Relational,
 @patch
 def one(self:Relational, x, t, pairs, short):
     "The loss on tokens with any leading dimensions"
+    if self.form == 'direction' and x.shape[-1] == t.shape[-1]: return self.cosines(x, t, pairs, short)
     r = self.represent(x, pairs, short)
     with no_autocast(r):
         if self.form == 'gram': return (r - t).square().mean()
         if self.form == 'smooth_l1': return F.smooth_l1_loss(*equal_width(r, t))
-        if r.shape[-1] != t.shape[-1]:
-            raise ValueError(f"student width {r.shape[-1]} and target width {t.shape[-1]} differ; "
-                             "align the widths, or use form='gram'")
-        return (1 - (r*t).sum(-1)).mean()
+        raise ValueError(f"student width {r.shape[-1]} and target width {t.shape[-1]} differ; "
+                         "align the widths, or use form='gram'")
+
+# %% ../../nbs/losses/11_relational.ipynb #5b379235
+@patch
+def cosines(self:Relational, x, t, pairs, short):
+    "One minus the cosine of each relation: `1 − ⟨d, t⟩/|d|` divides a number where `1 − ⟨d/|d|, t⟩` divides a vector"
+    with no_autocast(x):
+        x = island(x)
+        d = x.index_select(-2, pairs[0]) - x.index_select(-2, pairs[1])
+        return (1 - (d*t).sum(-1)*inverse_length(d, short=short).squeeze(-1)).mean()
 
 # %% ../../nbs/losses/11_relational.ipynb #afdff7ef
 def equal_width(

@@ -73,7 +73,7 @@ def calmed(
 )->Tensor:    # the same, (P, M, D)
     "`h` with less gradient where a row's spread is below a fifth of the mean one, over the rows of all ranks"
     with torch.no_grad():
-        spread = h.std(-1, correction=0, keepdim=True)
+        spread = torch.linalg.vector_norm(h - h.mean(-1, keepdim=True), dim=-1, keepdim=True)/h.shape[-1]**.5
         least = global_mean(spread.mean(-2, keepdim=True)) / 5
         share = (spread/least.clamp(min=torch.finfo(h.dtype).tiny)).clamp(max=1)
     return torch.lerp(h.detach(), h, share)

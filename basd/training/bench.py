@@ -110,10 +110,12 @@ def compile(self:Bench):
 
 # %% ../../nbs/training/66_bench.ipynb #80958bc8
 @patch
-def bound(self:Bench):
+def bound(self:Bench,
+    taught:bool=True, # False: a step by labels alone
+):
     "The least: plain teacher, plain student, optimizer"
     with autocast(self.device, self.recipe.train.precision):
-        if self.teacher is not None:
+        if taught and self.teacher is not None:
             with record_function('bound/teacher'), torch.no_grad():
                 for t in members(self.plain_teacher): t.model(t.normalise(self.clean))
         with record_function('bound/student'): z = self.plain.model(self.plain.normalise(self.x))
@@ -215,6 +217,20 @@ def race(
     low, mid, high = statistics.quantiles(ratios, n=4) if reps > 1 else ratios*3
     return dict(bound=statistics.median(a for a,_ in pairs), full=statistics.median(b for _,b in pairs),
                 ratio=mid, low=low, high=high, reps=reps)
+
+# %% ../../nbs/training/66_bench.ipynb #6fbeebb5
+@patch
+def beside_labels(self:Bench,
+    reps:int=7,   # pairs of steps
+)->dict: # "full" and, where one teacher could be cached, "cached" → dict of `race`
+    "Time steps beside those by labels alone, with the teacher present and with its outputs from a disk"
+    labels = lambda: self.bound(taught=False)
+    out = dict(full=race(labels, self.full, self.device, reps))
+    if self.records is None and len(members(self.teacher)) == 1:
+        self.records = self.keep()
+        out['cached'] = race(labels, self.full, self.device, reps)
+        self.records = None
+    return out
 
 # %% ../../nbs/training/66_bench.ipynb #968c97c2
 @patch
@@ -464,10 +480,10 @@ def bench(
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     b = Bench(r, device, cached=cached, hold=hold)
     b.steady()
-    timed, parts = race(b.bound, b.full, device, reps), b.parts()
+    timed, parts, labels = race(b.bound, b.full, device, reps), b.parts(), b.beside_labels(reps)
     result = dict(recipe=recipe, stage=stage, overrides=list(overrides), cached=cached, hold=hold, B=b.B,
                   precision=r.train.precision, compile=r.train.compile,
-                  time=timed, parts=parts, additions=additions(parts), memory=b.memory(),
+                  time=timed, labels=labels, parts=parts, additions=additions(parts), memory=b.memory(),
                   images_per_s=dict(step=b.B/timed['full'], pipeline=b.pipeline()),
                   date=time.strftime('%Y-%m-%d'), environment=environment() | dict(cpu=_cpu()))
     if b.teacher is not None and not cached: result['early'] = _early(b, reps)
@@ -564,6 +580,8 @@ def table(
         s = early['step']
         rows += [('early stop', f"at layer {early['depth']} of {early['layers']}: {s['ratio']:.2f} of the step with the whole "
                                 f"teacher (quartiles {s['low']:.2f} to {s['high']:.2f})")]
+    rows += [(f'{k} ÷ labels', f"{r['ratio']:.2f} steps by labels alone (quartiles {r['low']:.2f} to {r['high']:.2f})")
+             for k,r in result['labels'].items()]
     rows += [('peak memory', f"{m['full']/2**20:.0f} MiB, {m['ratio']:.2f} of the bound's {m['bound']/2**20:.0f} MiB"),
              ('images/s', f"{i['step']:.0f} used, {i['pipeline']:.0f} delivered")]
-    return '\n'.join(f'{a:<14} {b}' for a,b in rows)
+    return '\n'.join(f'{a:<15} {b}' for a,b in rows)
