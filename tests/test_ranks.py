@@ -234,10 +234,10 @@ def cached_method(words, run):
     "Of one batch with recorded views in the second epoch: which views, then what `parts_and_gradients` gives"
     words = [*words, f"teacher.cache={run.parent/'cache'}-{world()}"]
     trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
-    def kept_in_double(asked, view, kept=trainer.kept):
-        f = kept(asked, view)
+    def kept_in_double(asked, view, kept=trainer.kept, **upto):
+        f = kept(asked, view, **upto)
         return Features([x.double() for x in f.tokens], [FormedAttention(a.map.double()) for a in f.attention],
-                        f.logits.double(), f.grids)
+                        f.logits if f.logits is None else f.logits.double(), f.grids)
     trainer.kept = kept_in_double
     batch = next(iter(trainer.read(1, trainer.per_epoch, trainer.per_epoch + 1, trainer.views)))
     return everyone([*zip(batch["asked"].tolist(), batch["view"].tolist())]), *parts_and_gradients(trainer, batch)
