@@ -1,0 +1,75 @@
+"What the race of selectors lays over its frames, and what it keeps of a run"
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from basd.models.students import create_student, save_student
+from basd.training.lesson import teacher_from_run
+
+root = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("race_selectors", root/"experiments"/"race_selectors.py")
+race = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(race)
+photos = dict(data=dict(source="hfds/somewhere"))
+
+
+@pytest.mark.parametrize("frame", race.FRAMES)
+def test_every_entry_has_a_recipe_in_every_frame(frame):
+    keys = {}
+    for entry, name in race.entries().items():
+        f = race.FRAMES[frame]
+        made = [race.recipe_of(f, entry, name, s, photos if "cifar" in frame else {}, Path("/runs/teachers/t-0")) for s in (0, 1)]
+        assert made[0][1] == made[1][1] and [r.train.seed for r,_ in made] == [0, 1]
+        recipe, keys[entry] = made[0]
+        assert recipe.train.epochs == f["base"]["train"]["epochs"] and recipe.student.depth == f["base"]["student"]["depth"]
+        assert (recipe.teacher.run is None) == (entry == "ce") and bool(recipe.teacher.cache) == ("views" in f and entry != "ce")
+    assert len({*keys.values()}) == len(keys)
+
+
+def test_keys_do_not_depend_on_the_place_of_the_data():
+    f = race.FRAMES["cifar10_8"]
+    keys = {race.recipe_of(f, "uniform", "map_uniform", 0, dict(data=dict(source=f"hfds/{d}")), Path("/r/teachers/t"))[1]
+            for d in "ab"}
+    assert len(keys) == 1
+
+
+def test_indices_keep_their_relative_depth():
+    assert race.placed([5], list(range(12)), 6) == [11] and race.placed([0, 1, 2, 3], [1, 3, 5, 7], 4) == [1, 3, 5, 7]
+    assert race.placed("all", [1, 3], 6) == [1, 3] and race.placed(["norm", -1], [1, 3], 6) == ["norm", -1]
+    assert race.placed([2], None, 4) == [2]
+
+
+def test_copied_layers_change_nothing(tmp_path):
+    torch.manual_seed(0)
+    student = create_student(num_classes=4, img_size=16, patch_size=4, depth=3, width=24, heads=3)
+    (tmp_path/"a").mkdir()
+    save_student(student, tmp_path/"a")
+    (tmp_path/"a"/"recipe.yaml").write_text("data: {source: digits}\n")
+    order = [0, 1, 1, 1, 2]
+    copied = race.with_copies(tmp_path/"a", order)
+    x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    one, many = (teacher_from_run(p)(x) for p in (tmp_path/"a", copied))
+    assert torch.equal(one.logits, many.logits) and len(many.tokens) == 5
+    assert all(torch.equal(many.tokens[i], one.tokens[o]) for i,o in enumerate(order))
+    assert not torch.equal(one.tokens[1], one.tokens[2])
+
+
+def test_weights_are_thinned_and_filled_up():
+    rows = [dict(step=s, mixing=[[1.] if s < 50 else [1 - s/100, s/100]]) for s in range(100)] + [dict(step=100)]
+    kept = race.thinned(rows)
+    assert len(kept) == 40 and kept[0] == [0, [[1., 0.]]] and kept[-1] == [99, [[.01, .99]]]
+    assert race.thinned([dict(step=s, mixing=[[0., 1.]]) for s in range(9)]) == [[8, [[0., 1.]]]] and race.thinned([]) == []
+
+
+def test_rows_replace_their_elders(tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "RESULTS", tmp_path)
+    keep = lambda entry, seed, key, top1: race.keep(dict(entry=entry, seed=seed, key=key, top1=top1), "x", dict(teacher={str(seed): 90.}))
+    for row in [("a", 0, "k", 1.), ("a", 1, "k", 2.), ("b", 0, "k", 3.), ("a", 1, "k", 4.)]: keep(*row)
+    read = lambda: json.loads((tmp_path/"selectors_x.json").read_text())
+    assert [(r["entry"], r["seed"], r["top1"]) for r in read()["runs"]] == [("a", 0, 1.), ("b", 0, 3.), ("a", 1, 4.)]
+    keep("a", 2, "other", 5.)                           # another recipe: the old rows of the entry are no longer its
+    assert [(r["entry"], r["seed"]) for r in read()["runs"]] == [("b", 0), ("a", 2)]
+    assert read()["teacher"] == {"0": 90., "1": 90., "2": 90.}
