@@ -47,6 +47,12 @@ class Ladder:
         "How many teacher layers, from the first, the next step reads"
         return self.open
 
+    def on_target(self,
+        layers:int, # that were run
+    )->Tensor:      # (layers,)
+        "Whether each layer is the target"
+        return torch.arange(layers, device=self.target.device) == self.target
+
     def climb(self,
         due:Tensor,   # is the target to move, ()
         clock:Tensor, # now, ()
@@ -90,19 +96,19 @@ def step(self:Ladder,
     grids_t:list|None=None, # of each layer's
     blend=None,             # record of MixUp or CutMix
     clock:Tensor|None=None, # now, (); None: nothing moves
-)->Tensor:                  # ()
-    "Error on the target layer; in training, measure and climb"
+)->tuple:                   # error on the target layer, (); the target's weights, (L,)
+    "Error on the target layer of this step; in training, measure and climb"
     n, grids_t, moves = x.shape[1], grids_t or [None]*len(ys), self.training and clock is not None
     with no_autocast(x):
         z = self.map(island(x))
         if moves: self.in_time(z, ys, grid_s, grids_t, blend, clock := clock.to(self.since))
-        w = F.one_hot(self.target.long(), len(self.widths_t)).to(z.dtype)[None, :len(ys)]
-        y = mix_tokens(w, ys, n, grids_t, grid_s, normalise=False)[0]
+        w = self.on_target(len(ys)).to(z.dtype)
+        y = mix_tokens(w[None], ys, n, grids_t, grid_s, normalise=False)[0]
         y = self.wanted(y, n, grid_s, grid_s, blend)
         if moves:
             self.average.copy_(self.averaged(cka(z.detach().flatten(0, 1), y.flatten(0, 1))))
             self.climb(self.average >= self.threshold, clock, min(len(ys), self.open))
-        return (z - y).square().mean()
+        return (z - y).square().mean(), w
 
 # %% ../../nbs/selectors/29_leap.ipynb #f7338452
 @patch
@@ -164,7 +170,7 @@ class Leap(Ladder, nn.Module):
         epoch:Tensor|None=None, # epochs behind us, (); None: nothing moves
     )->Tensor:                  # ()
         "Mean over images, tokens and channels"
-        return self.step(xs[-1], ys, grids_s and grids_s[-1], grids_t, blend, epoch if epoch is None else epoch.floor())
+        return self.step(xs[-1], ys, grids_s and grids_s[-1], grids_t, blend, epoch if epoch is None else epoch.floor())[0]
 
 # %% ../../nbs/selectors/29_leap.ipynb #7ea59f83
 @register_selector('leap')
@@ -197,9 +203,8 @@ class LeapSelector(Ladder, FixedSelector):
         time:Tensor|None=None, # share of the run that is over, (); None: nothing moves
     )->Mix:
         "The target's weights; the regulariser trains the map"
-        fit = self.step(xs_s[-1].detach(), xs_t, grids_s and grids_s[-1], grids_t, blend, time)
-        w = F.one_hot(self.target.long(), len(self.widths_t)).to(fit.dtype)[:len(xs_t)].expand(len(xs_s), -1)
-        zero = self.average.new_zeros(())
+        fit, w = self.step(xs_s[-1].detach(), xs_t, grids_s and grids_s[-1], grids_t, blend, time)
+        w, zero = w.expand(len(xs_s), -1), self.average.new_zeros(())
         return Mix(w, fit, dict(distances=1 - w, temperatures=torch.zeros_like(w[:, 0]), entropy=torch.zeros_like(w[:, 0]), orth=zero,
                                 recon=fit.detach(), frontier=self.target.expand(len(xs_s)).clone(),
                                 reached=self.average.expand(len(xs_s)).clone()))
