@@ -170,6 +170,7 @@ def remarks_on(
            seeds > 1 and f"with {seeds} seeds p < 0.05 takes a mean difference of {stats.t.ppf(.975, seeds - 1)/seeds**.5:.1f} times the "
            "spread of the differences, and more after correction"]
     if runs and 'images' in runs[0]: out.append(f"one test image is {100/runs[0]['images']:.2f} points")
+    if runs: out.append(f"steps are timed with {max(r.get('jobs', 1) for r in runs)} runs at a time, and other work of the machine is in them")
     if results.get('cached'): out.append("teacher outputs come from a cache, so no time of a step has a teacher's pass in it")
     taught = sorted(t for t in (results.get('teacher') or {}).values() if t)
     if taught: out.append(f"teacher: {taught[0]:.1f} %" + (f" to {taught[-1]:.1f} %" if taught[-1] - taught[0] > .05 else ''))
