@@ -1,0 +1,75 @@
+"""What a teacher that stops early saves: its pass and BASD's step to each depth, beside the same with the whole teacher.
+
+    python experiments/early_stop.py [--rounds 15]
+
+The frame of race.py for two cores: a ViT-Tiny of 12 blocks at 96 pixels teaches a student of four blocks at 32 pixels, 64
+images a step. A fixed map spreads the four points over the first n teacher layers. All depths take turns in one process of
+one thread, and it is the time of the processor that counts, which a busy machine disturbs little; reported are medians of
+the ratios of a round. Weights are random and images are noise. Written to experiments/results/early_stop.json, after each
+round anew.
+"""
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from basd.data.cache import write_atomic
+from basd.geometry.fixed_maps import layer_map
+from basd.training.bench import Bench
+from basd.training.checkpoints import environment
+from basd.training.recipes import resolve
+
+RESULTS = Path(__file__).parent/"results"/"early_stop.json"
+DEPTHS = 1, 3, 6, 9, 12
+STEPS = 1, 6                                # depths at which whole steps are timed, too
+
+
+def bench(depth):
+    "BASD with a fixed map that spreads four points over the first `depth` teacher layers"
+    rule = [list(p) for p in layer_map("uniform", 4, depth)]
+    return Bench(resolve(dict(
+        data=dict(batch_size=64),
+        student=dict(model="deit_tiny_patch16_224", img_size=32, patch_size=4, depth=4, width=96, heads=3),
+        teacher=dict(model="vit_tiny_patch16_224", untrained=True, img_size=96),
+        method=dict(name="basd", points=[0, 1, 2, 3], rule=rule, weight=.3))))
+
+
+def seconds(f):
+    "Processor time of one call"
+    start = time.process_time(); f()
+    return time.process_time() - start
+
+
+def write(teacher, steps):
+    "Medians and quartiles of all rounds but the first"
+    def quartiles(x): return dict(zip(("low", "ratio", "high"), (round(q, 4) for q in statistics.quantiles(x[1:], n=4))))
+    found = dict(rounds=len(teacher[1]) - 1, layers=12, teacher={n: quartiles(x) for n,x in teacher.items()},
+                 step={n: quartiles(x) for n,x in steps.items()}, date=time.strftime("%Y-%m-%d"), environment=environment())
+    write_atomic(RESULTS, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    benches = {n: bench(n) for n in STEPS}
+    for n,b in benches.items(): b.steady(); assert b.lesson.objective.teacher_depth() == n
+    one, teacher, steps = benches[1], {n: [] for n in DEPTHS}, {n: [] for n in STEPS}
+    for i in range(args.rounds + 1):        # the first warms up
+        whole = seconds(one.ask)
+        for n in DEPTHS: teacher[n].append(seconds(lambda n=n: one.ask(n))/whole)
+        for n,b in benches.items():
+            b.whole = True
+            before = seconds(b.full)
+            b.whole = False
+            steps[n].append(seconds(b.full)/before)
+        if i > 1: write(teacher, steps)     # what has been measured so far
+    found = json.loads(RESULTS.read_text())
+    for what in ("teacher", "step"): print(what, {n: v["ratio"] for n,v in found[what].items()})
+
+
+if __name__ == "__main__": main()
