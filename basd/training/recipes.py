@@ -592,12 +592,12 @@ def recipe_sections()->dict: # "frame", "method", "selector" or "loss" → name 
     frame = dict(recipe=_first_line(Recipe)) | {n: _first_line(c) for n,c in _frame.items()}
     return dict(frame=frame | dict(method=_first_line(MethodRecipe)),
                 method={n: _first_line(c) for n,c in sorted(known_objectives().items())},
-                selector={n: _first_line(c) for n,c in sorted(selectors.items())},
+                selector={f'selector.{n}': _first_line(c) for n,c in sorted(selectors.items())},
                 loss={n: _first_line(c) for n,c in sorted(feature_losses.items())})
 
 # %% ../../nbs/training/60_recipes.ipynb #f4d7affb
 def recipe_keys(
-    section:str|None=None, # a frame section ("recipe" for what stands outside), a method, a selector or a loss; None: all
+    section:str|None=None, # a frame section ("recipe" for what stands outside), a method, "selector.NAME" or a loss; None: all
 )->list: # of `Key`
     "Every key of a section with its type, choices, default and meaning"
     kinds = {n: kind for kind,names in recipe_sections().items() for n in names}
@@ -614,7 +614,8 @@ def recipe_keys(
     from basd.methods.basd import selector_options
     from basd.methods.match import loss_options
     if kinds[section] == 'selector':
-        return [k for k in _described(selector_options(section), section, 'method.selector.') if k.key != 'method.selector.name']
+        own = _described(selector_options(section.removeprefix('selector.')), section, 'method.selector.')
+        return [k for k in own if k.key != 'method.selector.name']
     return [k for cls in loss_options(section) for k in _described(cls, section, f'method.losses.{section}.')]
 
 # %% ../../nbs/training/60_recipes.ipynb #d592417f
