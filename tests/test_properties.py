@@ -34,6 +34,7 @@ from basd.losses.relational import Relational
 from basd.losses.rsd import RSD
 from basd.losses.spectral import Spectral
 from basd.losses.temperature import Temperature
+from basd.methods.basd import selector_options
 from basd.methods.distill import LogitLoss, LogitOptions
 from basd.methods.exits import ofa
 from basd.methods.conflict import binary_kl
@@ -600,6 +601,8 @@ def settings_of(draw, cls):
         default = f.default if f.default is not MISSING else f.default_factory()
         if nested: given[f.name] = draw(settings_of(nested[0])) if draw(st.integers(0, 3)) else default
         elif f.name in SMALL: given[f.name] = SMALL[f.name]
+        elif f.name == "selector":
+            if draw(st.integers(0, 3)): given[f.name] = draw(settings_of(selector_options(draw(st.sampled_from(sorted(selectors))))))
         elif f.name in ("layer_map", "rule"): given[f.name] = draw(st.sampled_from([default, "uniform", "reversed"]))
         elif get_origin(f.type) is Literal or isinstance(default, bool):
             given[f.name] = draw(st.sampled_from(list(get_args(f.type)) or [True, False]))
