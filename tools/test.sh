@@ -12,15 +12,17 @@ nbdev_export && nbdev_clean
   git status --short; echo "notebooks and package are out of step: run nbdev_export and nbdev_clean, and commit"; exit 1
 }
 
-# three lanes at once: tests of processes mostly wait for starts and stops, pages differ much in length, and so no core idles
+# four lanes at once: tests of processes mostly wait for starts and stops, pages differ much in length, and so no core idles
 processes="tests/test_kill.py tests/test_ranks.py tests/test_shell.py tests/test_sizes.py"
+numbers="tests/test_options.py tests/test_properties.py tests/test_selectors.py"
 said=$(mktemp -d)
 lanes=()
 trap 'for p in "${lanes[@]:-}"; do kill "$p" 2> /dev/null || true; done' EXIT
 pytest -q --durations=10 $processes > "$said/processes" 2>&1 & lanes+=($!)
-pytest -q --durations=10 tests $(printf -- '--ignore=%s ' $processes) > "$said/others" 2>&1 & lanes+=($!)
+pytest -q --durations=10 $numbers > "$said/numbers" 2>&1 & lanes+=($!)
+pytest -q --durations=10 tests $(printf -- '--ignore=%s ' $processes $numbers) > "$said/others" 2>&1 & lanes+=($!)
 nbdev_test --n_workers 2 --timing
-for lane in processes others; do
+for lane in processes numbers others; do
   wait "${lanes[0]}" || { cat "$said/$lane"; exit 1; }
   lanes=("${lanes[@]:1}")
   echo "$lane:"; tail -n 14 "$said/$lane"
