@@ -64,7 +64,7 @@ def equal_steps(
 
 # %% ../../nbs/selectors/27_teacher_maps.ipynb #50f988c8
 class TeacherMap(GrassmannSelector):
-    "A fixed map that is drawn from the teacher's own overlaps, measured on the first batches"
+    "A map drawn once from the teacher's own overlaps (L, L), by the function `choose` that a class adds: layers of the points, (P,)"
     def __init__(self,
         widths_s:list,   # widths of the student's extraction points, P integers
         widths_t:list,   # widths of the teacher's layers, L integers
@@ -86,10 +86,6 @@ class TeacherMap(GrassmannSelector):
     def depth(self)->int:
         "Layers up to the deepest that is chosen; all of them while they are measured"
         return self.open
-
-    def choose(self, gram:Tensor)->Tensor: # indices of layers, (P,)
-        "The map, from the overlaps (L, L)"
-        raise NotImplementedError
 
     def renew(self):
         "Once enough is measured, keep the map, and run no layer beyond it; waits for the device"
