@@ -95,19 +95,13 @@ def mixed_width(self:FixedSelector)->int:
 
 # %% ../../nbs/geometry/08_fixed_maps.ipynb #596fc4c8
 @patch
-def mix(self:FixedSelector,
-    weights:Tensor,     # mixing weights, (P, L)
-    xs_t:list,          # teacher tokens, L × (B, N_t, D)
-    n_outs:list,        # tokens of each extraction point, P integers; used where teacher layers differ in their places
-    grids_t:list|None=None, # (height, width) of each layer's tokens, or None
-    grids_s:list|None=None, # (height, width) of each point's tokens, or None
-    constant:bool=True, # cut the weights from the graph
-)->list:                # P × (B, N, `mixed_width`)
-    "Mixed teacher tokens for every extraction point; narrow layers get channels of zeros"
-    if len(set(self.widths_t)) > 1:
-        if [x.shape[-1] for x in xs_t] != self.widths_t[:len(xs_t)]:
-            raise ValueError(f"teacher tokens of widths {[x.shape[-1] for x in xs_t]}, but the selector was made for "
-                             f"{self.widths_t}; make one for these")
-        with no_autocast(xs_t[0]):
-            xs_t = [F.pad(F.layer_norm(island(x), x.shape[-1:]), (0, self.mixed_width - x.shape[-1])) for x in xs_t]
-    return FrequencySelector.mix(self, weights, xs_t, n_outs, grids_t, grids_s, constant)
+def one_width(self:FixedSelector,
+    xs_t:list, # teacher tokens, L × (B, N_t, D_t)
+)->list:       # of `mixed_width`
+    "Normalized narrow layers with channels of zeros, if widths differ"
+    if len(set(self.widths_t)) == 1: return FrequencySelector.one_width(self, xs_t)
+    if [x.shape[-1] for x in xs_t] != self.widths_t[:len(xs_t)]:
+        raise ValueError(f"teacher tokens of widths {[x.shape[-1] for x in xs_t]}, but the selector was made for "
+                         f"{self.widths_t}; make one for these")
+    with no_autocast(xs_t[0]):
+        return [F.pad(F.layer_norm(island(x), x.shape[-1:]), (0, self.mixed_width - x.shape[-1])) for x in xs_t]

@@ -210,6 +210,17 @@ def forward(self:FrequencySelector,
     report = dict(distances=d, temperatures=tau, entropy=H, orth=zero, recon=zero)
     return Mix(w, self.entropy_sign*self.entropy*H.mean(), {n: x.detach() for n,x in report.items()})
 
+# %% ../../nbs/geometry/07_frequency.ipynb #71baa176
+@patch
+def one_width(self:FrequencySelector,
+    xs_t:list, # teacher tokens, L × (B, N_t, D)
+)->list:       # of `mixed_width`, so that they can be added
+    "The tokens as they are, if they are of the width for which the selector was made"
+    if self.mixed_width != xs_t[0].shape[-1]:
+        raise ValueError(f"teacher tokens of width {xs_t[0].shape[-1]}, but the selector was made for "
+                         f"{self.mixed_width}; make one for these")
+    return xs_t
+
 # %% ../../nbs/geometry/07_frequency.ipynb #d6300e81
 @patch
 def mix(self:FrequencySelector,
@@ -221,9 +232,7 @@ def mix(self:FrequencySelector,
     constant:bool=True, # cut the weights from the graph
 )->list:                # P × (B, N, `mixed_width`); N is the teacher's if its layers agree in tokens, else the point's
     "Mixed teacher tokens for every extraction point"
-    if self.mixed_width != xs_t[0].shape[-1]:
-        raise ValueError(f"teacher tokens of width {xs_t[0].shape[-1]}, but the selector was made for "
-                         f"{self.mixed_width}; make one for these")
+    xs_t = self.one_width(xs_t)
     norm, grids_t, grids_s = self.normalise == 'standard', grids_t or [None]*len(xs_t), grids_s or [None]*len(n_outs)
     if len({(x.shape[1], g and tuple(g)) for x,g in zip(xs_t, grids_t)}) == 1:
         return list(mix_tokens(weights, xs_t, normalise=norm, constant=constant))
