@@ -92,12 +92,13 @@ def blend_images(
 
 # %% ../../nbs/data/52_mixing.ipynb #3051e590
 def blend_labels(
-    y:Tensor,           # classes, (B,) long
+    y:Tensor,           # classes, (B,) long; negative: unknown
     num_classes:int,
     blend:Blend|None,   # None: labels stay unmixed
     smoothing:float=0., # probability mass that is spread over all classes
-)->Tensor: # probabilities, float (B, C)
+)->Tensor: # probabilities, float (B, C); zero where the class of an image, or of its partner, is unknown
     "Labels as probabilities: smoothed, then mixed as the images were"
     one_hot = (y[:, None] == torch.arange(num_classes, device=y.device)).float()
-    p = one_hot*(1 - smoothing) + smoothing/num_classes
-    return p if blend is None else torch.lerp(p[blend.partner], p, blend.lam)
+    p, known = one_hot*(1 - smoothing) + smoothing/num_classes, (y >= 0)[:, None]
+    if blend is None: return p*known
+    return torch.lerp(p[blend.partner], p, blend.lam)*(known & known[blend.partner])

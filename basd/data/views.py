@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['colour_ops', 'moving_ops', 'stream', 'cut', 'centre_box', 'random_box', 'Plan', 'Views', 'eval_view',
-           'recorded_place', 'ViewDataset', 'GlobalBatches', 'deaf', 'as_reader', 'build_loader', 'Readers',
+           'recorded_place', 'ViewDataset', 'in_pairs', 'GlobalBatches', 'deaf', 'as_reader', 'build_loader', 'Readers',
            'throughput']
 
 # %% ../../nbs/data/51_views.ipynb #42f96450
@@ -261,6 +261,17 @@ class ViewDataset(Dataset):
         item = dict(student=s, label=int(self.images.labels[shown]), index=shown, asked=i) | which
         return item if t is None else item | dict(teacher=t)
 
+# %% ../../nbs/data/51_views.ipynb #f3007366
+def in_pairs(
+    order:Tensor,      # positions, (n,) long
+    kinds:Tensor,      # of each of them, bool (n,)
+    generator:torch.Generator,
+)->Tensor: # the same positions, (n,)
+    "Neighbors 2i, 2i + 1 are of one kind, except for those left over at the end"
+    alike = [order[kinds], order[~kinds]]
+    pairs = torch.cat([x[:len(x)//2*2].view(-1, 2) for x in alike])
+    return torch.cat([pairs[torch.randperm(len(pairs), generator=generator)].flatten(), *(x[len(x)//2*2:] for x in alike)])
+
 # %% ../../nbs/data/51_views.ipynb #2e7034fb
 class GlobalBatches(Sampler):
     "Batches of (epoch, position), a deterministic function of seed and epoch, divided among ranks"
@@ -277,6 +288,7 @@ class GlobalBatches(Sampler):
         drop_last:bool=True, # leave out a last batch that is not full
         # half as many images, each twice: the second half of a batch shows the first again, in other views
         twins:bool=False,
+        kinds:Tensor|None=None, # of each image, bool (n,): neighbors 2i, 2i + 1 of an epoch are of one kind; None: of any
     ):
         if batch_size % world:
             raise ValueError(f"batch_size={batch_size} cannot be divided among {world} ranks; "
@@ -287,7 +299,7 @@ class GlobalBatches(Sampler):
             raise ValueError(f"batch_size={batch_size} cannot hold every image twice on {world} ranks; "
                              f"choose a multiple of {2*world}")
         # named: Sampler has empty slots
-        store_attr('n,batch_size,seed,epoch,rank,world,start,stop,shuffle,drop_last,twins')
+        store_attr('n,batch_size,seed,epoch,rank,world,start,stop,shuffle,drop_last,twins,kinds')
 
     def set_epoch(self, epoch:int, start:int=0):
         "Go on to another epoch, beginning at batch `start`"
@@ -307,6 +319,7 @@ class GlobalBatches(Sampler):
     def __iter__(self):
         g = torch.Generator().manual_seed(stream(self.seed, self.epoch, 'order').getrandbits(63))
         order = torch.randperm(self.n, generator=g) if self.shuffle else torch.arange(self.n)
+        if self.kinds is not None: order = in_pairs(order, self.kinds[order], g)
         for b in range(self.start, self.batches):
             batch = [(self.epoch, k) for k in order[b*self.images : (b + 1)*self.images].tolist()]
             if self.twins: batch += [(*at, 1) for at in batch]
@@ -353,10 +366,11 @@ def build_loader(
     pin:bool|None=None,  # pinned memory; None: where there is a GPU
     train:bool=True,     # False: clean views, in order, also of the last few images
     twins:bool=False,    # every image twice in a batch
+    kinds:Tensor|None=None, # of each of `indices`, bool: images of one kind are neighbors
 )->DataLoader: # batches of {student uint8 (B, 3, s, s), teacher uint8 (B, 3, t, t), label (B,), index (B,)}
     "Batches of views for training or evaluation; for another epoch, `loader.batch_sampler.set_epoch(epoch)`"
     data = ViewDataset(images, indices, views, train, seed)
-    batches = GlobalBatches(len(data), batch_size, seed, epoch, rank, world, start, stop, train, train, twins)
+    batches = GlobalBatches(len(data), batch_size, seed, epoch, rank, world, start, stop, train, train, twins, kinds)
     return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=torch.cuda.is_available() if pin is None else pin, worker_init_fn=as_reader,
                       generator=torch.Generator().manual_seed(seed))

@@ -191,7 +191,7 @@ class POCL(Objective):
         self.register_buffer('Ts', ramp(options.temperatures)); self.register_buffer('alphas', ramp(options.alphas))
 
     @classmethod
-    def needs(cls, options): return Needs(layers=[], teacher=True, logits=True)
+    def needs(cls, options): return Needs(layers=[], teacher=True, logits=True, labels=True)
 
 # %% ../../nbs/methods/36_curriculum.ipynb #b3967f7d
 @patch

@@ -115,7 +115,8 @@ class Distill(Objective):
 
     @classmethod
     def needs(cls, options):
-        return Needs(layers=[], teacher=True, logits=True, distilled=options.head == 'distillation', twins=options.virtual)
+        return Needs(layers=[], teacher=True, logits=True, distilled=options.head == 'distillation',
+                     labels=options.loss == 'dkd', twins=options.virtual)
 
     def no_weight_decay(self)->set:
         return {f'logits.temperature.{n}' for n in ('phi',) if self.logits.temperature is not None}

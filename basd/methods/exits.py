@@ -75,7 +75,7 @@ class OFA(Objective):
         self.exits, self.classes = Exits(student.widths, classes), classes
 
     @classmethod
-    def needs(cls, options): return Needs(points=options.points, layers=[], teacher=True, logits=True)
+    def needs(cls, options): return Needs(points=options.points, layers=[], teacher=True, logits=True, labels=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
         "One evaluation of the objective"

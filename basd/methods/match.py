@@ -146,6 +146,7 @@ class Match(Objective):
         attends = any(compares(find_feature_loss(n)) == 'attention' for n in options.losses)
         return Needs(points=options.points if options.losses else None, layers=options.layers if options.losses else [],
                      attention=attends, teacher=True, logits=options.logits is not None,
+                     labels=options.logits is not None and options.logits.loss == 'dkd',
                      twins=options.logits is not None and options.logits.virtual)
 
 # %% ../../nbs/methods/33_match.ipynb #fc5b945f

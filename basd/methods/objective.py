@@ -26,7 +26,9 @@ from ..losses.paired import imported
 # %% ../../nbs/methods/30_objective.ipynb #e1f501db
 class Target(NamedTuple):
     "What the student is to predict, and how its images were blended"
-    labels:Tensor      # class probabilities, (B, C)
+    # class probabilities, (B, C); with `data.labeled` a row is zero where the image has no label, and the others are
+    # larger by as much as they are rarer
+    labels:Tensor
     # record of MixUp or CutMix with `partner` (B,), `lam` () and `keep(n, grid)`; None if the images are whole
     blend:Any=None
 
@@ -51,6 +53,7 @@ class Needs:
     teacher:bool=False      # run the teacher at all
     logits:bool=False       # compare the teacher's logits with the student's: both must be of the same classes
     distilled:bool=False    # train the student's second, distillation head; else the mean of both heads is one classifier
+    labels:bool=False       # read the class of every image, in other ways than by a cross-entropy
     twins:bool=False        # every image twice in a batch, the second half showing the first again in other views
 
 # %% ../../nbs/methods/30_objective.ipynb #6a8f36c9

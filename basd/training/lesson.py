@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['processes', 'everyone', 'check_compiler', 'hold_memory', 'fetching', 'open_images', 'granted', 'run_classes',
-           'notes_on', 'open_data', 'build_student', 'build_teacher', 'one_teacher', 'teacher_from_run', 'of_classes',
-           'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer', 'ApartSGD', 'clip_and_flag',
-           'part_gradients', 'pulls', 'autocast', 'evaluate', 'logits_of']
+           'notes_on', 'open_data', 'labeled_positions', 'build_student', 'build_teacher', 'one_teacher',
+           'teacher_from_run', 'of_classes', 'described', 'input_size', 'dry_run', 'Lesson', 'make_optimizer',
+           'ApartSGD', 'clip_and_flag', 'part_gradients', 'pulls', 'autocast', 'evaluate', 'logits_of']
 
 # %% ../../nbs/training/63_lesson.ipynb #cd80f075
 import ctypes
@@ -187,6 +187,22 @@ def open_data(
         keep = torch.randperm(len(fit), generator=torch.Generator().manual_seed(d.split_seed))[:d.train_size]
         fit = [fit[i] for i in sorted(keep.tolist())]
     return train, fit, val, test
+
+# %% ../../nbs/training/63_lesson.ipynb #5c18c844
+def labeled_positions(
+    train:Images,
+    fit:list,      # training indices
+    recipe:Recipe,
+)->list:           # those of them whose label is used
+    "The training images whose labels a recipe uses, each class in proportion"
+    d = recipe.data
+    if d.labeled is None: return fit
+    if d.labeled > len(fit):
+        raise ValueError(f"data.labeled={d.labeled:g}: there are only {len(fit)} training images")
+    if d.labeled == len(fit): return fit
+    chosen = holdout(len(fit), torch.as_tensor(train.labels)[fit], d.labeled, d.split_seed)[1]
+    if not chosen: raise ValueError(f"data.labeled={d.labeled:g} leaves none of the {len(fit)} training images a label")
+    return [fit[i] for i in chosen]
 
 # %% ../../nbs/training/63_lesson.ipynb #5c3bef21
 def build_student(

@@ -61,6 +61,9 @@ class DataRecipe:
     label_key:str|None = None             # column of the classes, as numbers or texts; null: the only one, or "label"
     # use only this many of the training images, drawn by `split_seed` after the validation images; null: all
     train_size:Count|None = None
+    # training images whose labels are used, as many of each class: a share below 1 or a number from 1 on; null: all.
+    # A method without a teacher trains on these alone, as many steps as on all
+    labeled:Annotated[float, Field(gt=0)]|None = None
     # validation images, held out of the training images: a share below 1, a number of images from 1 on, 0: none
     val_size:Amount = .1
     split_seed:Seed = 42                  # of the draw of validation images; equal for runs that are compared

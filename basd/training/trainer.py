@@ -35,9 +35,8 @@ from .checkpoints import forget_start, go_on, hold_run, last_state, load, note, 
 from .faults import NonFiniteLoss, in_a_sentence, in_words, look_again
 from ..models.teachers import refuse_shared
 from .lesson import (Lesson, autocast, build_student, build_teacher, check_compiler, clip_and_flag, described,
-                                  dry_run, evaluate, everyone, hold_memory, input_size, logits_of, make_optimizer, notes_on,
-                                  open_data,
-                                  part_gradients, pulls, rank)
+                                  dry_run, evaluate, everyone, hold_memory, input_size, labeled_positions, logits_of,
+                                  make_optimizer, notes_on, open_data, part_gradients, pulls, rank)
 from .metrics import Log, Meter, Sentinel, plot_run, read_log
 from .recipes import Recipe
 
@@ -95,8 +94,26 @@ def build_data(self:Trainer):
     if len(self.fit) < d.batch_size:
         raise ValueError(f"data.batch_size={d.batch_size} is larger than the training set of {len(self.fit)} images; "
                          "lower it")
+    self.hide_labels(labeled_positions(self.images, self.fit, self.recipe))
     self.per_epoch = len(self.fit)//d.batch_size
     self.total = self.per_epoch*self.t.epochs
+
+# %% ../../nbs/training/65_trainer.ipynb #92738303
+@patch
+def hide_labels(self:Trainer,
+    known:list, # training indices whose labels are used
+):
+    "Which labels the run may read, and by what its cross-entropy is multiplied"
+    self.labeled, self.rarity, self.known = None, 1., len(known)
+    if len(known) == len(self.fit): return
+    if self.needs.labels:
+        raise ValueError(f"data.labeled={self.recipe.data.labeled:g}: method {self.recipe.method.name!r} with these options "
+                         "reads the label of every image; leave data.labeled out, or take a method that compares with "
+                         "labels by cross-entropy alone")
+    if not self.needs.teacher: self.fit = (known*-(-len(self.fit)//len(known)))[:len(self.fit)]; return
+    self.labeled = torch.zeros(len(self.images), dtype=torch.bool)
+    self.labeled[known] = True
+    self.rarity = len(self.fit)/len(known)
 
 # %% ../../nbs/training/65_trainer.ipynb #e81fd4ae
 @patch
@@ -141,11 +158,14 @@ def show(self:Trainer,
 )->tuple: # (student's images, what the teacher says of its own, target, progress): what `Lesson` takes
     "Blend a micro-batch and show the teacher its view"
     r, v = self.recipe, self.recipe.views
-    x, y = (batch[k].to(self.device, non_blocking=True) for k in ('student', 'label'))
+    y = batch['label'] if self.labeled is None else torch.where(self.labeled[batch['index']], batch['label'], -1)
+    x, y = (z.to(self.device, non_blocking=True) for z in (batch['student'], y))
     blend = draw_blend(step_generator(self.t.seed, self.step*self.t.accumulate + micro), len(y),
                        v.mixup, v.cutmix, v.blend_prob, self.device)
     x = blend_images(x.to(self.dtype)/255, blend)
-    target = Target(blend_labels(y, self.classes, blend, v.smoothing), None if v.teacher_sees_blend else blend)
+    labels = blend_labels(y, self.classes, blend, v.smoothing)
+    if self.labeled is not None: labels = self.rarity*labels
+    target = Target(labels, None if v.teacher_sees_blend else blend)
     taught, self.depth = None, self.lesson.objective.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
     with autocast(self.device, self.t.precision):
@@ -369,7 +389,8 @@ def made_of(self:Trainer)->dict:
     kind = self.device.type
     return dict(device=kind if kind != 'cuda' else f'cuda ({torch.cuda.get_device_name(self.device)})', ranks=world(),
                 precision=self.t.precision,
-                data=dict(source=self.recipe.data.source, training=len(self.fit), validation=len(self.val),
+                data=dict(source=self.recipe.data.source, training=len(self.fit), labeled=self.known if self.known < len(self.fit) else None,
+                          validation=len(self.val),
                           test=len(self.test), classes=list(self.images.classes)),
                 student=described(self.lesson.student), teacher=described(self.teacher), method=self.recipe.method.name,
                 epochs=self.t.epochs, steps_per_epoch=self.per_epoch, steps=self.total)
@@ -381,10 +402,11 @@ def in_lines(
     "What a run is made of, for a terminal"
     d, names, teachers = made_of['data'], made_of['data']['classes'], made_of['teacher'] or []
     shown = names if len(names) <= 10 else [*names[:3], '...', names[-1]]
+    some = f" ({d['labeled']:,} with a label)" if d.get('labeled') else ''
     ranks = f", {made_of['ranks']} ranks" if made_of['ranks'] > 1 else ''
     model = lambda m: (f"{m['model']}, {m['weights'] or 'weights of unknown origin'}, digest {m['digest']}, "
                        f"{m['parameters']:,} parameters, images of {' x '.join(map(str, m['input_size']))}")
-    return [f"{made_of['device']}, {made_of['precision']}{ranks}; {d['source']}: {d['training']:,} training, "
+    return [f"{made_of['device']}, {made_of['precision']}{ranks}; {d['source']}: {d['training']:,} training{some}, "
             f"{d['validation']:,} validation, {d['test']:,} test images, {len(names)} classes ({', '.join(shown)})",
             f"student {model(made_of['student'])}",
             *[f"teacher {model(t)}" for t in (teachers if isinstance(teachers, list) else [teachers])],
@@ -558,11 +580,12 @@ def read(self:Trainer,
     views:Views,
 ):
     "This rank's micro-batches of some steps, read by this process"
-    a, first = self.t.accumulate, epoch*self.per_epoch
-    return build_loader(self.images, self.lessons(epoch), views, self.recipe.data.batch_size//a,
+    a, first, chosen = self.t.accumulate, epoch*self.per_epoch, self.lessons(epoch)
+    kinds = None if self.labeled is None else self.labeled[torch.as_tensor(chosen)]
+    return build_loader(self.images, chosen, views, self.recipe.data.batch_size//a,
                         seed=self.t.seed, epoch=epoch, rank=rank(), world=world(),
                         start=(start - first)*a, stop=(stop - first)*a,
-                        pin=self.device.type == 'cuda', twins=self.needs.twins)
+                        pin=self.device.type == 'cuda', twins=self.needs.twins, kinds=kinds)
 
 # %% ../../nbs/training/65_trainer.ipynb #59c268e1
 @patch
