@@ -1,4 +1,4 @@
-"""Do sampled losses teach worse? The quickstart over three seeds: labels alone, BASD with exact losses and with
+"""Do sampled losses teach worse? The recipe `digits` over three seeds: labels alone, BASD with exact losses and with
 sampled ones.
 
     python experiments/estimators.py [RUNS]      # resumes where it was interrupted; experiments/results/estimators.json
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     folder, rows = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/estimators"), []
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(3):
-        stages = load_recipe("quickstart", [f"train.seed={seed}"])
+        stages = load_recipe("digits", [f"train.seed={seed}"])
         row = dict(seed=seed)
         for stage in ("teacher", "ce", "basd"):
             recipe = stages[stage]

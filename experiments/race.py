@@ -6,7 +6,7 @@
 
 CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Three seeds, several runs at a time; goes on where
 it was interrupted. All are `basd compare` with the changes below, and write experiments/results/race_NAME.json after
-they have ended. On digits all recipes in the quickstart's frame take part; on CIFAR-10 some of them do, with a teacher
+they have ended. On digits the recipe `digits` and all that extend it take part; on CIFAR-10 some of them do, with a teacher
 that is a ViT-Tiny with ImageNet weights, tuned to the same images first: 4,000 images and a small student for two CPU
 cores, 10,000 and a larger one for a GPU. After them, off the clock, come the controls in experiments/NAME: BASD with
 fixed weights and in its literal form on digits; on CIFAR-10 labels alone for the time that BASD takes, BASD for as many
@@ -23,7 +23,7 @@ from basd.training.compare import compare
 from basd.training.recipe_files import read_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
-RIVALS = ["quickstart", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm", "map_uniform"]
+RIVALS = ["digits", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm", "map_uniform"]
 PHOTOS = ["data.download=false", "views.flip=0.5", "student.img_size=32", "student.patch_size=4"]
 TEACHER = ["student.model=vit_tiny_patch16_224", "student.patch_size=16", "student.depth=12", "student.width=192",
            "train.lr=2e-4"]
@@ -50,10 +50,9 @@ RACES = {
 
 
 def on_digits():
-    "The quickstart and all recipes that extend it"
+    "The frame and all recipes that extend it"
     return [n for n in recipe_names()
-            if n == "quickstart"
-            or "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
+            if n != "quickstart" and "digits" in read_recipe(n)["about"] and "teacher" in read_recipe(n).get("stages", {})]
 
 
 def race(name, recipes, changes, folder, jobs=2, controls_only=()):

@@ -89,7 +89,7 @@ def entries():
     found = {"ce": None} | {n: n for n in RIVALS if n in names} | {n.removeprefix("map_"): n for n in names if n.startswith("map_")}
     for n in (n for n in names if n.startswith("select_")):         # a rival's rule as BASD's selector keeps its long name
         found[n if n.removeprefix("select_") in found else n.removeprefix("select_")] = n
-    found.setdefault("nearest", "quickstart")
+    found.setdefault("nearest", "digits")
     return dict(sorted(found.items(), key=lambda e: FIRST.index(e[0]) if e[0] in FIRST else len(FIRST)))
 
 

@@ -3,7 +3,8 @@ before it sleeps.
 
 GNU's OpenMP, which torch's own builds use, reads GOMP_SPINCOUNT before torch is imported; the package sets it to the number
 below (`basd/__init__.py`). Settings take turns, each in a process of its own; times are medians over rounds. Needs a machine
-on which nothing else runs. `--whole` trains the quickstart instead, idle and beside the busy processes.
+on which nothing else runs. `--whole` trains all of the recipe
+`digits` instead, idle and beside the busy processes; that recipe was the quickstart when this was measured.
 
     python experiments/threads.py [--rounds 3] [--out experiments/results/threads.json]     # about five minutes
     python experiments/threads.py --whole           # some ten minutes
@@ -27,8 +28,8 @@ OURS = "spins 10,000 times"
 LARGER = ["data={source: digits, val_size: 0.15, batch_size: 64, workers: 0}", "student.img_size=32",
           "student.patch_size=4", "student.depth=6", "student.width=192", "student.heads=3"]
 WORK = {                                # name → recipe, overrides, stage, steps on an idle machine
-    "quickstart's teacher": ("quickstart", [], "teacher", 20),
-    "quickstart's teacher, bf16": ("quickstart", ["train.precision=bf16"], "teacher", 20),
+    "quickstart's teacher": ("digits", [], "teacher", 20),
+    "quickstart's teacher, bf16": ("digits", ["train.precision=bf16"], "teacher", 20),
     "a DeiT of 192 channels": ("deit_cifar", [*LARGER, "train.precision=float32"], "", 4),
     "a DeiT of 192 channels, bf16": ("deit_cifar", [*LARGER, "train.precision=bf16"], "", 4),
 }
@@ -74,7 +75,7 @@ def medians(rounds): return {n: statistics.median(r[n] for r in rounds) for n in
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--whole", action="store_true", help="train the quickstart instead")
+    p.add_argument("--whole", action="store_true", help="train the recipe `digits` instead")
     p.add_argument("--child", help=argparse.SUPPRESS)
     p.add_argument("--out", default=str(ROOT/"experiments"/"results"/"threads.json"))
     args = p.parse_args()
@@ -109,17 +110,17 @@ def steps(rounds):
 
 
 def whole():
-    "Seconds of the quickstart, as the package sets things, idle and beside two busy processes"
+    "Seconds of the recipe `digits`, as the package sets things, idle and beside two busy processes"
     def run():
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-m", "basd", "train", "quickstart", "--run-dir", f"{folder}/run"], check=True,
+            subprocess.run([sys.executable, "-m", "basd", "train", "digits", "--run-dir", f"{folder}/run"], check=True,
                            env=clean | dict(OMP_NUM_THREADS="2", PYTHONPATH=str(ROOT)), stdout=subprocess.DEVNULL)
             return time.perf_counter() - start
     idle = run()
     with busy(): beside = run()
-    print(f"the quickstart takes {idle:.0f} s idle and {beside:.0f} s beside two busy processes, {beside/idle:.2f} times")
+    print(f"the recipe takes {idle:.0f} s idle and {beside:.0f} s beside two busy processes, {beside/idle:.2f} times")
     return dict(idle=idle, busy=beside, ratio=beside/idle)
 
 

@@ -26,7 +26,7 @@ STUDENTS = {"deit_cifar": [], "deit_cifar_distill": ["teacher.run=CNN"],
             "deit_cifar_distill_token": ["teacher.run=CNN"], "deit_ss_distill_cka_cifar": VIT,
             "deit_ss_distill_gram_ablation": VIT, "deit_ss_distill_cifar_ablation_ce_only": [],
             "basd_fourier": [*VIT, "method.points=[0, 1]"], "basd_study": [*VIT, *SELECTOR]}
-DIGITS = [n for n in recipe_names() if read_recipe(n).get("stages") and n != "quickstart"]
+DIGITS = [n for n in recipe_names() if read_recipe(n).get("stages") and n not in ("digits", "quickstart")]
 
 
 def result(run): return json.loads((run/"result.json").read_text())
@@ -80,9 +80,9 @@ def test_judged_and_compared(cnn, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    "The quickstart's teacher, small"
+    "The frame's teacher, small"
     run = tmp_path_factory.mktemp("teacher")/"run"
-    train("quickstart", *SHORT, "stages.ce=null", "stages.basd=null", "student.depth=6", run_dir=str(run), bars=False)
+    train("digits", *SHORT, "stages.ce=null", "stages.basd=null", "student.depth=6", run_dir=str(run), bars=False)
     return run/"teacher"
 
 
@@ -91,7 +91,7 @@ def test_techniques(name, taught, tmp_path):
     "Each technique of the digits frame, by one teacher where it can be"
     own = name if name in read_recipe(name)["stages"] else name.removesuffix("_cifar")
     # no teacher, or one of its own
-    alone = name == "byot" or read_recipe(name)["stages"]["teacher"] != read_recipe("quickstart")["stages"]["teacher"]
+    alone = name == "byot" or read_recipe(name)["stages"]["teacher"] != read_recipe("digits")["stages"]["teacher"]
     by = [] if alone else ["stages.teacher=null", f"teacher.run={taught}"]
     train(name, *SHORT, *by, run_dir=str(tmp_path/"run"), bars=False)
     rows = [json.loads(line) for line in (tmp_path/"run"/own/"metrics.jsonl").read_text().splitlines()]
