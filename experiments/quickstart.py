@@ -2,9 +2,10 @@
 
     python experiments/quickstart.py [--seeds 0 1 2 3 4] [--threads 1 2] [--jobs 2] [--runs runs/quickstart]
 
-Part `run` of a seed is the quickstart as it is (teacher, labels alone, BASD); part `uniform` is BASD with the uniform
-layer map by the same teacher. Goes on where it was interrupted, and writes experiments/results/quickstart.json after each
-part: test top-1 in %, wall seconds of the stages and processor seconds of the part, by the commit that trained it.
+The parts of a seed are `alone` (the quickstart's labels alone), `taught` (its teacher and BASD) and `uniform` (BASD with
+the uniform layer map by the same teacher); a part is done for all seeds before the next. Goes on where it was interrupted,
+and writes experiments/results/quickstart.json after each part: test top-1 in %, wall seconds of the stages, and processor
+seconds of the quickstart (the first two parts).
 """
 import argparse
 import json
@@ -19,9 +20,10 @@ from basd.training.recipe_files import read_recipe
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT/"experiments"/"results"/"quickstart.json"
-PARTS = ["run", "uniform"]
-STAGES = dict(teacher="run/teacher", ce="run/ce", basd="run/basd", uniform="uniform/basd")
-UNIFORM = ["stages.ce=null", "stages.teacher=null", "stages.basd.method.rule=uniform", "stages.basd.method.selector=null"]
+STAGES = dict(teacher="taught/teacher", ce="alone/ce", basd="taught/basd", uniform="uniform/basd")
+PARTS = dict(alone=["stages.teacher=null", "stages.basd=null"], taught=["stages.ce=null"],
+             uniform=["stages.ce=null", "stages.teacher=null", "stages.basd.method.rule=uniform",
+                      "stages.basd.method.selector=null", "stages.basd.teacher.run={folder}/taught/teacher"])
 
 
 def place(runs, seed, threads): return runs/f"seed_{seed}_threads_{threads}"
@@ -33,7 +35,7 @@ def one(runs, part, seed, threads):
     from basd.training.cli import train
     torch.set_num_threads(threads)
     folder = place(runs, seed, threads)
-    words = [*UNIFORM, f"stages.basd.teacher.run={folder/'run'/'teacher'}"] if part == "uniform" else []
+    words = [w.format(folder=folder) for w in PARTS[part]]
     train("quickstart", f"train.seed={seed}", *words, run_dir=str(folder/part), resume=(folder/part).is_dir(), bars=False)
     if not all((folder/p/"result.json").is_file() for p in STAGES.values() if p.startswith(part)): sys.exit("stopped")
     (folder/f"{part}.json").write_text(json.dumps(dict(cpu_seconds=sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))))
@@ -56,10 +58,11 @@ def row(runs, seed, threads):
     done = {k: p for k,p in STAGES.items() if (folder/p/"result.json").is_file()}
     if not done: return None
     made = read(f"{next(iter(done.values()))}/environment.json")
-    return dict(seed=seed, threads=threads, environment={k: made[k] for k in ("git", "versions", "machine", "cpus")},
+    return dict(seed=seed, threads=threads, environment={k: made[k] for k in ("versions", "machine", "cpus")},
                 top1={k: read(f"{p}/result.json")["test"]["best"]["top1"] for k,p in done.items()},
                 seconds={k: read(f"{p}/result.json")["seconds"] for k,p in done.items()},
-                cpu_seconds={p: read(f"{p}.json")["cpu_seconds"] for p in PARTS if (folder/f"{p}.json").is_file()})
+                cpu_seconds=sum(read(f"{p}.json")["cpu_seconds"] for p in ("alone", "taught"))
+                            if (folder/"taught.json").is_file() else None)
 
 
 def main():
