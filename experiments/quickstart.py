@@ -2,8 +2,9 @@
 
     python experiments/quickstart.py [--seeds 0 1 2 3 4] [--threads 1 2] [--jobs 2] [--runs runs/quickstart]
 
-The parts of a seed are `alone` (the quickstart's labels alone), `taught` (its teacher and BASD) and `uniform` (BASD with
-the uniform layer map by the same teacher); a part is done for all seeds before the next. Goes on where it was interrupted,
+The parts of a seed are `alone` (the quickstart's labels alone), `taught` (its teacher and BASD), `uniform` (BASD with the
+uniform layer map by the same teacher), `logits` (the teacher's logits alone, Hinton's) and `longer` (labels alone for as
+long as BASD takes); a part is done for all seeds before the next. Goes on where it was interrupted,
 and writes experiments/results/quickstart.json after each part: test top-1 in %, wall seconds of the stages, and processor
 seconds of the quickstart (the first two parts).
 """
@@ -20,10 +21,14 @@ from basd.training.recipe_files import read_recipe
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT/"experiments"/"results"/"quickstart.json"
-STAGES = dict(teacher="taught/teacher", ce="alone/ce", basd="taught/basd", uniform="uniform/basd")
-PARTS = dict(alone=["stages.teacher=null", "stages.basd=null"], taught=["stages.ce=null"],
-             uniform=["stages.ce=null", "stages.teacher=null", "stages.basd.method.rule=uniform",
-                      "stages.basd.method.selector=null", "stages.basd.teacher.run={folder}/taught/teacher"])
+STAGES = dict(teacher="taught/teacher", ce="alone/ce", basd="taught/basd", uniform="uniform/basd", logits="logits/basd",
+              longer="longer/ce")
+CE, BY_TEACHER = ["stages.teacher=null", "stages.basd=null"], ["stages.ce=null", "stages.teacher=null",
+                                                               "stages.basd.teacher.run={folder}/taught/teacher"]
+PARTS = dict(alone=CE, taught=["stages.ce=null"],
+             uniform=[*BY_TEACHER, "stages.basd.method.rule=uniform", "stages.basd.method.selector=null"],
+             logits=[*BY_TEACHER, "stages.basd.method={{name: distill, alpha: 0.9, T: 4.0}}"],
+             longer=[*CE, "train.epochs=110"])
 
 
 def place(runs, seed, threads): return runs/f"seed_{seed}_threads_{threads}"
