@@ -1,4 +1,4 @@
-"Few labels and all images: what a method may do with a label, which images its cross-entropy sees, ranks, resuming"
+"Few labels and all images: what a method may do with a label, which images its cross-entropy sees, ranks, resuming, replay"
 import copy
 from unittest.mock import patch
 
@@ -10,7 +10,8 @@ from test_ranks import FRAME, METHODS, in_double, parts_and_gradients
 from torch.testing import assert_close
 
 from basd.training import trainer as trainers
-from basd.training.checkpoints import digest, load
+from basd.training.checkpoints import digest, load, save, set_rng_state
+from basd.training.faults import look_again, repeat, replay
 from basd.training.recipes import load_recipe
 from basd.training.trainer import Trainer, in_lines
 
@@ -25,7 +26,6 @@ def test_labels_enter_by_cross_entropy(name, tmp_path):
     "The loss is affine in the labels, or the method says that it reads them in another way"
     trainer = in_double(load_recipe("basd_cifar10", [*FRAME, *METHODS[name]])[""], tmp_path/"run")
     batch, before = first_batch(trainer), copy.deepcopy(trainer.lesson.state_dict())
-    trainer.labeled = torch.ones(len(trainer.images), dtype=torch.bool)
     def loss(rarity):
         trainer.rarity = rarity
         trainer.lesson.load_state_dict(before)
@@ -47,11 +47,12 @@ def test_refused(tmp_path):
 def test_what_cross_entropy_sees(tmp_path):
     "Rows of the target are there where image and partner have a label, which a pair has both or neither of"
     trainer = Trainer(load_recipe("basd_cifar10", [*TINY, *FEW])[""], tmp_path/"run", bars=False)
-    assert (len(trainer.fit), int(trainer.labeled.sum()), trainer.rarity) == (256, 26, 256/26)
+    assert (len(trainer.fit), int((trainer.labels >= 0).sum()), trainer.rarity) == (256, 26, 256/26)
     seen, total = 0, 0.
     for batch in trainer.read(0, 0, trainer.per_epoch, trainer.views):
         _, taught, target, _ = trainer.show(batch)
-        has = trainer.labeled[batch["index"]]
+        has = batch["label"] >= 0
+        assert torch.equal(batch["label"], trainer.labels[batch["index"]])
         assert torch.equal(has[::2], has[1::2]) and len(taught.tokens[0]) == len(has)
         assert torch.equal(target.labels.sum(1) > 0, has)
         assert_close(target.labels[has].sum(1), torch.full((int(has.sum()),), trainer.rarity))
@@ -66,8 +67,8 @@ def test_labels_alone(tmp_path):
              "method={name: ce}"]
     trainer = Trainer(load_recipe("basd_cifar10", words)[""], tmp_path/"run", bars=False)
     taught = Trainer(load_recipe("basd_cifar10", [*TINY, *FEW])[""], tmp_path/"taught", bars=False)
-    assert trainer.per_epoch == taught.per_epoch and trainer.labeled is None
-    assert set(trainer.fit) == set(taught.labeled.nonzero().flatten().tolist())
+    assert trainer.per_epoch == taught.per_epoch and trainer.labels is None
+    assert set(trainer.fit) == set((taught.labels >= 0).nonzero().flatten().tolist())
     assert "256 training (26 with a label), " in in_lines(trainer.made_of())[0]
 
 
@@ -94,3 +95,14 @@ def test_stop_and_go_on(tmp_path):
         assert half.train() is None
         Trainer(recipe, tmp_path/"half", resume=True, bars=False).train()
     assert state(tmp_path/"half") == state(tmp_path/"whole")
+
+
+def test_replay(tmp_path):
+    "The step that ended a run is repeated with the labels that it had"
+    trainer = Trainer(load_recipe("basd_cifar10", [*TINY, *FEW])[""], tmp_path/"run", bars=False)
+    found = look_again(trainer)
+    save(found, tmp_path/"run"/"nonfinite.pt")
+    trainer.lesson.load_state_dict(found["lesson"])
+    set_rng_state(found["rng"])
+    assert (found["batch"]["label"] < 0).any() and found["rarity"] == trainer.rarity
+    assert replay(tmp_path/"run", trust=True)["parts"] == repeat(trainer, found["batch"], 0)["parts"]

@@ -233,8 +233,10 @@ class ViewDataset(Dataset):
         views:Views,
         train:bool=True, # views for training, or clean ones
         seed:int=0,
+        labels:Tensor|None=None, # class of each of `images`, negative where it is to stay unknown; None: the images' own
     ):
         store_attr('images,views,train,seed')
+        self.labels = images.labels if labels is None else labels
         self.indices = torch.arange(len(images)) if indices is None else torch.as_tensor(indices, dtype=torch.long)
         same, order = self.indices.sort(stable=True)
         # how often the image came before
@@ -258,7 +260,7 @@ class ViewDataset(Dataset):
             which = dict(view=self.views.recorded_view(*keys))
             named = dict(place=recorded_place(i, **which))
         s, t = self.views(x, *keys, **named) if self.train else self.views.clean(x)
-        item = dict(student=s, label=int(self.images.labels[shown]), index=shown, asked=i) | which
+        item = dict(student=s, label=int(self.labels[shown]), index=shown, asked=i) | which
         return item if t is None else item | dict(teacher=t)
 
 # %% ../../nbs/data/51_views.ipynb #f3007366
@@ -366,10 +368,11 @@ def build_loader(
     pin:bool|None=None,  # pinned memory; None: where there is a GPU
     train:bool=True,     # False: clean views, in order, also of the last few images
     twins:bool=False,    # every image twice in a batch
-    kinds:Tensor|None=None, # of each of `indices`, bool: images of one kind are neighbors
+    labels:Tensor|None=None, # class of each of `images`, negative: unknown, and known ones are neighbors; None: their own
 )->DataLoader: # batches of {student uint8 (B, 3, s, s), teacher uint8 (B, 3, t, t), label (B,), index (B,)}
     "Batches of views for training or evaluation; for another epoch, `loader.batch_sampler.set_epoch(epoch)`"
-    data = ViewDataset(images, indices, views, train, seed)
+    data = ViewDataset(images, indices, views, train, seed, labels)
+    kinds = None if labels is None else labels[data.indices] >= 0
     batches = GlobalBatches(len(data), batch_size, seed, epoch, rank, world, start, stop, train, train, twins, kinds)
     return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=torch.cuda.is_available() if pin is None else pin, worker_init_fn=as_reader,

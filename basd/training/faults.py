@@ -160,7 +160,7 @@ def look_again(
     return found | dict(rank=who, ranks=world(), step=t.step, micro=micro, epoch=epoch, seed=t.t.seed, rng=rng,
                         batch={k: torch.cat([b[k] for b in shares]) for k in batch},
                         lesson=state, recipe=as_tree(t.recipe), classes=t.classes, names=t.names,
-                        per_epoch=t.per_epoch, total=t.total)
+                        per_epoch=t.per_epoch, total=t.total, rarity=t.rarity)
 
 # %% ../../nbs/training/67_faults.ipynb #db1df76c
 def agree(
@@ -203,7 +203,7 @@ def replay(
     t.recipe.foreign = not trust
     t.t, t.recipe.teacher.cache = t.recipe.train, None
     t.step, t.classes, t.per_epoch, t.total = (found[k] for k in ('step', 'classes', 'per_epoch', 'total'))
-    t.names = found.get('names')                # of the classes; not in files of before
+    t.names, t.rarity = found.get('names'), found.get('rarity', 1.)         # not in files of before
     try:
         t.build_models()
         t.arrange()

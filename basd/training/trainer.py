@@ -104,15 +104,15 @@ def hide_labels(self:Trainer,
     known:list, # training indices whose labels are used
 ):
     "Which labels the run may read, and by what its cross-entropy is multiplied"
-    self.labeled, self.rarity, self.known = None, 1., len(known)
+    self.labels, self.rarity, self.known = None, 1., len(known)
     if len(known) == len(self.fit): return
     if self.needs.labels:
         raise ValueError(f"data.labeled={self.recipe.data.labeled:g}: method {self.recipe.method.name!r} with these options "
                          "reads the label of every image; leave data.labeled out, or take a method that compares with "
                          "labels by cross-entropy alone")
     if not self.needs.teacher: self.fit = (known*-(-len(self.fit)//len(known)))[:len(self.fit)]; return
-    self.labeled = torch.zeros(len(self.images), dtype=torch.bool)
-    self.labeled[known] = True
+    self.labels = torch.full((len(self.images),), -1)
+    self.labels[known] = torch.as_tensor(self.images.labels)[known]
     self.rarity = len(self.fit)/len(known)
 
 # %% ../../nbs/training/65_trainer.ipynb #e81fd4ae
@@ -158,13 +158,12 @@ def show(self:Trainer,
 )->tuple: # (student's images, what the teacher says of its own, target, progress): what `Lesson` takes
     "Blend a micro-batch and show the teacher its view"
     r, v = self.recipe, self.recipe.views
-    y = batch['label'] if self.labeled is None else torch.where(self.labeled[batch['index']], batch['label'], -1)
-    x, y = (z.to(self.device, non_blocking=True) for z in (batch['student'], y))
+    x, y = (batch[k].to(self.device, non_blocking=True) for k in ('student', 'label'))
     blend = draw_blend(step_generator(self.t.seed, self.step*self.t.accumulate + micro), len(y),
                        v.mixup, v.cutmix, v.blend_prob, self.device)
     x = blend_images(x.to(self.dtype)/255, blend)
     labels = blend_labels(y, self.classes, blend, v.smoothing)
-    if self.labeled is not None: labels = self.rarity*labels
+    if self.rarity != 1: labels = self.rarity*labels                    # those without a label have none of it
     target = Target(labels, None if v.teacher_sees_blend else blend)
     taught, self.depth = None, self.lesson.objective.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
@@ -580,12 +579,11 @@ def read(self:Trainer,
     views:Views,
 ):
     "This rank's micro-batches of some steps, read by this process"
-    a, first, chosen = self.t.accumulate, epoch*self.per_epoch, self.lessons(epoch)
-    kinds = None if self.labeled is None else self.labeled[torch.as_tensor(chosen)]
-    return build_loader(self.images, chosen, views, self.recipe.data.batch_size//a,
+    a, first = self.t.accumulate, epoch*self.per_epoch
+    return build_loader(self.images, self.lessons(epoch), views, self.recipe.data.batch_size//a,
                         seed=self.t.seed, epoch=epoch, rank=rank(), world=world(),
                         start=(start - first)*a, stop=(stop - first)*a,
-                        pin=self.device.type == 'cuda', twins=self.needs.twins, kinds=kinds)
+                        pin=self.device.type == 'cuda', twins=self.needs.twins, labels=self.labels)
 
 # %% ../../nbs/training/65_trainer.ipynb #59c268e1
 @patch
@@ -602,7 +600,7 @@ def served(self:Trainer,
 def start_readers(self:Trainer):
     "Tell the readers of the run what they may be asked for"
     clean = Views(self.size_s, None, geometry='fixed')
-    self.readers = Readers(dict(fit=ViewDataset(self.images, None, self.views, seed=self.t.seed),
+    self.readers = Readers(dict(fit=ViewDataset(self.images, None, self.views, seed=self.t.seed, labels=self.labels),
                                 val=ViewDataset(self.images, None, clean, train=False),
                                 test=ViewDataset(self.test, None, clean, train=False)),
                            self.recipe.data.workers, pin=self.device.type == 'cuda')
