@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from forks import ENVIRONMENT
+from forks import ENVIRONMENT, no_figures
 
 TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.train_size=256", "data.val_size=50",
         "views.flip=0", "student.img_size=16", "student.patch_size=4", "student.depth=2", "student.width=32",
@@ -14,6 +14,14 @@ TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.trai
         "method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4", "train.epochs=3",
         "train.warmup_epochs=1", "train.log_every=4", "train.ema=0.9"]
 NO_MODEL = ["teacher.model=null", "teacher.untrained=false", "teacher.img_size=null", "teacher.kwargs=null"] # of TINY's
+
+
+def pytest_configure(config): config.addinivalue_line("markers", "figures: runs in this test draw their figure")
+
+
+@pytest.fixture(autouse=True)
+def without_figures(request, monkeypatch):
+    if "figures" not in request.keywords: no_figures(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -23,6 +23,11 @@ ENVIRONMENT = dict(         # of every child: this checkout first on the path, o
     OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
 
 
+def no_figures(put=setattr):
+    "Runs end without their figure, which takes a second and a half; those of the shell and of the notebooks draw it"
+    put(basd.training.trainer, "plot_run", lambda run: None)
+
+
 def server():
     "The process from which children are forked"
     context = multiprocessing.get_context("forkserver")
@@ -39,6 +44,7 @@ def child(f, args, env, out, group):
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1); os.dup2(file, 2)
     os.environ.update(env)
+    no_figures()
     sys.exit(f(*args))
 
 

@@ -18,6 +18,7 @@ def run_tiny(tmp_path, *words):
     return main(["train", "basd_cifar10", *TINY, "train.epochs=1", *words, "--run-dir", str(tmp_path/"run")])
 
 
+@pytest.mark.figures
 def test_a_run_from_end_to_end(tmp_path, capsys):
     "Train, evaluate, load into timm, teach; then everything that must be refused on the finished run"
     import timm
