@@ -29,7 +29,7 @@ from basd.training.checkpoints import digest, load
 from basd.training.cli import main
 from basd.training.metrics import Log, read_log
 from basd.training.trainer import Trainer
-from forks import ENVIRONMENT, LIMIT, end, start    # noqa: F401 (`end` for those who import this)
+from forks import ENVIRONMENT, LIMIT, end, no_figures, start    # noqa: F401 (`end` for those who import this)
 
 
 def die(number=signal.SIGKILL):
@@ -201,6 +201,7 @@ def step(run):
 
 
 if __name__ == "__main__":
+    no_figures()
     plan, start = json.loads(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if start < len(plan) and int(os.environ["RANK"]) == plan[start][2]: arm(*plan[start][:2])
     sys.exit(main(sys.argv[2:]))
