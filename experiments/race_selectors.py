@@ -59,6 +59,9 @@ CIFAR10 = dict(
 VIT_TINY = dict(student=dict(model="vit_tiny_patch16_224", img_size=96, patch_size=16, depth=12, width=192),
                 views=PLAIN, train=dict(epochs=3, lr=2e-4))
 LAYERS = [1, 3, 5, 7, 9, 11]
+# what BASD's losses are computed from, drawn anew each step: `sampled_more` of step_cost.py
+SAMPLED = dict(losses=dict(rel=dict(pairs=32), attn=dict(rows=8), rsd=dict(max_rows=512), spectral=dict(samples=8)),
+               aligner=dict(samples=8))
 
 
 def digits(about, changes=None, teacher=SMALL, **more):
@@ -66,11 +69,12 @@ def digits(about, changes=None, teacher=SMALL, **more):
     return dict(about=about, base=merge(DIGITS, changes or {}), teacher=teacher, seeds=list(range(10))) | more
 
 
-def cifar10(epochs):
-    "A frame on CIFAR-10"
-    return dict(about=f"CIFAR-10, 4,000 images, {epochs} epochs of 62 steps, a tuned ViT-Tiny of 12 layers as teacher",
+def cifar10(epochs, sampled=False):
+    "A frame on CIFAR-10; with sampled losses a step costs half as much"
+    return dict(about=f"CIFAR-10, 4,000 images, {epochs} epochs of 62 steps, a tuned ViT-Tiny of 12 layers as teacher"
+                      + sampled*", BASD's losses from samples",
                 base=merge(CIFAR10, dict(train=dict(epochs=epochs))), teacher=VIT_TINY, layers=LAYERS, once=True, views=8,
-                seeds=[0, 1, 2])
+                sampled=sampled, seeds=[0, 1, 2])
 
 
 FRAMES = dict(
@@ -80,7 +84,8 @@ FRAMES = dict(
     digits_deeper=digits("digits, a student of 8 layers and a teacher of 4", dict(student=dict(depth=8)),
                          merge(SMALL, dict(student=dict(depth=4))), points=[1, 3, 5, 7], depth=4),
     digits_cnn=digits("digits, a small ResNet-18 as teacher of a ViT", teacher=CNN, depth=4),
-    cifar10_8=cifar10(8), cifar10_34=cifar10(34))
+    cifar10_8=cifar10(8), cifar10_8_sampled=cifar10(8, sampled=True),
+    cifar10_34=cifar10(34, sampled=True))
 
 
 def entries():
@@ -124,7 +129,7 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
                                         frame.get("depth") and range(frame["depth"]))
         given = options.layers
         tree["method"]["layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
-    if tree["method"]["name"] == "basd": tree["method"]["weight"] = .3
+    if tree["method"]["name"] == "basd": tree["method"] = merge(tree["method"], dict(weight=.3) | (SAMPLED if frame.get("sampled") else {}))
     told = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
     key = fingerprint([told, merge(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])[:8]
     if entry != "ce" and teacher:
