@@ -17,7 +17,7 @@ from basd.methods.objective import find_objective
 from basd.training.lesson import processes
 
 find_objective("basd")      # imports all methods, so that all children are of one state of the code
-LIMIT = 300                 # seconds; a process that takes longer is a failure
+LIMIT = 120                 # seconds; a process that takes longer is a failure
 TESTS = Path(__file__).parent
 ENVIRONMENT = dict(         # of every child: this checkout first on the path, one thread
     OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))

@@ -240,6 +240,7 @@ ARGUMENTS = [
     ([*TRAIN, "method.selector.rank=24"], "24"),
     ([*TRAIN, "data.batch_size=33", "train.accumulate=2"], "multiple of 2"),
     ([*TRAIN, "data.batch_size=4096"], "lower it"),
+    *(([*TRAIN, f"data.labeled={x}"], "data.labeled") for x in (1.5, 1e9, 0)),
     ([*TRAIN, "data.train_size=100000"], "data.train_size"), ([*TRAIN, "data.val_size=1e9"], "data.val_size"),
     ([*TRAIN, "teacher.cache=cache"], "views.geometry"),
     (["train", "quickstart", "--resume"], "--run-dir"),

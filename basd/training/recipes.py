@@ -316,8 +316,9 @@ def _agree(recipe):
     if t.min_lr > t.lr:
         raise ValueError(f"train.min_lr={t.min_lr:g}: the learning rate falls from train.lr={t.lr:g} to it; "
                          "give a smaller one")
-    if d.val_size >= 1 and d.val_size % 1:
-        raise ValueError(f"data.val_size={d.val_size:g}: should be a share below 1, or a whole number of images")
+    for key in ('val_size', 'labeled'):
+        if (value := getattr(d, key) or 0) >= 1 and value % 1:
+            raise ValueError(f"data.{key}={value:g}: should be a share below 1, or a whole number of images")
     low, high = recipe.views.crop_scale
     if not 0 < low <= high:
         raise ValueError(f"views.crop_scale={[low, high]}: should be two shares of the image, the smaller first")
