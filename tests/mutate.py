@@ -1,10 +1,10 @@
-"""Mutation testing of geometry/, losses/ and methods/: change one thing in a copy, run what concerns it, see red.
+"""Mutation testing of geometry/, selectors/, losses/ and methods/: change one thing in a copy, run what concerns it, see red.
 
     python tests/mutate.py [--only losses.rsd methods …] [--jobs 2]
 
 `mutants.yaml` lists the changes. Each is made in a copy of the repository, in the notebook's cell and in the module that
 the cell exports to. Then run, until the first red: for a mean over ranks, every piece on two ranks; the module's own page; the
-pages of the three rooms that import it; the properties of `test_properties.py`; for a mean over ranks, every method on
+pages of these rooms that import it; for a selector, `test_selectors.py`; the properties of `test_properties.py`; for a mean over ranks, every method on
 several; all other pages that import the module. What turned red must be green without the change. Processes are forked from one that has imported
 torch, so that a page costs what its cells cost. Results go to experiments/results/mutants.json as they come; those of
 other mutants are kept.
@@ -28,9 +28,9 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("geometry", "losses", "methods")
+ROOMS = ("geometry", "selectors", "losses", "methods")
 LIST, RESULTS = ROOT/"tests"/"mutants.yaml", ROOT/"experiments"/"results"/"mutants.json"
-PROPERTIES = "tests/test_properties.py"
+PROPERTIES, SELECTORS = "tests/test_properties.py", ["tests/test_selectors.py"]
 RANKS = [f"tests/test_ranks.py::test_every_{what}_on_several_ranks" for what in ("piece", "method")]
 LIMIT = 300         # seconds for one page or test file
 HEAVY = ("torch", "timm", "torchvision.transforms.v2", "matplotlib.pyplot", "sklearn.datasets", "scipy.linalg", "torchmetrics",
@@ -103,7 +103,8 @@ def concerned(mutant):
     own, others = page(mutant["module"]), importers(mutant["module"])
     near = [p for p in others if p.split("/")[1] in ROOMS]
     ranks = RANKS if mutant["kind"] == "ranks" else []
-    return list(dict.fromkeys([*ranks[:1], own, *near, PROPERTIES, *ranks[1:], *others]))
+    selectors = SELECTORS if mutant["module"].startswith("selectors.") else []
+    return list(dict.fromkeys([*ranks[:1], own, *near, *selectors, PROPERTIES, *ranks[1:], *others]))
 
 
 def git(*words, root=ROOT): return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip("\0\n")

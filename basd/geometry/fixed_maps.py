@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from .frequency import FrequencySelector, layer_entropy
+from .frequency import FrequencySelector
 from .selector import Mix
 from .statistics import island, no_autocast
 
@@ -69,7 +69,6 @@ class FixedSelector(FrequencySelector):
             w = torch.eye(L)[[pairs.get(p, pairs[max(pairs)]) for p in range(P)]]
         self.read = 1 + max(w.nonzero()[:, 1].tolist())
         self.register_buffer('weights', w)
-        self.register_buffer('spread', layer_entropy(w).abs(), persistent=False)
 
     @property
     def depth(self)->int: # teacher layers up to the last one that the rule reads
@@ -82,8 +81,7 @@ class FixedSelector(FrequencySelector):
                              f"give the first {self.depth}")
         w, zero = self.weights[:, :len(xs_t)], self.weights.new_zeros(())
         w = w.to(torch.promote_types(xs_s[0].dtype, torch.float32))
-        return Mix(w, zero, dict(distances=1 - w, temperatures=self.weights.new_zeros(len(w)),
-                                 entropy=self.spread, orth=zero, recon=zero))
+        return Mix(w, zero, {})
 
     def no_weight_decay(self)->set: return set()
 

@@ -204,10 +204,10 @@ def forward(self:FrequencySelector,
 )->Mix:
     "Compare every extraction point with every teacher layer"
     p, q = self.profiles(xs_s, xs_t, grids_s, grids_t, blend)
-    d, tau, zero = profile_dist(p[:, None], q, self.dist), self.temperatures, self.rho.new_zeros(())
+    d, tau = profile_dist(p[:, None], q, self.dist), self.temperatures
     w = mixing_weights(d, tau.to(d.dtype), self.normalise)
     H = layer_entropy(w)
-    report = dict(distances=d, temperatures=tau, entropy=H, orth=zero, recon=zero)
+    report = dict(distances=d, temperatures=tau, entropy=H)
     return Mix(w, self.entropy_sign*self.entropy*H.mean(), {n: x.detach() for n,x in report.items()})
 
 # %% ../../nbs/geometry/07_frequency.ipynb #71baa176

@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch.profiler import record_function
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.features import Attention, Features
 from ..geometry.fixed_maps import FixedSelector
-from ..geometry.selector import blend_tokens, find_selector, selectors
+from ..geometry.selector import blend_tokens, find_selector, selected, selectors
 from ..geometry.statistics import draw_images, images_at_once, in_pieces, step_generator
 from ..losses.attention import AttentionKL, cut_attention
 from ..losses.balance import Balance
@@ -426,11 +425,7 @@ def report(self:BASD,
     each = {f'{kind}/{n}': v
             for kind,key in dict(normalised='normalised', weight='weights', ramp='ramps', weighted='weighted').items()
             for n,v in zip(self.losses, balanced[key])}
-    given, closed = mix.report, (0, len(self.teacher.widths) - mix.weights.shape[1]) # layers that were not run have weight 0
-    return ({f'raw/{n}': v for n,v in raw.items()} | each
-            | dict(mixing=F.pad(mix.weights, closed), distance=F.pad(given['distances'], closed, value=1.),
-                   temperature=given['temperatures'])
-            | {k: v for k,v in given.items() if k in ('entropy', 'orth', 'recon', 'frontier', 'reached', 'neighbors')})
+    return {f'raw/{n}': v for n,v in raw.items()} | each | selected(mix, len(self.teacher.widths))
 
 # %% ../../nbs/methods/31_basd.ipynb #c81ada02
 @patch

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.features import Features
 from ..geometry.frequency import FrequencySelector
+from ..geometry.selector import selected
 from ..geometry.statistics import draw_images, step_generator
 from ..losses.fourier import Fourier
 from ..losses.paired import belongs
@@ -114,9 +115,7 @@ def forward(self:BASDFourier, student:Features, teacher:Features, target:Target,
               for k in ('batch_std', 'effective_rank', 'cosine')} if progress.observe else {}
     return outcome(student.logits, parts,
                    {'raw/fourier': raw}
-                   | dict(mixing=mix.weights, distance=mix.report['distances'], temperature=mix.report['temperatures'],
-                          entropy=mix.report['entropy'])
-                   | health)
+                   | selected(mix, mix.weights.shape[1]) | health)
 
 # %% ../../nbs/methods/34_basd_fourier.ipynb #0549f261
 @patch

@@ -205,6 +205,5 @@ class LeapSelector(Ladder, FixedSelector):
         "The target's weights; the regulariser trains the map"
         fit, w = self.step(xs_s[-1].detach(), xs_t, grids_s and grids_s[-1], grids_t, blend, time)
         w, zero = w.expand(len(xs_s), -1), self.average.new_zeros(())
-        return Mix(w, fit, dict(distances=1 - w, temperatures=torch.zeros_like(w[:, 0]), entropy=torch.zeros_like(w[:, 0]), orth=zero,
-                                recon=fit.detach(), frontier=self.target.expand(len(xs_s)).clone(),
+        return Mix(w, fit, dict(recon=fit.detach(), frontier=self.target.expand(len(xs_s)).clone(),
                                 reached=self.average.expand(len(xs_s)).clone()))

@@ -63,5 +63,5 @@ class ProgressiveSelector(Frontier, GrassmannSelector):
     def forward(self, *args, **kwargs)->Mix:
         "As `GrassmannSelector`'s; the report also has each point's frontier and the share it has reached"
         mix = super().forward(*args, **kwargs)
-        place = self.frontier.clone()                                                    # no temperature decides
-        return mix._replace(report=mix.report | dict(frontier=place, reached=self.reached.clone(), temperatures=0*place))
+        told = {k: v for k,v in mix.report.items() if k not in ('temperatures', 'entropy')} # no temperature decides
+        return mix._replace(report=told | dict(frontier=self.frontier.clone(), reached=self.reached.clone()))

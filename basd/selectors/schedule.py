@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..geometry.fixed_maps import FixedSelector, pairs_of
-from ..geometry.frequency import layer_entropy
 from ..geometry.selector import Mix, find_selector, register_selector
 
 # %% ../../nbs/selectors/25_schedule.ipynb #0cca7707
@@ -95,5 +94,4 @@ class RampSelector(Frontier, FixedSelector):
         "The weights of this moment"
         self.advance(time)
         w, zero = hat(self.frontier, len(xs_t)).to(torch.promote_types(xs_s[0].dtype, torch.float32)), self.clock.new_zeros(())
-        return Mix(w, zero, dict(distances=1 - w, temperatures=torch.zeros_like(self.frontier), entropy=layer_entropy(w).abs(),
-                                 orth=zero, recon=zero, frontier=self.frontier.clone()))
+        return Mix(w, zero, dict(frontier=self.frontier.clone()))

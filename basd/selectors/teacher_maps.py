@@ -13,7 +13,6 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..geometry.fixed_maps import layer_map
-from ..geometry.frequency import layer_entropy
 from ..geometry.grassmann import overlap, scores, subspace
 from ..geometry.selector import GrassmannSelector, Mix, register_selector
 from ..geometry.statistics import centre, covariance, no_autocast
@@ -127,8 +126,7 @@ def forward(self:TeacherMap,
     if self.training and not self.settled: self.observe(self.row_groups(xs_s, xs_t, grids_s, grids_t, places)[0][2])
     layer, zero = torch.arange(len(xs_t), device=self.chosen.device), self.overlaps.new_zeros(())
     w = (self.chosen[:, None] == layer).to(torch.promote_types(xs_t[0].dtype, torch.float32))
-    return Mix(w, zero, dict(distances=1 - w, temperatures=torch.zeros_like(w[:, 0]), entropy=layer_entropy(w).abs(),
-                             orth=zero, recon=zero, neighbors=self.overlaps.diagonal(1).clone()))
+    return Mix(w, zero, dict(neighbors=self.overlaps.diagonal(1).clone()))
 
 # %% ../../nbs/selectors/27_teacher_maps.ipynb #b2165682
 @register_selector('complementary')
