@@ -17,6 +17,8 @@ find_selector("nearest")
 # so that in 16 steps frontiers move by measurement and by the clock, and maps settle
 OWN = {"progressive": dict(share=.3, memory=.5, until=.8, fast=.5), "ramp": dict(until=.9), "complementary": dict(batches=3),
        "arc_length": dict(batches=3)}
+# columns distance, temperature, entropy in the log: what is not measured is not there
+LOGGED = {"progressive": [True, False, False]} | {n: [False]*3 for n in ("ramp", "complementary", "arc_length", "leap", "fixed")}
 WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs"))] + [
     "teacher.kwargs={patch_size: 8, depth: 6, embed_dim: 48, num_heads: 3}", "student.drop_path=0", "train.log_every=2", "train.epochs=2",
     "train.gradient_shares=false"]
@@ -48,6 +50,8 @@ def test_stop_and_go_on(name, tmp_path):
         again.train()
         assert state(tmp_path/f"half-{stop}") == state(tmp_path/"whole")
         assert moved(tmp_path/f"half-{stop}") == moved(tmp_path/"whole")
+    row = next(r for r in read_log(tmp_path/"whole") if r["kind"] == "step")
+    assert [c in row for c in ("distance", "temperature", "entropy")] == LOGGED.get(name, [True, True, True])
     if name in OWN: # the test can fail: something has moved
         first, *_, last = moved(tmp_path/"whole")
         assert first[1:] != last[1:] or "batches" in OWN[name]
