@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from basd.training.checkpoints import read_run
-from basd.training.metrics import read_log
+from basd.runs.run_directory import read_run
+from basd.runs.metrics import read_log
 
 KEEP = ("step", "raw/", "normalised/", "weight/", "ramp/", "pull/", "share/", "conflict", "mixing", "distance",
         "entropy", "target/", "loss", "part/")

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from basd.data.cache import write_atomic
-from basd.geometry.fixed_maps import layer_map
-from basd.training.bench import Bench
-from basd.training.checkpoints import environment
-from basd.training.recipes import resolve
+from basd.core.files import write_atomic
+from basd.geometry.layer_maps import layer_map
+from basd.benchmark.step_cost import Bench
+from basd.runs.run_directory import environment
+from basd.runs.recipes import resolve
 
 RESULTS = Path(__file__).parent/"results"/"early_stop.json"
 DEPTHS = 1, 3, 6, 9, 12

@@ -10,9 +10,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from basd.training.checkpoints import environment
-from basd.training.cli import train
-from basd.training.recipes import load_recipe, write_recipe
+from basd.runs.run_directory import environment
+from basd.cli import train
+from basd.runs.recipes import load_recipe, write_recipe
 
 BOUND = "method.balance.u_max=2"           # the default when the results were made
 FORMS = {

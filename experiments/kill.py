@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 import kills
 from conftest import TINY
 
-from basd.data.cache import write_atomic
-from basd.training.checkpoints import environment
+from basd.core.files import write_atomic
+from basd.runs.run_directory import environment
 
 TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=4",
          "train.save_every=3", "train.precision=float32"]

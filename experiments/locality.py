@@ -14,10 +14,10 @@ from pathlib import Path
 
 from basd.analysis.attention_distance import attention_distance
 from basd.analysis.evaluation import knn, linear_probe, predict
-from basd.training.analyze import open_run
-from basd.training.checkpoints import environment
-from basd.training.cli import train
-from basd.training.lesson import input_size
+from basd.analysis.compare_runs import open_run
+from basd.runs.run_directory import environment
+from basd.cli import train
+from basd.runs.builders import input_size
 
 REDUCED = ["data.download=false", "data.val_size=2000", "data.train_size=5000", "data.batch_size=128", "data.workers=0",
            "views.geometry=fixed", "train.epochs=12", "train.warmup_epochs=1", "train.log_every=20"]

@@ -26,7 +26,7 @@ from PIL import Image
 
 from basd.data.mixing import Blend, blend_images
 from basd.geometry.selector import GrassmannSelector, blend_tokens
-from basd.geometry.statistics import effective_rank
+from basd.core.numerics import effective_rank
 
 FORMS = {
     "literal": dict(space="channel", mode="learned", normalise="none", tau=2.0, recon_form="mean", recon=.01, orth=.01),

@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from basd.training.recipe_files import read_recipe
+from basd.runs.recipe_files import read_recipe
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT/"experiments"/"results"/"quickstart.json"
@@ -37,7 +37,7 @@ def place(runs, seed, threads): return runs/f"seed_{seed}_threads_{threads}"
 def one(runs, part, seed, threads):
     "Train one part of one seed, in this process"
     import torch
-    from basd.training.cli import train
+    from basd.cli import train
     torch.set_num_threads(threads)
     folder = place(runs, seed, threads)
     words = [w.format(folder=folder) for w in PARTS[part]]

@@ -18,9 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from basd.training.checkpoints import environment
-from basd.training.compare import compare
-from basd.training.recipe_files import read_recipe, recipe_names
+from basd.runs.run_directory import environment
+from basd.benchmark.compare import compare
+from basd.runs.recipe_files import read_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
 RIVALS = ["digits", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm", "map_uniform"]

@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from basd.data.cache import fingerprint, write_atomic
-from basd.methods.objective import find_objective
-from basd.training.checkpoints import environment
-from basd.training.compare import recipe_file, side_by_side
-from basd.training.metrics import read_log
-from basd.training.recipe_files import merge, read_recipe, recipe_names
-from basd.training.recipes import resolve, write_recipe
-from basd.training.rivals import Run
-from basd.training.standings import result_of
+from basd.core.files import fingerprint, write_atomic
+from basd.methods.base import find_objective
+from basd.runs.run_directory import environment
+from basd.benchmark.compare import recipe_file, side_by_side
+from basd.runs.metrics import read_log
+from basd.runs.recipe_files import merge, read_recipe, recipe_names
+from basd.runs.recipes import resolve, write_recipe
+from basd.benchmark.entries import Run
+from basd.benchmark.results import result_of
 from basd.training.trainer import on_stop
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from basd.training.bench import Bench, last_stage
-from basd.training.checkpoints import environment
-from basd.training.recipes import load_recipe
+from basd.benchmark.step_cost import Bench, last_stage
+from basd.runs.run_directory import environment
+from basd.runs.recipes import load_recipe
 from race import RACES
 
 # options that sample what a loss is computed from

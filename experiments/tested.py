@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 
-from basd.training.checkpoints import environment
+from basd.runs.run_directory import environment
 
 
 def pytest(*words, **more):

@@ -37,7 +37,7 @@ WORK = {                                # name → recipe, overrides, stage, ste
 
 def timed(name, steps):
     "Seconds a step of one kind of work, in this process"
-    from basd.training.recipes import load_recipe
+    from basd.runs.recipes import load_recipe
     from basd.training.trainer import Trainer
     recipe, overrides, stage, _ = WORK[name]
     with tempfile.TemporaryDirectory() as run:
@@ -80,8 +80,8 @@ def main():
     p.add_argument("--out", default=str(ROOT/"experiments"/"results"/"threads.json"))
     args = p.parse_args()
     if args.child: return print(json.dumps({n: timed(n, k) for n, k in json.loads(args.child).items()}))
-    from basd.data.cache import write_atomic
-    from basd.training.checkpoints import environment
+    from basd.core.files import write_atomic
+    from basd.runs.run_directory import environment
     found = json.loads(Path(args.out).read_text()) if Path(args.out).exists() else {}
     load = os.getloadavg()[0]
     if args.whole: found["quickstart"] = whole() | dict(load=load)

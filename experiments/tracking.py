@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from basd.geometry.grassmann import principal_angles
-from basd.training.checkpoints import environment
-from basd.training.recipes import load_recipe
+from basd.runs.run_directory import environment
+from basd.runs.recipes import load_recipe
 from basd.training.trainer import Trainer
 
 if __name__ == "__main__":

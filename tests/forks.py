@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-import basd.training.cli  # noqa: F401 (imported for the children)
+import basd.cli  # noqa: F401 (imported for the children)
 import basd.training.trainer  # noqa: F401
-from basd.geometry.statistics import rank, world
-from basd.methods.objective import find_objective
-from basd.training.lesson import processes
+from basd.core.distributed import rank, world
+from basd.methods.base import find_objective
+from basd.core.processes import processes
 
 find_objective("basd")      # imports all methods, so that all children are of one state of the code
 LIMIT = 120                 # seconds; a process that takes longer is a failure

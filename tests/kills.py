@@ -23,11 +23,11 @@ import torch
 
 import basd.data.cache
 import basd.models.students
-import basd.training.lesson
+import basd.runs.inference
 import basd.training.trainer as trainer
-from basd.training.checkpoints import digest, load
-from basd.training.cli import main
-from basd.training.metrics import Log, read_log
+from basd.runs.run_directory import digest, load
+from basd.cli import main
+from basd.runs.metrics import Log, read_log
 from basd.training.trainer import Trainer
 from forks import ENVIRONMENT, LIMIT, end, no_figures, start    # noqa: F401 (`end` for those who import this)
 
@@ -98,7 +98,7 @@ MOMENTS = {
     "epoch: best not renamed": before(os, "replace", "best.pt"),
     "epoch: best new, last old": after(os, "replace", "best.pt"),
     "epoch: between two": after(Trainer, "end_epoch"),
-    "evaluation: inside": before(basd.training.lesson, "autocast"),
+    "evaluation: inside": before(basd.runs.inference, "autocast"),
     "evaluation: at its end": after(trainer, "evaluate"),
     "end: before the test split": before(Trainer, "finish"),
     "end: student written, no result": after(trainer, "save_student"),

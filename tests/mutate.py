@@ -1,8 +1,8 @@
-"""Mutation testing of geometry/, selectors/, losses/ and methods/: change one thing in a copy, run what concerns it, see red.
+"""Mutation testing of the mathematics: change one thing in a copy, run what concerns it, see red.
 
     python tests/mutate.py [--only losses.rsd methods …] [--jobs 2]
 
-`mutants.yaml` lists the changes. Each is made in a copy of the repository, in the notebook's cell and in the module that
+`mutants.yaml` lists the changes, to geometry/, losses/, methods/ and what they stand on. Each is made in a copy of the repository, in the notebook's cell and in the module that
 the cell exports to. Then run, until the first red: for a mean over ranks, every piece on two ranks; the module's own page; the
 pages of these rooms that import it; for a selector, `test_selectors.py`; the properties of `test_properties.py`; for a mean over ranks, every method on
 several; all other pages that import the module. What turned red must be green without the change. Processes are forked from one that has imported
@@ -28,7 +28,8 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("geometry", "selectors", "losses", "methods")
+ROOMS = ("core", "geometry", "losses", "methods")
+ELSEWHERE, UNTOUCHED = {"runs.diagnostics"}, {"core.files", "core.processes"}     # processes and files have tests of their own
 LIST, RESULTS = ROOT/"tests"/"mutants.yaml", ROOT/"experiments"/"results"/"mutants.json"
 PROPERTIES, SELECTORS = "tests/test_properties.py", ["tests/test_selectors.py"]
 RANKS = [f"tests/test_ranks.py::test_every_{what}_on_several_ranks" for what in ("piece", "method")]
@@ -103,7 +104,7 @@ def concerned(mutant):
     own, others = page(mutant["module"]), importers(mutant["module"])
     near = [p for p in others if p.split("/")[1] in ROOMS]
     ranks = RANKS if mutant["kind"] == "ranks" else []
-    selectors = SELECTORS if mutant["module"].startswith("selectors.") else []
+    selectors = SELECTORS if "@register_selector(" in source(mutant["module"]).read_text() else []
     return list(dict.fromkeys([*ranks[:1], own, *near, *selectors, PROPERTIES, *ranks[1:], *others]))
 
 
@@ -260,7 +261,7 @@ def known(out): return json.loads(out.read_text())["mutants"] if out.is_file() e
 def keep(found, out, seconds):
     "Write what was found, beside what is known of other mutants that are still in the list"
     if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
-    from basd.training.checkpoints import environment
+    from basd.runs.run_directory import environment
     key = lambda m: (m["module"], m["old"], m["new"])
     outcome = {key(m): {w: m[w] for w in ("by", "how", "seconds", "commit")} for m in [*known(out), *found]}
     found = [m | outcome[key(m)] for m in mutants() if key(m) in outcome]

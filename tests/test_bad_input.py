@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from basd.data.sources import Images, open_source
-from basd.training.cli import main
+from basd.cli import main
 
 TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=32", "data.val_size=20", "train.epochs=1",
          "train.warmup_epochs=0", "train.ema=null"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from basd.training.checkpoints import read_classes
-from basd.training.cli import main
+from basd.runs.run_directory import read_classes
+from basd.cli import main
 
 COLOURS = dict(ant=(220, 30, 30), bee=(30, 220, 30), cow=(30, 30, 220), dog=(220, 220, 30))
 WORDS = ["data.train_split=Training", "data.test_split=Testing", "data.workers=0", "data.batch_size=12", "data.val_size=12",

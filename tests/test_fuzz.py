@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import TINY
 
-from basd.training.cli import connect, ours
-from basd.training.recipe_files import packaged, parse_override, recipe_names
-from basd.training.recipes import load_recipe
+from basd.cli import connect, ours
+from basd.runs.recipe_files import packaged, parse_override, recipe_names
+from basd.runs.recipes import load_recipe
 from basd.training.trainer import Trainer
 
 SECONDS, SEED = float(os.environ.get("BASD_FUZZ", 10)), int(os.environ.get("BASD_FUZZ_SEED", 0))

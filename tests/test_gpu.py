@@ -7,9 +7,9 @@ import torch
 from conftest import TINY
 from test_ranks import BASD, FRAME, METHODS
 
-from basd.geometry.statistics import eigh, steady
-from basd.training.checkpoints import load
-from basd.training.recipes import load_recipe
+from basd.core.numerics import eigh, steady
+from basd.runs.run_directory import load
+from basd.runs.recipes import load_recipe
 from basd.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -7,9 +7,9 @@ from forks import on_ranks
 from test_ranks import FRAME, METHODS, in_double, parts_and_gradients
 from torch.testing import assert_close
 
-from basd.training.checkpoints import digest, load, save, set_rng_state
-from basd.training.faults import look_again, repeat, replay
-from basd.training.recipes import load_recipe
+from basd.runs.run_directory import digest, load, save, set_rng_state
+from basd.training.nonfinite import look_again, repeat, replay
+from basd.runs.recipes import load_recipe
 from basd.training.trainer import Trainer, in_lines
 
 FEW = ["data.labeled=.1", "views.blend_prob=.7", "train.gradient_shares=false"]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from conftest import TINY
 
-from basd.training.cli import main
+from basd.cli import main
 
 CE = ["train", "basd_cifar10", *TINY, "data.train_size=64", "data.val_size=20", "train.epochs=1", "train.ema=null",
       "train.warmup_epochs=0", "method.name=ce"]

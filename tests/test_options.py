@@ -9,14 +9,14 @@ import torch
 from pydantic import TypeAdapter
 
 from basd.data.mixing import draw_blend
-from basd.geometry.features import Features
+from basd.core.features import Features
 from basd.geometry.selector import find_selector, selectors
-from basd.geometry.statistics import step_generator
-from basd.losses.paired import compares, feature_losses, find_feature_loss, told
+from basd.core.sampling import step_generator
+from basd.losses.base import compares, feature_losses, find_feature_loss, told
 from basd.methods.basd import selector_options
-from basd.methods.objective import Progress, Shapes, Target, find_objective, objectives, options_of
+from basd.methods.base import Progress, Shapes, Target, find_objective, objectives, options_of
 from basd.models.taps import Tapped
-from basd.training.recipes import resolve
+from basd.runs.recipes import resolve
 
 find_objective("ce"), find_feature_loss("cka")
 find_objective("basd"), find_selector("nearest")

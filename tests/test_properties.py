@@ -21,24 +21,24 @@ from torch.testing import assert_close
 
 from basd.data.mixing import blend_labels, draw_blend
 from basd.geometry.alignment import HeadAligner, InterpAligner, TokenAligner, target_health
-from basd.geometry.features import Attention, Features, FormedAttention
-from basd.geometry.fixed_maps import FixedSelector
-from basd.geometry.frequency import FrequencySelector
+from basd.core.features import Attention, Features, FormedAttention
+from basd.geometry.layer_maps import FixedSelector
+from basd.geometry.frequency_selector import FrequencySelector
 from basd.geometry.selector import find_selector, selectors
-from basd.geometry.statistics import step_generator
+from basd.core.sampling import step_generator
 from basd.losses.attention import AttentionKL, cut_attention, pseudo_attention
 from basd.losses.balance import Balance
 from basd.losses.fourier import Fourier
-from basd.losses.paired import compares, feature_losses, find_feature_loss, made_for
-from basd.losses.relational import Relational
+from basd.losses.base import compares, feature_losses, find_feature_loss, made_for
+from basd.losses.token_relations import Relational
 from basd.losses.rsd import RSD
 from basd.losses.spectral import Spectral
 from basd.losses.temperature import Temperature
 from basd.methods.basd import selector_options
-from basd.methods.distill import LogitLoss, LogitOptions
-from basd.methods.exits import ofa
-from basd.methods.conflict import binary_kl
-from basd.methods.objective import Progress, Shapes, Target, find_objective, objectives
+from basd.methods.logit_distillation import LogitLoss, LogitOptions
+from basd.methods.early_exits import ofa
+from basd.methods.dual_head import binary_kl
+from basd.methods.base import Progress, Shapes, Target, find_objective, objectives
 
 COMMON = dict(deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
               suppress_health_check=list(HealthCheck))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from basd.training.cli import train
-from basd.training.recipe_files import read_recipe
+from basd.cli import train
+from basd.runs.recipe_files import read_recipe
 
 FOUND = json.loads((Path(__file__).parents[1]/"experiments"/"results"/"quickstart.json").read_text())
 RUNS = [r for r in FOUND["runs"] if "basd" in r["top1"]]

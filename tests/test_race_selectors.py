@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from basd.models.students import create_student, save_student
-from basd.training.lesson import teacher_from_run
+from basd.runs.builders import teacher_from_run
 
 root = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("race_selectors", root/"experiments"/"race_selectors.py")

@@ -12,23 +12,26 @@ from torch.testing import assert_close
 
 from basd.data.views import build_loader
 from basd.geometry.alignment import InterpAligner, target_health
-from basd.geometry.features import Features, FormedAttention
-from basd.geometry.frequency import FrequencySelector
+from basd.core.features import Features, FormedAttention
+from basd.geometry.frequency_selector import FrequencySelector
 from basd.geometry.grassmann import orthonormal_scores, overlap, scores, subspace
 from basd.geometry.projections import reconstruction
 from basd.geometry.selector import GrassmannSelector, draw_places
-from basd.geometry.statistics import centre, covariance, draw_images, effective_rank, global_mean, rank, step_generator, world
+from basd.core.distributed import global_mean, rank, world
+from basd.core.numerics import centre, covariance, effective_rank
+from basd.core.sampling import draw_images, step_generator
 from basd.losses.balance import Balance
 from basd.losses.cka import CKA
 from basd.losses.gram import PooledCorrelation
-from basd.losses.images import CRD, RKD, VRM
+from basd.losses.instance_relations import CRD, RKD, VRM
 from basd.losses.rsd import RSD
 from basd.losses.spectral import Spectral
-from basd.training.checkpoints import load
-from basd.training.cli import main
-from basd.training.faults import replay
-from basd.training.lesson import everyone, open_data
-from basd.training.recipes import load_recipe
+from basd.runs.run_directory import load
+from basd.cli import main
+from basd.training.nonfinite import replay
+from basd.core.distributed import everyone
+from basd.runs.builders import open_data
+from basd.runs.recipes import load_recipe
 from basd.training.trainer import Trainer
 
 

@@ -8,8 +8,8 @@ import struct
 import pytest
 import torch
 
-from basd.training.cli import main, train
-from basd.training.recipe_files import read_recipe, recipe_names
+from basd.cli import main, train
+from basd.runs.recipe_files import read_recipe, recipe_names
 
 CIFAR10 = os.environ.get("BASD_CIFAR10")
 SHORT = ["data.batch_size=32", "data.workers=0", "data.train_size=96", "data.val_size=64", "train.epochs=1",

@@ -12,10 +12,10 @@ from forks import ENVIRONMENT
 from PIL import Image, ImageOps
 
 from basd.data.sources import Images, open_source
-from basd.training.checkpoints import digest, load
-from basd.training.cli import main
-from basd.training.metrics import read_log
-from basd.training.recipes import as_tree, load_recipe
+from basd.runs.run_directory import digest, load
+from basd.cli import main
+from basd.runs.metrics import read_log
+from basd.runs.recipes import as_tree, load_recipe
 
 WORDS = [*TINY, "data.train_size=128", "train.epochs=2", "train.warmup_epochs=1", "train.seed=7", "data.split_seed=3"]
 METHODS = {"basd": [], "labels": ["method.name=ce"],
@@ -72,7 +72,7 @@ from multiprocessing.process import BaseProcess
 multiprocessing.set_start_method(sys.argv[1])
 started, start = [], BaseProcess.start
 BaseProcess.start = lambda process: (started.append(process), start(process))
-from basd.training.cli import main
+from basd.cli import main
 print(main(sys.argv[2:]), len(started), len(multiprocessing.active_children()))
 """
 

@@ -8,9 +8,9 @@ from test_ranks import in_double
 from torch.testing import assert_close
 
 from basd.geometry.selector import find_selector, selectors
-from basd.training.checkpoints import digest, load
-from basd.training.metrics import read_log
-from basd.training.recipes import load_recipe
+from basd.runs.run_directory import digest, load
+from basd.runs.metrics import read_log
+from basd.runs.recipes import load_recipe
 from basd.training.trainer import Trainer
 
 find_selector("nearest")

@@ -9,9 +9,9 @@ import pytest
 from conftest import NO_MODEL, TINY
 from forks import ENVIRONMENT
 
-from basd.data.cache import fingerprint
+from basd.core.files import fingerprint
 from basd.models.students import load_student
-from basd.training.cli import main
+from basd.cli import main
 from basd.training.trainer import in_lines
 
 def run_tiny(tmp_path, *words):
@@ -52,8 +52,8 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
 def test_non_finite_loss_is_named(tmp_path, capsys):
     assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0") == 2
     err = capsys.readouterr().err
-    from basd.training.checkpoints import load
-    from basd.training.faults import replay
+    from basd.runs.run_directory import load
+    from basd.training.nonfinite import replay
     found = load(tmp_path/"run"/"nonfinite.pt")
     assert (f"loss {found['term']!r} was not finite at step {found['step']}, first in the student's blocks." in err
             and "Traceback" not in err)
@@ -74,7 +74,7 @@ def test_a_comparison_without_its_baseline_has_failed(tmp_path, capsys):
 
 def test_a_terminal_without_utf8_gets_question_marks():
     "A summary of two stages has a dot that ASCII lacks; printing it must not end a finished run"
-    code = "import basd.training.cli as c; c.run = lambda args: print('accuracy a \u00b7 b'); sys.exit(c.main(['recipes']))"
+    code = "import basd.cli as c; c.run = lambda args: print('accuracy a \u00b7 b'); sys.exit(c.main(['recipes']))"
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout.strip()) == (0, "accuracy a ? b"), done.stderr

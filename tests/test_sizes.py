@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from basd.data.sources import Images, open_source
 from basd.models.students import create_student
-from basd.training.cli import train
-from basd.training.lesson import evaluate, logits_of
-from basd.training.metrics import read_log
+from basd.cli import train
+from basd.runs.inference import evaluate, logits_of
+from basd.runs.metrics import read_log
 
 SIZES = (1, 2, 3, 7, 50)
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from basd.training.checkpoints import digest, load
-from basd.training.cli import main
+from basd.runs.run_directory import digest, load
+from basd.cli import main
 
 WORDS = ["data.train_size=96", "data.val_size=32", "data.batch_size=32", "data.workers=0", "train.epochs=2",
          "train.warmup_epochs=0", "student.depth=4", "stages.ce=null"]
@@ -65,7 +65,7 @@ def test_resumed(finished, copy):
 
 def test_read_only(copy, capsys, monkeypatch):
     "Accuracies are printed before anything is written"
-    from basd.training import reports
+    from basd.analysis import reports
     def refuse(path, *args, **kwargs): raise OSError(30, "Read-only file system", str(path))
     monkeypatch.setattr(reports, "write_atomic", refuse)
     assert main(["evaluate", str(copy/"basd"), "--quick"]) == 0
@@ -84,7 +84,7 @@ def test_a_first_step_that_is_refused(tmp_path, monkeypatch, capsys):
                                         "student: {img_size: 16, patch_size: 4, depth: 2, width: 32, heads: 2}\n"
                                         "train: {epochs: 1, warmup_epochs: 0}")
         monkeypatch.setattr(Trainer, "optimize", refuse)
-        monkeypatch.setattr("basd.training.cli.ours", lambda e: True)
+        monkeypatch.setattr("basd.cli.ours", lambda e: True)
         assert main(["train", *words, "--run-dir", "run"]) == 2 and "refused" in capsys.readouterr().err
         assert not (tmp_path/"run").exists()
     monkeypatch.setattr(Trainer, "optimize", well)

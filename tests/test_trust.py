@@ -12,16 +12,16 @@ import yaml
 from conftest import NO_MODEL, TINY
 from forks import ENVIRONMENT
 
-from basd.losses import paired
-from basd.training.checkpoints import load, save
-from basd.training.cli import main
-from basd.training.faults import replay
+from basd.losses import base as paired
+from basd.runs.run_directory import load, save
+from basd.cli import main
+from basd.training.nonfinite import replay
 
 CE = ["train", "basd_cifar10", *TINY, "data.train_size=64", "data.val_size=20", "train.epochs=1", "train.ema=null",
       "train.warmup_epochs=0", "method.name=ce"]
 PAYLOAD = """open('mark', 'w').close()
 import torch
-from basd.methods.objective import CrossEntropy
+from basd.methods.base import CrossEntropy
 class Evil(CrossEntropy): pass
 class Loss(torch.nn.Module): pass
 def score(said): return said['labels'].double()

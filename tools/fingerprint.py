@@ -25,8 +25,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from basd.training.metrics import read_log
-from basd.training.recipes import load_recipe
+from basd.runs.metrics import read_log
+from basd.runs.recipes import load_recipe
 from basd.training.trainer import Trainer
 
 FRAME = ["data.source=digits", "data.train_size=128", "data.val_size=64", "data.batch_size=32", "data.workers=0", "views.flip=0",

@@ -1,2 +1,2 @@
 "Taps on any model, frozen teachers, students; this package's own models are registered with timm on import"
-from . import last_layers, small_images
+from . import cifar_models, last_layers

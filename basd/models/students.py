@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import nn
 
-from ..data.cache import write_atomic
+from ..core.files import write_atomic
 from .taps import Tapped, layer_names
 from .teachers import build, input_config, load_weights, origin_of
 

@@ -27,7 +27,7 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor, nn
 
-from ..geometry.features import Attention, Features
+from ..core.features import Attention, Features
 
 # %% ../../nbs/models/40_taps.ipynb #d709d9d0
 def layer_names(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..geometry.features import Features
+from ..core.features import Features
 from .taps import Tapped
 
 # %% ../../nbs/models/41_teachers.ipynb #92563b14

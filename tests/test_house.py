@@ -1,0 +1,84 @@
+"Numbers of pages are the order of imports, rooms import one way, and none of them is most of the house"
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# room → rooms whose modules it may import
+ORDER = ["core", "geometry", "losses", "models", "data", "methods", "runs", "training", "analysis", "benchmark", "cli"]
+MAY = {room: set(ORDER[:i + 1]) for i, room in enumerate(ORDER)}
+MAY["geometry"] = {"core", "geometry"}
+MAY["losses"] = {"core", "geometry", "losses"}
+MAY["models"] = {"core", "models"}
+MAY["data"] = {"core", "data"}
+# Demonstrations that show a function on what a later page makes
+LOOKS_AHEAD = {
+    "geometry/12_selector": {"data.mixing"}, "geometry/13_frequency_selector": {"data.mixing"},
+    "losses/22_token_relations": {"models.taps"}, "losses/34_logit_trajectory": {"models.taps"},
+    "models/39_last_layers": {"models.students"}}
+NUMBERED = sorted(p for p in ROOT.glob("nbs/**/[0-9][0-9]_*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def name(path): return str(path.relative_to(ROOT/"nbs").with_suffix(""))
+
+
+def module(path): return re.sub(r"(^|/)\d\d_", r"\1", name(path)).replace("/", ".")
+
+
+def number(path): return int(re.match(r"\d\d", path.name)[0])
+
+
+PAGE = {module(p): p for p in NUMBERED}
+
+
+def cells(path):
+    "(code, is it exported) of each cell that is run"
+    for c in json.loads(path.read_text())["cells"]:
+        s = "".join(c["source"])
+        if c["cell_type"] == "code" and "eval: false" not in s:
+            lines = ("" if l.startswith(("%", "!")) else l for l in s.splitlines())
+            yield "\n".join(lines), re.search(r"^#\|\s*export", s, re.M) is not None
+
+
+def imported(code, deep):
+    "Modules of the package that a cell imports, in functions too if `deep`"
+    tree = ast.parse(code)
+    for node in ast.walk(tree) if deep else tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("basd."):
+            m = node.module.removeprefix("basd.")
+            yield from [m] if m in PAGE else [f"{m}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("basd.") for a in node.names if a.name.startswith("basd."))
+
+
+@pytest.mark.parametrize("page", list(map(name, NUMBERED)))
+def test_a_page_imports_from_lower_numbers(page):
+    path = ROOT/"nbs"/f"{page}.ipynb"
+    for code, exported in cells(path):
+        for m in imported(code, deep=True):
+            if m not in PAGE or PAGE[m] == path or not exported and m in LOOKS_AHEAD.get(page, ()): continue
+            if (page, m) == ("training/73_nonfinite", "training.trainer"): continue       # a step is replayed by a trainer
+            assert number(PAGE[m]) < number(path), f"{page} imports {m}"
+
+
+def test_rooms_import_one_way():
+    for file in ROOT.glob("basd/*/*.py"):
+        room = file.parent.name
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module:
+                assert node.module.split(".")[0] in MAY[room], f"{file.name} of {room} imports {node.module}"
+
+
+def test_no_room_is_most_of_the_house():
+    of = lambda pattern: sum(len(f.read_text().splitlines()) for f in ROOT.glob(pattern))
+    lines = {room: of(f"basd/{room}.py") + of(f"basd/{room}/*.py") for room in ORDER}
+    assert max(lines.values()) <= .15*sum(lines.values()), lines
+
+
+def test_exceptions_are_needed():
+    for page, modules in LOOKS_AHEAD.items():
+        found = {m for code, exported in cells(ROOT/"nbs"/f"{page}.ipynb") if not exported for m in imported(code, deep=True)}
+        assert modules <= found, f"{page} looks ahead no longer"
