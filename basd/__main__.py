@@ -20,7 +20,7 @@ def start()->int: # exit status
         module = import_module(name)
         if ours: signal.signal(signal.SIGINT, signal.default_int_handler)
         return module
-    status = imported("basd.cli").main(load=lambda: imported("basd.training.trainer"))     # with torch
+    status = imported("basd.cli").main(load=lambda: imported("basd.training.build"))     # with torch
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)      # all is done; the same one again
     return status
 

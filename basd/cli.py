@@ -58,7 +58,8 @@ def train(
     from basd.core.distributed import rank
     from basd.core.processes import launched
     from basd.runs.recipes import load_recipe
-    from basd.training.trainer import Stopped, Trainer, on_stop
+    from basd.training.build import build_trainer
+    from basd.training.callbacks import Stopped, on_stop
     aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not launched().rank else None
     with on_stop(stopped) as asked:
         stages = load_recipe(at_home(recipe), overrides, trust, aloud)
@@ -79,9 +80,9 @@ def train(
                         if rank() == 0: start_run(place, r, resume=True, images=moved(place, r)) # of the same recipe?
                         results[stage] = read_result(place)
                         continue
-                    trainer = Trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars)
+                    trainer = build_trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars)
                     if asked: stopped()
-                    results[stage] = trainer.train()
+                    results[stage] = trainer.fit()
                     if results[stage] is None: break
                     if trainer.stopping: stopped()
             if rank() == 0: summarise(run, results)
@@ -128,7 +129,7 @@ def resume(
 # %% ../nbs/90_cli.ipynb #22cf868f
 def stopped():
     "Leave what is under way"
-    from basd.training.trainer import Stopped
+    from basd.training.callbacks import Stopped
     raise Stopped("stopped on request before it began")
 
 # %% ../nbs/90_cli.ipynb #7967449c
@@ -443,7 +444,7 @@ def main(
         return complain(e)
     except KeyboardInterrupt as e:
         print(f"basd: {str(e) or 'interrupted'}", file=sys.stderr)
-        return 0 if isinstance(e, known('basd.training.trainer', 'Stopped')) else 130
+        return 0 if isinstance(e, known('basd.training.callbacks', 'Stopped')) else 130
 
 # %% ../nbs/90_cli.ipynb #081036e9
 def ours(

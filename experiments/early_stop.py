@@ -57,7 +57,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     benches = {n: bench(n) for n in STEPS}
-    for n,b in benches.items(): b.steady(); assert b.lesson.objective.teacher_depth() == n
+    for n,b in benches.items(): b.steady(); assert b.task.method.teacher_depth() == n
     one, teacher, steps = benches[1], {n: [] for n in DEPTHS}, {n: [] for n in STEPS}
     for i in range(args.rounds + 1):        # the first warms up
         whole = seconds(one.ask)

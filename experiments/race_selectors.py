@@ -4,7 +4,8 @@
     HF_HUB_OFFLINE=1 python experiments/race_selectors.py cifar10_8 CIFAR10_FOLDER VIT_TINY.safetensors RUNS …
 
 FRAME is one of the names in FRAMES below, whose numbers stay what they are whatever the packaged recipes become. An
-entry is a packaged recipe: every `select_NAME`, every `map_NAME`, the rivals in RIVALS, and `ce`, labels alone; what a recipe says of its student's stage is laid over the frame. All seeds of a frame share one teacher where
+entry is a packaged recipe: every `select_NAME`, every `map_NAME`, the rivals in RIVALS, those with other options in VARIANTS,
+and `ce`, labels alone; what a recipe says of its student's stage is laid over the frame. All seeds of a frame share one teacher where
 `once` is set, and its outputs on eight views per image where `views` is set, so that a step costs no teacher pass.
 
 One thread a run, --jobs runs at a time, seed by seed. Each run that ends is written to
@@ -31,7 +32,7 @@ from basd.runs.recipe_files import merge, read_recipe, recipe_names
 from basd.runs.recipes import resolve, write_recipe
 from basd.benchmark.entries import Run
 from basd.benchmark.results import result_of
-from basd.training.trainer import on_stop
+from basd.training.callbacks import on_stop
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/"experiments"/"results"
@@ -39,6 +40,10 @@ RESULTS = ROOT/"experiments"/"results"
 FIRST = ["ce", "uniform", "nearest", "progressive", "complementary", "ramp", "leap", "final", "first"]
 RIVALS = ["leap", "lift", "wide_last", "last_layer"]
 POINTS, DEPTH = 4, 6                    # of the packaged recipes' student and teacher
+
+# entry → packaged recipe with other options: what the moving targets make of more time
+VARIANTS = dict(progressive_slow=("select_progressive", dict(method=dict(selector=dict(share=.45, fast=.4, until=.9)))),
+                ramp_slow=("select_ramp", dict(method=dict(selector=dict(until=.9)))))
 
 # the quickstart of November 2026, where labels alone are in the middle of their rise
 DIGITS = dict(
@@ -95,6 +100,7 @@ def entries():
     for n in (n for n in names if n.startswith("select_")):         # a rival's rule as BASD's selector keeps its long name
         found[n if n.removeprefix("select_") in found else n.removeprefix("select_")] = n
     found.setdefault("nearest", "digits")
+    found |= {n: recipe for n, (recipe, _) in VARIANTS.items()}
     return dict(sorted(found.items(), key=lambda e: FIRST.index(e[0]) if e[0] in FIRST else len(FIRST)))
 
 
@@ -116,7 +122,7 @@ def placed(given, all_of, count):
 
 def recipe_of(frame, entry, recipe, seed, local, teacher):
     "The recipe of a run, and what distinguishes it from other runs of its seed"
-    stage = dict(method=dict(name="ce")) if recipe is None else stage_of(recipe)
+    stage = dict(method=dict(name="ce")) if recipe is None else merge(stage_of(recipe), VARIANTS.get(entry, (0, {}))[1])
     tree = merge(merge(frame["base"], local), stage)
     objective = find_objective(tree["method"]["name"])
     options = resolve({k: v for k,v in tree.items() if k != "teacher"}).method.options

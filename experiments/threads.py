@@ -38,15 +38,15 @@ WORK = {                                # name → recipe, overrides, stage, ste
 def timed(name, steps):
     "Seconds a step of one kind of work, in this process"
     from basd.runs.recipes import load_recipe
-    from basd.training.trainer import Trainer
+    from basd.training.build import build_trainer
     recipe, overrides, stage, _ = WORK[name]
     with tempfile.TemporaryDirectory() as run:
-        trainer = Trainer(load_recipe(recipe, overrides)[stage], run, "cpu", bars=False)
-        trainer.lesson.train()
-        batches = [b for b, _ in zip(trainer.read(0, 0, trainer.per_epoch, trainer.views), range(steps))]
-        for b in batches[:2]: trainer.optimize([b])
+        trainer = build_trainer(load_recipe(recipe, overrides)[stage], run, "cpu", bars=False)
+        trainer.task.train()
+        batches = [b for b, _ in zip(trainer.data.read(0, 0, trainer.data.per_epoch), range(steps))]
+        for b in batches[:2]: trainer.run_step([b])
         start = time.perf_counter()
-        for i in range(steps): trainer.optimize([batches[i % len(batches)]])
+        for i in range(steps): trainer.run_step([batches[i % len(batches)]])
         return (time.perf_counter() - start)/steps
 
 

@@ -17,7 +17,7 @@ import torch
 from basd.geometry.grassmann import principal_angles
 from basd.runs.run_directory import environment
 from basd.runs.recipes import load_recipe
-from basd.training.trainer import Trainer
+from basd.training.build import build_trainer
 
 if __name__ == "__main__":
     data, weights, steps = sys.argv[1], sys.argv[2], int(sys.argv[3] if len(sys.argv) > 3 else 160)
@@ -27,8 +27,8 @@ if __name__ == "__main__":
                  "teacher.img_size=128", "student.depth=6", "student.width=96", "student.heads=3",
                  "student.drop_path=0", "method.points=[1, 2, 4, 5]", "method.selector.solver=track", "train.epochs=1",
                  "train.warmup_epochs=0.1", "train.precision=float32", "train.ema=null", "train.gradient_shares=false"]
-    trainer = Trainer(load_recipe("basd_cifar10", overrides)[""], tempfile.mkdtemp() + "/run", bars=False)
-    selector, rows, after = trainer.lesson.objective.selector, [], trainer.lesson.objective.after_step
+    trainer = build_trainer(load_recipe("basd_cifar10", overrides)[""], tempfile.mkdtemp() + "/run", bars=False)
+    selector, rows, after = trainer.task.method.selector, [], trainer.task.method.after_step
     def watch():
         k, exact = selector.rank, torch.linalg.eigh(selector.running.double())[1].flip(-1)
         lam = torch.linalg.eigvalsh(selector.running.double()).flip(-1)
@@ -37,8 +37,8 @@ if __name__ == "__main__":
                                                 exact[..., :k]).max(-1).values.tolist(),
                          gap=((lam[:, k - 1] - lam[:, k])/lam[:, k - 1]).tolist()))
         after()
-    trainer.lesson.objective.after_step = watch
-    trainer.train_epoch(0)
+    trainer.task.method.after_step = watch
+    trainer.fit()
     out = Path(__file__).parent/"results"/"tracking.json"
     short = [r | {n: [float(f"{x:.4g}") for x in r[n]] for n in ("angle", "gap")} for r in rows]
     out.write_text(json.dumps(dict(rows=short, rank=selector.rank, points=len(selector.widths_s),

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 import basd.cli  # noqa: F401 (imported for the children)
-import basd.training.trainer  # noqa: F401
+import basd.training.build  # noqa: F401
+import basd.training.callbacks
 from basd.core.distributed import rank, world
 from basd.methods.base import find_objective
 from basd.core.processes import processes
+from basd.runs.run_directory import digest, load
 
 find_objective("basd")      # imports all methods, so that all children are of one state of the code
 LIMIT = 120                 # seconds; a process that takes longer is a failure
@@ -25,7 +27,13 @@ ENVIRONMENT = dict(         # of every child: this checkout first on the path, o
 
 def no_figures(put=setattr):
     "Runs end without their figure, which takes a second and a half; those of the shell and of the notebooks draw it"
-    put(basd.training.trainer, "plot_run", lambda run: None)
+    put(basd.training.callbacks, "plot_run", lambda run: None)
+
+
+def state_of(run, file="last.pt"):
+    "Digest of a run's checkpoint, but for its clock, and the length of its log, which counts the digits of times"
+    state = load(Path(run)/file)
+    return digest(state | dict(callbacks={k: v for k, v in state["callbacks"].items() if k != "MetricsLog"}))
 
 
 def server():

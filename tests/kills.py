@@ -24,12 +24,14 @@ import torch
 import basd.data.cache
 import basd.models.students
 import basd.runs.inference
+import basd.training.build as build
+import basd.training.callbacks as callbacks
 import basd.training.trainer as trainer
-from basd.runs.run_directory import digest, load
 from basd.cli import main
+from basd.runs.run_directory import load
 from basd.runs.metrics import Log, read_log
 from basd.training.trainer import Trainer
-from forks import ENVIRONMENT, LIMIT, end, no_figures, start    # noqa: F401 (`end` for those who import this)
+from forks import ENVIRONMENT, LIMIT, end, no_figures, start, state_of    # noqa: F401 (`end` for those who import this)
 
 
 def die(number=signal.SIGKILL):
@@ -94,15 +96,15 @@ MOMENTS = {
     "checkpoint: previous renamed, last not": after(os, "replace", "previous.pt"),
     "checkpoint: last not renamed": before(os, "replace", "last.pt"),
     "checkpoint: last renamed": after(os, "replace", "last.pt"),
-    "epoch: row written, nothing saved": after(trainer, "print_row"),
+    "epoch: row written, nothing saved": after(callbacks, "print_row"),
     "epoch: best not renamed": before(os, "replace", "best.pt"),
     "epoch: best new, last old": after(os, "replace", "best.pt"),
-    "epoch: between two": after(Trainer, "end_epoch"),
+    "epoch: between two": after(callbacks.Checkpoint, "after_epoch"),
     "evaluation: inside": before(basd.runs.inference, "autocast"),
-    "evaluation: at its end": after(trainer, "evaluate"),
-    "end: before the test split": before(Trainer, "finish"),
-    "end: student written, no result": after(trainer, "save_student"),
-    "end: test row written": before(trainer, "plot_run"),
+    "evaluation: at its end": after(build, "evaluate"),
+    "end: before the test split": before(callbacks.Test, "after_fit"),
+    "end: student written, no result": after(callbacks, "save_student"),
+    "end: test row written": before(callbacks, "plot_run"),
     "end: result not renamed": before(os, "replace", "result.json"),
 }
 
@@ -153,12 +155,6 @@ def alive(group):
     return True
 
 
-CLOCK = ("elapsed", "offset")       # an offset counts the digits of the times in the log
-
-
-def saved(file): return digest({k: v for k, v in load(file).items() if k not in CLOCK})
-
-
 def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(run)]
 
 
@@ -166,7 +162,7 @@ def left(run):
     "All that must be equal at the end: checkpoints but for the clock, the log without its times, what is taken away"
     run = Path(run)
     result = json.loads((run/"result.json").read_text())
-    return dict({n: saved(run/n) for n in ("last.pt", "previous.pt", "best.pt")},
+    return dict({n: state_of(run, n) for n in ("last.pt", "previous.pt", "best.pt")},
                 rows=rows(run), student=(run/"student.safetensors").read_bytes(),
                 result={k: v for k, v in result.items() if k != "seconds"}, files=sorted(p.name for p in run.iterdir()))
 

@@ -573,7 +573,7 @@ STATE = { # what is wrong with a file of a run: content from the file as it was
     "cut": lambda b: b[:len(b)//2], "empty": lambda b: b"", "words": lambda b: b"no state",
     "flipped": lambda b: b[:len(b)//2] + bytes(x ^ 255 for x in b[len(b)//2:len(b)//2 + 200]) + b[len(b)//2 + 200:],
     "foreign": lambda b: saved({"a": torch.zeros(2)}), "evil": lambda b: pickle.dumps(Evil()),
-    "evil within": lambda b: saved({"state": {"lesson": Evil()}, "digest": ""}),
+    "evil within": lambda b: saved({"state": {"task": Evil()}, "digest": ""}),
     "evil of torch": lambda b: saved(Evil()),
 }
 TEXTS = {"empty": "", "cut": "{", "list": "[]", "other": "{}", "words": "no state",

@@ -14,7 +14,7 @@ from conftest import TINY
 from basd.cli import connect, ours
 from basd.runs.recipe_files import packaged, parse_override, recipe_names
 from basd.runs.recipes import load_recipe
-from basd.training.trainer import Trainer
+from basd.training.build import build_trainer
 
 SECONDS, SEED = float(os.environ.get("BASD_FUZZ", 10)), int(os.environ.get("BASD_FUZZ_SEED", 0))
 JUNK = [None, True, False, -1, 0, 1, 2, 3, 7, 1.5, -0.5, .999, 1e-320, 1e308, -1e308, float("nan"), float("inf"),
@@ -129,7 +129,7 @@ def test_mutated_recipes(tmp_path, monkeypatch, record_property):
         if (build and len(stages) == 1 and attempt(what, joined)
                 and small(stages.get("") or next(iter(stages.values())))):
             r, run = next(iter(stages.values())), tmp_path/f"run{counts['tried']}"
-            counts["built"] += attempt(what, lambda: bool(Trainer(r, run, bars=False))) is not None
+            counts["built"] += attempt(what, lambda: bool(build_trainer(r, run, bars=False))) is not None
     print(f"\n{counts['tried']} mutants: {counts['refused']} refused, {counts['loaded']} loaded, "
           f"{counts['built']} of them built, in {SECONDS:.0f} s")
     for k, v in (counts | dict(seconds=SECONDS)).items(): record_property(k, v)

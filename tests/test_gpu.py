@@ -10,7 +10,7 @@ from test_ranks import BASD, FRAME, METHODS
 from basd.core.numerics import eigh, steady
 from basd.runs.run_directory import load
 from basd.runs.recipes import load_recipe
-from basd.training.trainer import Trainer
+from basd.training.build import build_trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 METHODS = METHODS | {"followed": [*BASD, "method.selector.solver=track", "method.selector.settle=3",
@@ -34,10 +34,10 @@ def test_decomposition_is_replayed(shape):
             torch.testing.assert_close(again.cpu(), A, rtol=1e-4, atol=1e-4)
 
 
-def trainer(folder, *words, device="cuda"):
-    "A trainer of digits, about to make its first step"
-    t = Trainer(load_recipe("deit_cifar", [*FRAME, *words])[""], folder, device, bars=False)
-    t.lesson.train()
+def trainer(folder, *words, device="cuda", resume=False):
+    "A trainer of digits, about to make its next step"
+    t = build_trainer(load_recipe("deit_cifar", [*FRAME, *words])[""], folder, device, resume, bars=False)
+    t.task.train()
     return t
 
 
@@ -46,11 +46,11 @@ def test_no_step_waits(name, tmp_path):
     "Twenty steps of the trainer in a mode in which waiting for the device is an error"
     t = trainer(tmp_path/"run", *QUIET, "train.epochs=40", "train.precision=bf16", "views.blend_prob=0.7",
                 *METHODS[name])
-    batches = [b for e in range(4) for b in t.read(e, e*t.per_epoch, (e + 1)*t.per_epoch, t.views)]
-    for b in batches[:12]: t.optimize([b])      # what is made once is made: codes, resamplings, state of the optimizer
+    batches = [b for e in range(4) for b in t.data.read(e, e*t.data.per_epoch, (e + 1)*t.data.per_epoch)]
+    for b in batches[:12]: t.run_step([b])      # what is made once is made: codes, resamplings, state of the optimizer
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for b in (batches*2)[12:32]: t.optimize([b])
+        for b in (batches*2)[12:32]: t.run_step([b])
     finally: torch.cuda.set_sync_debug_mode("default")
     assert t.step == 32 and t.skipped.item() == 0
 
@@ -67,15 +67,13 @@ def outcome(folder, device, *words):
     ("Parts and gradients of one step in float64, with what is sampled drawn on the CPU "
      "(RKD draws its images itself: it takes all)")
     t = trainer(folder, *QUIET, "train.seed=1", *(w.replace("images: 8", "") for w in words), device=device)
-    t.lesson.double()
-    if t.teacher is not None: t.teacher.double()
-    t.arrange()
-    prepare, t.step = t.lesson.objective.prepare, 20
-    t.lesson.objective.prepare = lambda p, n, d: (q := prepare(p, n, "cpu"))._replace(drawn=moved(q.drawn, d))
-    out = t.forward(next(iter(t.read(0, 0, 1, t.views))))
+    t.task.double()
+    prepare, t.step = t.task.method.prepare, 20
+    t.task.method.prepare = lambda p, n, d: (q := prepare(p, n, "cpu"))._replace(drawn=moved(q.drawn, d))
+    out = t.forward(next(iter(t.data.read(0, 0, 1))))
     out["loss"].backward()
     return ({k: v.detach().cpu() for k, v in out["parts"].items()},
-            {n: p.grad.cpu() for n, p in t.lesson.named_parameters() if p.grad is not None})
+            {n: p.grad.cpu() for n, p in t.task.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("blend", ["views.mixup=0", "views.cutmix=0"])
@@ -109,13 +107,14 @@ def test_a_run_from_the_shell(words, basd, tmp_path):
 
 def test_stop_and_go_on(tmp_path):
     "A run that is stopped in the middle of an epoch and taken up ends close to the weights of one that is not"
-    whole = trainer(tmp_path/"whole", "train.epochs=2", "train.warmup_epochs=0", *METHODS["basd"])
-    whole.train()
-    half = trainer(tmp_path/"half", "train.epochs=2", "train.warmup_epochs=0", *METHODS["basd"])
+    words = "train.epochs=2", "train.warmup_epochs=0", *METHODS["basd"]
+    whole = trainer(tmp_path/"whole", *words)
+    whole.fit()
+    half = trainer(tmp_path/"half", *words)
     half.told_to_stop = lambda: half.step >= 11
-    assert half.train() is None
-    again = Trainer(half.recipe, tmp_path/"half", "cuda", resume=True, bars=False)
+    assert half.fit() is None
+    again = trainer(tmp_path/"half", *words, resume=True)
     assert again.step == 11
-    again.train()
-    a, b = (load(tmp_path/r/"last.pt")["lesson"] for r in ("whole", "half"))
+    again.fit()
+    a, b = (load(tmp_path/r/"last.pt")["task"] for r in ("whole", "half"))
     assert all(torch.allclose(a[k].float(), b[k].float(), rtol=1e-2, atol=1e-3) for k in a)

@@ -210,7 +210,7 @@ def test_damaged_checkpoint(run, undisturbed):
     ("One bit turned over, at several places, or half of the file gone: nothing is touched, "
      "and the checkpoint before is offered")
     go(ALONE, run, ("end: before the test split", 1))
-    whole, good, chance = (run/"last.pt").read_bytes(), kills.saved(run/"last.pt"), random.Random(0)
+    whole, good, chance = (run/"last.pt").read_bytes(), kills.state_of(run), random.Random(0)
     at = whole.index(b"data/0")                                                      # from here on, tensors
     flips = [chance.randrange(8*at, 8*len(whole)) for _ in range(40)]
     refused = 0
@@ -219,7 +219,7 @@ def test_damaged_checkpoint(run, undisturbed):
         if flip is None: del content[len(content)//2:]
         else: content[flip//8] ^= 1 << flip % 8
         (run/"last.pt").write_bytes(content)
-        try: assert kills.saved(run/"last.pt") == good                              # or it hit what nobody reads
+        try: assert kills.state_of(run) == good                              # or it hit what nobody reads
         except ValueError: refused += 1
     assert refused > 30
     (run/"last.pt").write_bytes(whole[:len(whole)//2])

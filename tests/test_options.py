@@ -110,7 +110,7 @@ def lesson(name, words):
     cls = find_objective(name)
     options = TypeAdapter(cls.Options).validate_python(words)
     needs = cls.needs(options)
-    (plain_s, plain_t), out = models(), [float(v) for v in (needs.attention, needs.distilled, needs.twins)]
+    (plain_s, plain_t), out = models(), [float(v) for v in (needs.attention, needs.views)]
     at = {"default": "all", None: []}
     layers = lambda l: at.get(l, l) if not isinstance(l, list) else l
     student, teacher = Tapped(plain_s, layers(needs.points)), Tapped(plain_t, layers(needs.layers))
@@ -122,6 +122,8 @@ def lesson(name, words):
     if name in ("amtml", "diverse"): f = f[0], of_two(f[1])
     torch.manual_seed(2)
     objective = cls(options, Shapes.of(f[0]), Shapes.of(f[1]) if needs.teacher else None, C)
+    second = getattr(options, "head", None) == "distillation"
+    if second: student.model.head_dist, student.model.set_distilled_training = torch.nn.Identity(), lambda on: None
     objective.train(); objective.meet(student, teacher if needs.teacher else None)
     params = [p for m in (student, objective) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.SGD(params, lr=.3)
@@ -129,10 +131,10 @@ def lesson(name, words):
     said = dict(labels=torch.arange(40) % C, student=torch.randn(40, C, generator=g),
                 teacher=torch.randn(40, C, generator=g))
     for step in range(STEPS):
-        out += seen(objective.plan(step, STEPS, lambda: said))
+        if hasattr(objective, "plan"): out += seen(objective.plan(step, STEPS, lambda: said))
         torch.manual_seed(10 + step)
         s = student(x[step])
-        if needs.distilled: s.distilled = s.logits.roll(1, 1) + .1*s.logits
+        if second: s.distilled = s.logits.roll(1, 1) + .1*s.logits
         with torch.no_grad(): t = teacher(x[step]) if needs.teacher else None
         if name in ("amtml", "diverse"): t = of_two(t)
         blend = draw_blend(step_generator(0, step), B, prob=.7)

@@ -10,7 +10,6 @@ from conftest import TINY
 from forks import end, on_ranks, start
 from torch.testing import assert_close
 
-from basd.data.views import build_loader
 from basd.geometry.alignment import InterpAligner, target_health
 from basd.core.features import Features, FormedAttention
 from basd.geometry.frequency_selector import FrequencySelector
@@ -28,21 +27,18 @@ from basd.losses.rsd import RSD
 from basd.losses.spectral import Spectral
 from basd.runs.run_directory import load
 from basd.cli import main
-from basd.training.nonfinite import replay
 from basd.core.distributed import everyone
 from basd.runs.builders import open_data
 from basd.runs.recipes import load_recipe
-from basd.training.trainer import Trainer
+from basd.training import build
+from basd.training.build import TrainingData, build_trainer, replay
 
 
 def in_double(recipe, run):
     "A trainer of float64, in training, with all ramps up, so that every term counts"
-    def build_double(self, build=Trainer.build_models):
-        build(self)
-        self.lesson.double()
-        if self.teacher is not None: self.teacher.double()
-    with patch.object(Trainer, "build_models", build_double): trainer = Trainer(recipe, run, "cpu", bars=False)
-    trainer.lesson.train()
+    def in_float64(*args, make=build.build_task): return make(*args).double()
+    with patch.object(build, "build_task", in_float64): trainer = build_trainer(recipe, run, "cpu", bars=False)
+    trainer.task.train()
     trainer.step = 20
     return trainer
 
@@ -54,14 +50,12 @@ def parts_and_gradients(trainer, batch):
     said = result["parts"] | {k: v for k, v in result["report"].items()
                               if k.split("/")[0] in ("raw", "mixing", "distance", "leap", "reached")}
     return ({k: global_mean(v.detach()) for k, v in said.items()},
-            {n: p.grad for n, p in trainer.lesson.named_parameters() if p.grad is not None})
+            {n: p.grad for n, p in trainer.task.named_parameters() if p.grad is not None})
 
 
 def one_method(words, run):
     trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
-    loader = build_loader(trainer.images, trainer.fit, trainer.views, 32, seed=0, epoch=0, rank=rank(), world=world(),
-                          workers=0)
-    return parts_and_gradients(trainer, next(iter(loader)))
+    return parts_and_gradients(trainer, next(iter(trainer.data.read(0, 0, 1))))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2]) # MixUp, CutMix and their boxes come out differently
@@ -76,11 +70,11 @@ def test_two_ranks_equal_one(seed, tmp_path):
 
 
 def main_with_a_hole(words):
-    show = Trainer.show
-    def show_holed(self, batch, *rest):
-        x, *others = show(self, batch, *rest)
-        return torch.where((batch["index"] == self.fit[7])[:, None, None, None], torch.nan, x), *others
-    Trainer.show = show_holed
+    given = TrainingData.given
+    def holed(self, batch):
+        x, *others = given(self, batch)
+        return torch.where((batch["index"] == self.fit[7])[:, None, None, None], torch.nan, x/255), *others
+    TrainingData.given = holed
     code = main(words)
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(code)
@@ -100,7 +94,7 @@ def test_a_hole_on_one_rank(tmp_path):
     shares = found["batch"]["index"].tensor_split(2)
     assert ([len(i) for i in shares] == [8, 8]
             and open_data(load_recipe("basd_cifar10", words)[""])[1][7] in shares[found["rank"]])
-    assert all(v.isfinite().all() for v in load(run/"last.pt")["lesson"].values())
+    assert all(v.isfinite().all() for v in load(run/"last.pt")["task"].values())
     repeated = replay(run)                                              # without the hole
     assert not repeated["term"] and all(math.isfinite(v) for v in repeated["parts"].values())
 
@@ -205,8 +199,8 @@ METHODS = {
 def every_method(words, run):
     def one(name, own):
         trainer = in_double(load_recipe("deit_cifar", [*words, *own])[""], run/name)
-        found = parts_and_gradients(trainer, next(iter(trainer.read(0, 0, 1, trainer.views))))
-        assert (trainer.depth == 1) == (name == "stops early")
+        found = parts_and_gradients(trainer, next(iter(trainer.data.read(0, 0, 1))))
+        assert (trainer.task.depth == 1) == (name == "stops early")
         return found
     return {name: one(name, own) for name, own in METHODS.items()}
 
@@ -237,12 +231,12 @@ def cached_method(words, run):
     "Of one batch with recorded views in the second epoch: which views, then what `parts_and_gradients` gives"
     words = [*words, f"teacher.cache={run.parent/'cache'}-{world()}"]
     trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
-    def kept_in_double(asked, view, kept=trainer.kept, **upto):
+    def kept_in_double(asked, view, kept=trainer.task.cache, **upto):
         f = kept(asked, view, **upto)
         return Features([x.double() for x in f.tokens], [FormedAttention(a.map.double()) for a in f.attention],
                         f.logits if f.logits is None else f.logits.double(), f.grids)
-    trainer.kept = kept_in_double
-    batch = next(iter(trainer.read(1, trainer.per_epoch, trainer.per_epoch + 1, trainer.views)))
+    trainer.task.cache = kept_in_double
+    batch = next(iter(trainer.data.read(1, trainer.data.per_epoch, trainer.data.per_epoch + 1)))
     return everyone([*zip(batch["asked"].tolist(), batch["view"].tolist())]), *parts_and_gradients(trainer, batch)
 
 

@@ -8,11 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import TINY
-from forks import ENVIRONMENT
+from forks import ENVIRONMENT, state_of
 from PIL import Image, ImageOps
 
 from basd.data.sources import Images, open_source
-from basd.runs.run_directory import digest, load
 from basd.cli import main
 from basd.runs.metrics import read_log
 from basd.runs.recipes import as_tree, load_recipe
@@ -25,11 +24,6 @@ METHODS = {"basd": [], "labels": ["method.name=ce"],
            "two readers": ["data.workers=2", "data.memory=false"]}
 
 
-def state(run):
-    "Everything in the checkpoint but the clock"
-    return digest({k: v for k, v in load(run/"last.pt").items() if k not in ("elapsed", "offset")})
-
-
 def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(run)]
 
 
@@ -37,7 +31,7 @@ def results(run): return {k: v for k, v in json.loads((run/"result.json").read_t
 
 
 def same(a, b):
-    return (state(a) == state(b) and rows(a) == rows(b) and results(a) == results(b)
+    return (state_of(a) == state_of(b) and rows(a) == rows(b) and results(a) == results(b)
             and (a/"student.safetensors").read_bytes() == (b/"student.safetensors").read_bytes())
 
 
@@ -63,7 +57,7 @@ def run(tmp_path_factory):
 def test_another_seed(run, tmp_path):
     "... and the test can fail: another seed gives other weights"
     train(tmp_path/"other", "basd_cifar10", *WORDS, "train.seed=8")
-    assert state(run) != state(tmp_path/"other")
+    assert state_of(run) != state_of(tmp_path/"other")
 
 
 STARTS = """

@@ -3,15 +3,14 @@ reads a teacher layer that was not run"""
 import pytest
 import torch
 from conftest import TINY
-from forks import on_ranks
+from forks import on_ranks, state_of
 from test_ranks import in_double
 from torch.testing import assert_close
 
 from basd.geometry.selector import find_selector, selectors
-from basd.runs.run_directory import digest, load
 from basd.runs.metrics import read_log
 from basd.runs.recipes import load_recipe
-from basd.training.trainer import Trainer
+from basd.training.build import build_trainer
 
 find_selector("nearest")
 # so that in 16 steps frontiers move by measurement and by the clock, and maps settle
@@ -30,9 +29,6 @@ def words_of(name):
     return [*WORDS, "method.selector={" + ", ".join(f"{k}: {v}" for k,v in options.items()) + "}"]
 
 
-def state(run): return digest({k: v for k,v in load(run/"last.pt").items() if k not in ("elapsed", "offset")})
-
-
 def moved(run): return [(r["step"], r["mixing"], r.get("frontier")) for r in read_log(run) if r["kind"] == "step"]
 
 
@@ -40,15 +36,15 @@ def moved(run): return [(r["step"], r["mixing"], r.get("frontier")) for r in rea
 def test_stop_and_go_on(name, tmp_path):
     "Stopped between two rows of the log, and between two of the teacher's depths"
     recipe = load_recipe("basd_cifar10", words_of(name))[""]
-    Trainer(recipe, tmp_path/"whole", bars=False).train()
+    build_trainer(recipe, tmp_path/"whole", bars=False).fit()
     for stop in (5, 11):
-        half = Trainer(recipe, tmp_path/f"half-{stop}", bars=False)
+        half = build_trainer(recipe, tmp_path/f"half-{stop}", bars=False)
         half.told_to_stop = lambda: half.step >= stop
-        assert half.train() is None
-        again = Trainer(recipe, tmp_path/f"half-{stop}", resume=True, bars=False)
-        assert again.step == stop and again.lesson.objective.selector.depth == half.lesson.objective.selector.depth
-        again.train()
-        assert state(tmp_path/f"half-{stop}") == state(tmp_path/"whole")
+        assert half.fit() is None
+        again = build_trainer(recipe, tmp_path/f"half-{stop}", resume=True, bars=False)
+        assert again.step == stop and again.task.method.selector.depth == half.task.method.selector.depth
+        again.fit()
+        assert state_of(tmp_path/f"half-{stop}") == state_of(tmp_path/"whole")
         assert moved(tmp_path/f"half-{stop}") == moved(tmp_path/"whole")
     row = next(r for r in read_log(tmp_path/"whole") if r["kind"] == "step")
     assert [c in row for c in ("distance", "temperature", "entropy")] == LOGGED.get(name, [True, True, True])
@@ -61,8 +57,8 @@ def whole_run(words, run):
     "Weights over a run, and the depth at its end"
     trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
     trainer.step = 0
-    trainer.train()
-    return torch.tensor([r["mixing"] for r in read_log(run) if r["kind"] == "step"]), trainer.lesson.objective.selector.depth
+    trainer.fit()
+    return torch.tensor([r["mixing"] for r in read_log(run) if r["kind"] == "step"]), trainer.task.method.selector.depth
 
 
 @pytest.mark.parametrize("name", sorted(selectors))

@@ -12,7 +12,7 @@ from forks import ENVIRONMENT
 from basd.core.files import fingerprint
 from basd.models.students import load_student
 from basd.cli import main
-from basd.training.trainer import in_lines
+from basd.training.build import in_lines
 
 def run_tiny(tmp_path, *words):
     return main(["train", "basd_cifar10", *TINY, "train.epochs=1", *words, "--run-dir", str(tmp_path/"run")])
@@ -53,11 +53,11 @@ def test_non_finite_loss_is_named(tmp_path, capsys):
     assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0") == 2
     err = capsys.readouterr().err
     from basd.runs.run_directory import load
-    from basd.training.nonfinite import replay
+    from basd.training.build import replay
     found = load(tmp_path/"run"/"nonfinite.pt")
     assert (f"loss {found['term']!r} was not finite at step {found['step']}, first in the student's blocks." in err
             and "Traceback" not in err)
-    assert all(v.isfinite().all() for v in load(tmp_path/"run"/"last.pt")["lesson"].values())
+    assert all(v.isfinite().all() for v in load(tmp_path/"run"/"last.pt")["task"].values())
     assert {k: found[k] for k in ("term", "of", "layer")}.items() <= replay(tmp_path/"run").items()
     assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0", "--resume") == 2
     assert capsys.readouterr().err == err

@@ -20,7 +20,7 @@ def rendered(*cells):
     made = [mk_cell(c.removeprefix("md:"), "markdown" if c.startswith("md:") else "code") for c in
             ("md:---", "#| default_exp geometry.grassmann", *cells)]
     nb = dict2nb({"cells": made, "metadata": {}})
-    nb.path_ = str(root/"nbs"/"geometry"/"geometry/10_grassmann.ipynb")
+    nb.path_ = str(root/"nbs"/"geometry"/"10_grassmann.ipynb")
     NBProcessor(nb=nb, procs=[rendering.Entries, rm_export, hide_, rendering.Links, rendering.Doors], process=True)
     return [cell.source for cell in nb.cells[1:]]
 

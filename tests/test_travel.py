@@ -1,18 +1,14 @@
 """A run is whole where it lies: moved with its stages it is judged, repeated and resumed, however its path is spelled"""
 import json
-import os
 import shutil
 
 import pytest
+from forks import state_of
 
-from basd.runs.run_directory import digest, load
 from basd.cli import main
 
 WORDS = ["data.train_size=96", "data.val_size=32", "data.batch_size=32", "data.workers=0", "train.epochs=2",
          "train.warmup_epochs=0", "student.depth=4", "stages.ce=null"]
-
-
-def state(run): return digest({k: v for k, v in load(run/"last.pt").items() if k not in ("elapsed", "offset")})
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +42,19 @@ def test_repeated(copy):
     assert main(["train", "else/where/recipe.yaml", "--run-dir", "again"]) == 0
     assert main(["train", "else/where/basd/recipe.yaml", "--run-dir", "one"]) == 0
     here = copy.parent.parent
-    assert state(here/"again"/"basd") == state(here/"one") == state(copy/"basd")
+    assert state_of(here/"again"/"basd") == state_of(here/"one") == state_of(copy/"basd")
 
 
 @pytest.mark.parametrize("finished", ["teacher", "nothing"])
 def test_resumed(finished, copy):
     "... from what was there when it was copied, with other readers and another name, under another spelling"
-    whole = state(copy/"basd")
+    whole = state_of(copy/"basd")
     shutil.rmtree(copy/"basd")
     if finished == "nothing":
         for f in ("result.json", "last.pt", "previous.pt", "best.pt", "student.safetensors"): (copy/"teacher"/f).unlink()
         (copy/"teacher"/"metrics.jsonl").write_text("")
     assert main(["resume", "else/../else/where", "data.workers=1", "name=renamed"]) == 0
-    assert state(copy/"basd") == whole
+    assert state_of(copy/"basd") == whole
     assert main(["train", "quickstart", *WORDS, "--resume", "--run-dir", str(copy)]) == 0
     assert main(["train", "quickstart", *WORDS, "train.lr=1", "--resume", "--run-dir", str(copy)]) == 2
 
@@ -77,15 +73,15 @@ def test_a_first_step_that_is_refused(tmp_path, monkeypatch, capsys):
     "... leaves nothing in the way of the mended command, with stages or without"
     from basd.training.trainer import Trainer
     monkeypatch.chdir(tmp_path)
-    well = Trainer.optimize
+    well = Trainer.run_step
     def refuse(self, batches): raise ValueError("refused")
     for words in (["quickstart", *WORDS], ["ce.yaml"]):
         (tmp_path/"ce.yaml").write_text("data: {train_size: 64, val_size: 20, batch_size: 32, workers: 0}\n"
                                         "student: {img_size: 16, patch_size: 4, depth: 2, width: 32, heads: 2}\n"
                                         "train: {epochs: 1, warmup_epochs: 0}")
-        monkeypatch.setattr(Trainer, "optimize", refuse)
+        monkeypatch.setattr(Trainer, "run_step", refuse)
         monkeypatch.setattr("basd.cli.ours", lambda e: True)
         assert main(["train", *words, "--run-dir", "run"]) == 2 and "refused" in capsys.readouterr().err
         assert not (tmp_path/"run").exists()
-    monkeypatch.setattr(Trainer, "optimize", well)
+    monkeypatch.setattr(Trainer, "run_step", well)
     assert main(["train", "ce.yaml", "--run-dir", "run"]) == 0

@@ -15,7 +15,7 @@ from forks import ENVIRONMENT
 from basd.losses import base as paired
 from basd.runs.run_directory import load, save
 from basd.cli import main
-from basd.training.nonfinite import replay
+from basd.training.build import replay
 
 CE = ["train", "basd_cifar10", *TINY, "data.train_size=64", "data.val_size=20", "train.epochs=1", "train.ema=null",
       "train.warmup_epochs=0", "method.name=ce"]
@@ -104,8 +104,8 @@ def test_a_race_with_a_hostile_run_in_its_folder(finished, here, capsys):
 def test_replay(finished, here):
     run = hostile(finished, here, HOSTILE["method"])
     state = load(run/"last.pt")
-    save(dict(recipe=yaml.safe_load((run/"recipe.yaml").read_text()), step=0, classes=10, per_epoch=1, total=1, micro=0,
-              lesson=state["lesson"], rng=state["rng"][0], batch={}), run/"nonfinite.pt")
+    save(dict(recipe=yaml.safe_load((run/"recipe.yaml").read_text()), step=0, classes=10, epoch=0., total=1, micro=0, names=None,
+              rarity=1., task=state["task"], rng=state["rng"][0], batch={}), run/"nonfinite.pt")
     with pytest.raises(ValueError, match="would import code"): replay(run)
     assert not (here/"mark").exists()
     with pytest.raises(KeyError): replay(run, trust=True)           # the batch above is empty

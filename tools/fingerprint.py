@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from basd.runs.metrics import read_log
 from basd.runs.recipes import load_recipe
-from basd.training.trainer import Trainer
+from basd.training.build import build_trainer
 
 FRAME = ["data.source=digits", "data.train_size=128", "data.val_size=64", "data.batch_size=32", "data.workers=0", "views.flip=0",
          "student.img_size=16", "student.patch_size=4", "student.depth=2", "student.width=32", "student.heads=2",
@@ -80,12 +80,17 @@ def digest(x, h):
 def train(recipe, run, stop=None):
     "A run to its end, stopped and taken up again after step `stop`"
     if stop is not None:
-        half = Trainer(recipe, run, bars=False)
+        half = build_trainer(recipe, run, bars=False)
         half.told_to_stop = lambda: half.step >= stop
-        assert half.train() is None and half.step == stop
-    t = Trainer(recipe, run, resume=stop is not None, bars=False)
-    t.train()
+        assert half.fit() is None and half.step == stop
+    t = build_trainer(recipe, run, resume=stop is not None, bars=False)
+    t.fit()
     return t
+
+
+def average(t):
+    "State of the averaged weights"
+    return next(cb.state_dict() for cb in t.callbacks if type(cb).__name__ == "EMA")
 
 
 def fingerprint(case, run, stop=None):
@@ -94,7 +99,7 @@ def fingerprint(case, run, stop=None):
     t = train(load_recipe(name, [w.replace("CACHE", str(run/"cache")) for w in words])[""], run/"run", stop)
     assert t.step == STEPS, t.step
     h, timeless = hashlib.sha256(), lambda row: [v for k,v in row.items() if k not in ("seconds", "offset")]
-    for x in (t.lesson.state_dict(), t.ema.module.state_dict(), t.optimizer.state_dict()): digest(x, h)
+    for x in (t.task.state_dict(), average(t), t.optimizer.state_dict()): digest(x, h)
     digest([timeless(r) for r in read_log(run/"run")], h)
     digest(timeless(json.loads((run/"run"/"result.json").read_text())), h)
     return h.hexdigest()[:16]
@@ -106,8 +111,8 @@ def main():
     p.add_argument("--stopped", action="store_true", help="stop each run after step 3 and resume it")
     args = p.parse_args()
     torch.set_num_threads(1)
-    import basd.training.trainer as trainer
-    trainer.plot_run = lambda run: None                             # a figure has no numbers
+    import basd.training.callbacks as callbacks
+    callbacks.plot_run = lambda run: None                             # a figure has no numbers
     for case in args.cases or CASES:
         with tempfile.TemporaryDirectory() as tmp:
             with redirect_stdout(io.StringIO()): found = fingerprint(case, Path(tmp), 3 if args.stopped else None)

@@ -24,8 +24,7 @@ from ..methods.base import find_objective
 from ..runs.builders import (
     build_student, build_teacher, fetching, granted, input_size, open_data, open_images, run_classes)
 from ..runs.inference import evaluate as measure
-from ..runs.run_directory import load, read_run
-from ..training.trainer import best_weights
+from ..runs.run_directory import best_weights, load, read_run
 
 # %% ../../nbs/analysis/83_reports.ipynb #f8437663
 def saved_weights(
@@ -34,10 +33,10 @@ def saved_weights(
     "All sets of weights that a run holds"
     run, start = Path(run), 'student.model.'
     state = load(run/'last.pt')
-    found = {'last': {k[len(start):]: v for k,v in state['lesson'].items() if k.startswith(start)}}
+    found = {'last': {k[len(start):]: v for k,v in state['task' if 'task' in state else 'lesson'].items() if k.startswith(start)}}
     if (run/'best.pt').is_file(): found['best'] = best_weights(run)
-    if state['ema']:
-        found['ema'] = {k.removeprefix('model.'): v for k,v in state['ema'].items() if k.startswith('model.')}
+    if ema := state['callbacks'].get('EMA') if 'callbacks' in state else state['ema']:
+        found['ema'] = {k.removeprefix('model.'): v for k,v in ema.items() if k.startswith('model.')}
     return found
 
 # %% ../../nbs/analysis/83_reports.ipynb #e7708ae2

@@ -26,7 +26,8 @@ from ..core.processes import launched, processes
 from ..losses.base import trusting
 from ..runs.recipes import Recipe, as_tree, differences, load_recipe, write_recipe
 from ..runs.run_directory import read_run
-from ..training.trainer import Trainer, on_stop
+from ..training.build import build_trainer
+from ..training.callbacks import on_stop
 
 # %% ../../nbs/benchmark/88_compare.ipynb #36d0ed23
 def sentence(
@@ -60,12 +61,12 @@ def settle(
     (run/'failed.txt').unlink(missing_ok=True)
     try:
         with processes(device) as here:
-            trainer = Trainer(load_recipe(str(recipe))[''], run, here, resume=(run/'recipe.yaml').is_file(), bars=False)
-            trainer.t.log_every = min(trainer.t.log_every, max(1, trainer.per_epoch//2))
+            trainer = build_trainer(load_recipe(str(recipe))[''], run, here, resume=(run/'recipe.yaml').is_file(), bars=False)
+            trainer.config.log_every = min(trainer.config.log_every, max(1, trainer.data.per_epoch//2))
             size = lambda params: sum(p.numel() for p in params)
             price = json.dumps(dict(student=size(trainer.groups[0]), extra=size(trainer.groups[1])))
             write_atomic(run/'price.json', lambda p: p.write_text(price))
-            return trainer.train() is not None
+            return trainer.fit() is not None
     except Exception as e: fail(run, sentence(e), traceback.format_exc())
     return True
 

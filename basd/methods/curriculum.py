@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['difficulties', 'ranks', 'fuse', 'difficulty', 'find_difficulty', 'log_probabilities', 'loss_difficulty',
            'margin_difficulty', 'disagreement_difficulty', 'teacher_difficulty', 'rouge_l_difficulty', 'subsets',
-           'POCLOptions', 'POCL']
+           'POCLOptions', 'POCL', 'SampleSelection']
 
 # %% ../../nbs/methods/57_curriculum.ipynb #8f6e97ab
 from dataclasses import field
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fastcore.basics import patch
 from pydantic import Field
 from torch import Tensor
 
+from ..core.distributed import world
 from ..core.features import Features
 from ..losses.base import belongs, imported
 from ..losses.logits import logit_kl
-from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings
+from .base import (
+    Callback, Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings)
 
 # %% ../../nbs/methods/57_curriculum.ipynb #31737090
 def ranks(
@@ -210,6 +213,31 @@ def plan(self:POCL,
         said = said or judge()
         self.begin(due, epoch, said)
     return None if int(self.stage) == o.stages - 1 else self.images
+
+# %% ../../nbs/methods/57_curriculum.ipynb #4f973747
+class SampleSelection(Callback):
+    "The images of each epoch, as `plan` chooses them"
+    order, kept = 40, ('planned',)
+
+    def __init__(self,
+        plan, # (epoch, epochs, function that gives labels and logits of the clean training images) → positions, or None
+    ):
+        self.plan, self.planned = plan, {}                   # epoch → positions among the training images; None: all
+
+    def before_epoch(self, t):
+        if t.epoch not in self.planned:
+            choice = [self.plan(t.epoch, t.config.epochs, lambda: t.data.logits(t.task))]
+            if world() > 1: dist.broadcast_object_list(choice)
+            self.planned[t.epoch] = choice[0]
+        t.data.chosen = self.planned
+
+    def after_log(self, t):
+        last = max(self.planned)
+        for e in [e for e in self.planned if e < last]: del self.planned[e]
+
+# %% ../../nbs/methods/57_curriculum.ipynb #c713a81a
+@patch
+def callbacks(self:POCL)->list: return [SampleSelection(self.plan)]
 
 # %% ../../nbs/methods/57_curriculum.ipynb #56430102
 @patch

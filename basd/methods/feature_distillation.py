@@ -147,7 +147,7 @@ class Match(Objective):
         return Needs(points=options.points if options.losses else None, layers=options.layers if options.losses else [],
                      attention=attends, teacher=True, logits=options.logits is not None,
                      labels=options.logits is not None and options.logits.loss == 'dkd',
-                     twins=options.logits is not None and options.logits.virtual)
+                     views=1 + (options.logits is not None and options.logits.virtual))
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #fc5b945f
 def blended(

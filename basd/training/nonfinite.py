@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RankLost', 'in_words', 'left_in', 'lost', 'handed_over', 'not_finite', 'tensors', 'overheard', 'repeat', 'look_again',
-           'agree', 'NonFiniteLoss', 'in_a_sentence', 'replay']
+           'agree', 'NonFiniteLoss', 'in_a_sentence']
 
 # %% ../../nbs/training/73_nonfinite.ipynb #67a00005
 from contextlib import contextmanager
@@ -17,9 +17,7 @@ import torch.distributed as dist
 from ..core.distributed import everyone, rank, world
 from ..core.features import Features
 from ..core.files import no_room
-from ..losses.base import trusting
 from ..runs.inference import autocast
-from ..runs.recipes import as_tree, resolve
 from ..runs.run_directory import load, rng_state, set_rng_state
 from .task import part_gradients
 
@@ -116,37 +114,40 @@ def overheard(
 
 # %% ../../nbs/training/73_nonfinite.ipynb #7ba612ed
 def repeat(
-    t,           # `Trainer`
-    batch:dict,
-    micro:int=0, # accumulation step
+    task,        # `DistillationTask`
+    *batch,      # images, labels, teacher's images and records, as `task.prepare` takes them
     # parts: numbers; of: "loss" or "gradient"; term: the part of which it is not finite, '' if there is none;
     # layer: where that begins
+    **at,        # step, total, epoch, micro
 )->dict:
-    "A lesson once more, watched from the images to the gradients"
-    x, taught, target, progress = t.show(batch, micro, True)
-    with autocast(t.device, t.t.precision):
-        seen = t.lesson.student(x)
-        with overheard(t.lesson.objective) as between: out = t.lesson.objective(seen, taught, target, progress)
+    "A step's forward pass and gradients once more, watched from the images to the gradients"
+    x, features_t, target, progress = task.prepare(*batch, **at, observe=True)
+    with autocast(x.device, task.precision):
+        features_s = task.student(x)
+        with overheard(task.method) as between: out = task.method(features_s, features_t, target, progress)
     parts, of = out['parts'], 'loss'
-    gradients = part_gradients(parts, [p for g in t.groups for p in g])
+    gradients = part_gradients(parts, [p for p in task.parameters() if p.requires_grad])
     term = not_finite({k: out['report'].get(f'raw/{k}', v) for k,v in parts.items()}) or not_finite(parts)
     if not term: term, of = ', '.join(k for k,g in gradients.items() if not g.norm().isfinite()), 'gradient'
-    names = [] if taught is None else (t.teacher if t.kept is None else t.kept.teacher).names
-    said = ({'the images': x} | handed_over('teacher', names, taught)
-            | handed_over('student', t.lesson.student.names, seen))
+    names = [] if features_t is None else task.teacher.names
+    said = {'the images': x} | handed_over('teacher', names, features_t) | handed_over('student', task.student.names, features_s)
     return dict(parts={k: v.item() for k,v in parts.items()}, term=term, of=of,
                 layer=not_finite(said) or next(iter(between), 'the loss itself'))
 
 # %% ../../nbs/training/73_nonfinite.ipynb #c36bd429
 def look_again(
-    t,     # `Trainer` at the step in question
-)->dict: # what `replay` needs, and what was found
+    t,           # trainer, at the step in question
+    states:dict, # (step, micro-batch) → random state with which it began
+    first:dict,  # part → first step at which it was not finite, on this rank
+)->dict: # what repeats the step, and what was found
     "Repeat the micro-batches of this step until one is not finite"
-    state, tried, epoch = {k: deepcopy(v) for k,v in t.lesson.state_dict().items()}, [], t.step//t.per_epoch
-    for micro,batch in enumerate(t.read(epoch, t.step, t.step + 1, t.whole_views)):
-        rng = t.drawn.get((t.step, micro), rng_state())
+    task = t.task
+    state, tried = {k: deepcopy(v) for k,v in task.state_dict().items()}, []
+    at = dict(step=t.step, total=t.data.total, epoch=t.step/t.data.per_epoch)
+    for micro,batch in enumerate(t.data.read(t.step//t.data.per_epoch, t.step, t.step + 1, whole=True)):
+        rng = states.get((t.step, micro), rng_state())
         set_rng_state(rng)
-        tried.append((micro, batch, rng, everyone(repeat(t, batch, micro))))
+        tried.append((micro, batch, rng, everyone(repeat(task, *t.data.given(batch), **at, micro=micro))))
         if any(f['term'] for f in tried[-1][-1]): break
     else: tried = tried[:1]
     micro, batch, rng, told = tried[-1]
@@ -154,14 +155,12 @@ def look_again(
     who = min(range(world()), key=lambda r: (not told[r]['term'], told[r]['layer'] == 'the loss itself'))
     found = {k: v for k,v in told[who].items() if k != 'parts'}
     if not found['term']:                       # finite this time: what the log knows
-        first = agree(t.sentinel.read())
+        first = agree(first)
         term = next((k for k,s in first.items() if s == t.step), next(iter(first), ''))
         found = dict(term=term, of='loss' if term else 'gradient', layer='')
     shares = everyone(batch)
-    return found | dict(rank=who, ranks=world(), step=t.step, micro=micro, epoch=epoch, seed=t.t.seed, rng=rng,
-                        batch={k: torch.cat([b[k] for b in shares]) for k in batch},
-                        lesson=state, recipe=as_tree(t.recipe), classes=t.classes, names=t.names,
-                        per_epoch=t.per_epoch, total=t.total, rarity=t.rarity)
+    return found | at | dict(rank=who, ranks=world(), micro=micro, seed=task.seed, rng=rng, task=state, rarity=task.rarity,
+                             classes=task.classes, batch={k: torch.cat([b[k] for b in shares]) for k in batch})
 
 # %% ../../nbs/training/73_nonfinite.ipynb #db1df76c
 def agree(
@@ -189,27 +188,3 @@ def in_a_sentence(
              if found['layer'] else "though not when the step was repeated")
     return (f"{what} was not finite at step {found['step']}, {where}; the weights before it and the batch are in "
             f"{run} (nonfinite.pt); lower train.lr, or allow train.skip_nonfinite > {allowed} such steps")
-
-# %% ../../nbs/training/73_nonfinite.ipynb #31d42d15
-def replay(
-    run,          # run directory with a `nonfinite.pt`
-    device='cpu',
-    trust:bool=False, # its recipe may import code of its own and fetch what it names
-)->dict: # of `repeat`: parts, term, of, layer
-    "Repeat the lesson that ended a run"
-    from basd.training.trainer import Trainer                   # which imports this page
-    found, before = load(Path(run)/'nonfinite.pt'), rng_state()
-    t = Trainer.__new__(Trainer)                # without its data and its run directory
-    with trusting(trust, run, Path.cwd()): t.recipe, t.device = resolve(found['recipe']), torch.device(device)
-    t.recipe.foreign = not trust
-    t.t, t.recipe.teacher.cache = t.recipe.train, None
-    t.step, t.classes, t.per_epoch, t.total = (found[k] for k in ('step', 'classes', 'per_epoch', 'total'))
-    t.names, t.rarity = found.get('names'), found.get('rarity', 1.)         # not in files of before
-    try:
-        t.build_models()
-        t.arrange()
-        t.lesson.load_state_dict(found['lesson'])
-        t.lesson.train()
-        set_rng_state(found['rng'])
-        return repeat(t, found['batch'], found['micro'])
-    finally: set_rng_state(before)
