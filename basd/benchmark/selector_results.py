@@ -45,7 +45,8 @@ def plot_weights(
     return axs
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #115aa3fa
-measured = ('nearest', 'nearest_band', 'progressive', 'complementary', 'arc_length', 'learning_progress') # on the Grassmannian
+# on the Grassmannian
+measured = ('nearest', 'nearest_band', 'progressive', 'progressive_slow', 'complementary', 'arc_length', 'learning_progress')
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #72e66589
 def choices(
@@ -188,7 +189,7 @@ def plot_choices(
     rows = sorted((r for r in choices(results) if r['half'] is not None and r['name'] != 'ce'), key=lambda r: r['difference'])
     ax = ax or plt.subplots(figsize=(6, .5 + .2*len(rows)))[1]
     for y,r in enumerate(rows):
-        color = 'C0' if r['name'] in measured else 'C1' if r['name'] == 'ramp' else '.5'
+        color = 'C0' if r['name'] in measured else 'C1' if r['name'].startswith('ramp') else '.5'
         ax.errorbar(r['difference'], y, xerr=r['half'], fmt='o', ms=4, lw=1.2, color=color)
     ax.axvline(0, color='.5', ls='--', lw=1)
     ax.set_yticks(range(len(rows)), [r['name'] for r in rows], fontsize=7)
