@@ -66,7 +66,6 @@ class Trainer:
 
     def run_epoch(self):
         "The steps of this epoch that are still to be made, and what follows them"
-        self.epoch_end = (self.epoch + 1)*self.data.per_epoch
         self.emit('before_epoch')
         for batches in self.data.steps(self.epoch, self.step):
             self.run_step(batches)
@@ -108,6 +107,9 @@ class Trainer:
         "The task on one micro-batch"
         return self.model(*self.data.given(batch), step=self.step, total=self.data.total, micro=micro,
                           epoch=self.step/self.data.per_epoch, observe=observe)
+
+    @property
+    def epoch_end(self)->int: return (self.epoch + 1)*self.data.per_epoch
 
     def emit(self,
         event:str, # a method of `Callback`
