@@ -37,7 +37,7 @@ def test_stop_and_go_on(name, tmp_path):
     "Stopped between two rows of the log, and between two of the teacher's depths"
     recipe = load_recipe("basd_cifar10", words_of(name))[""]
     build_trainer(recipe, tmp_path/"whole", bars=False).fit()
-    for stop in (5, 11):
+    for stop in (5, 6, 11):             # the second right behind a row of the log
         half = build_trainer(recipe, tmp_path/f"half-{stop}", bars=False)
         half.told_to_stop = lambda: half.step >= stop
         assert half.fit() is None

@@ -151,6 +151,7 @@ class Callback:
     def after_update(self, t): pass
     def after_step(self, t): pass                   # `t.step` counts this step
     def after_log(self, t): pass                    # only where a row was written: the host may wait for the device
+    def end_step(self, t): pass                     # all of the step is done: the moment to save, and to stop
     def validate(self, t): pass                     # the last step of an epoch is done
     def after_epoch(self, t): pass                  # `t.epoch` counts this epoch
     def after_fit(self, t): pass

@@ -214,7 +214,7 @@ class StopRequests(Callback):
     "End the run after the step in which any rank is asked to stop"
     order = 75
     def around(self, t): return on_stop(lambda: setattr(t, 'stopping', True))
-    def after_step(self, t):
+    def end_step(self, t):
         if t.step < t.epoch_end: t.should_stop = t.told_to_stop()       # at the end of an epoch, validation asks
 
 # %% ../../nbs/training/74_callbacks.ipynb #4e28f355
@@ -321,7 +321,7 @@ class Checkpoint(Callback):
                              f"on as many only, not on {world()}")
         return own
 
-    def after_step(self, t):
+    def end_step(self, t):
         if t.step < t.epoch_end and (t.should_stop or self.every and t.step % self.every == 0): self.save(t, 'last.pt')
 
     def validate(self, t):
@@ -406,7 +406,7 @@ class Progress(Callback):
         self.steps = iter(progress_bar(range(t.epoch_end - t.step), parent=self.master))
         next(self.steps, None)
 
-    def after_step(self, t):
+    def end_step(self, t):
         if self.bars: self.master.child.comment = t.comment; next(self.steps, None)
 
     def after_epoch(self, t):

@@ -98,6 +98,7 @@ class Trainer:
         self.step += 1
         self.emit('after_step')
         if self.should_log: self.emit('after_log')
+        self.emit('end_step')
 
     def forward(self,
         batch:dict,         # of the loader
