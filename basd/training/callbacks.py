@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MetricsLog', 'GradientNorms', 'StepRecorder', 'NonFiniteGuard', 'Constraints', 'LRSchedule', 'EMA', 'Stopped',
-           'on_stop', 'StopRequests', 'print_row', 'Validation', 'Diagnostics', 'Checkpoint', 'moved_to', 'Test',
-           'lasting', 'Progress', 'Refusals', 'taken_back']
+           'on_stop', 'StopRequests', 'print_row', 'Validation', 'Diagnostics', 'by_name', 'Checkpoint', 'moved_to',
+           'Test', 'lasting', 'Progress', 'Refusals', 'taken_back']
 
 # %% ../../nbs/training/74_callbacks.ipynb #e0196dbb
 import json
@@ -265,6 +265,17 @@ class Diagnostics(Callback):
             self.metrics.write(dict(kind='symptom', step=s.step, name=s.name, text=s.sentence))
             print(f"{self.name}: {s.sentence}", flush=True)
 
+# %% ../../nbs/training/74_callbacks.ipynb #ae9c9b50
+def by_name(
+    callbacks, # in their order
+):             # pairs of name and callback
+    "Callbacks by their classes; a further one of a class has a number, so that none writes over another's state"
+    seen = {}
+    for cb in callbacks:
+        name = type(cb).__name__
+        seen[name] = seen.get(name, 0) + 1
+        yield name if seen[name] == 1 else f'{name} {seen[name]}', cb
+
 # %% ../../nbs/training/74_callbacks.ipynb #16829a4c
 class Checkpoint(Callback):
     "`last.pt`, from which the run goes on exactly, and `best.pt`"
@@ -280,7 +291,7 @@ class Checkpoint(Callback):
     ):
         states = everyone(rng_state())
         if rank() == 0:
-            own = {type(cb).__name__: s for cb in t.callbacks if (s := cb.state_dict())}
+            own = {name: s for name,cb in by_name(t.callbacks) if (s := cb.state_dict())}
             save(dict(form=self.form, step=t.step, epoch=t.epoch, task=t.task.state_dict(), optimizer=t.optimizer.state_dict(),
                       meter=t.meter.state_dict(), rng=states, callbacks=own),
                  self.run/name, keep='previous.pt' if name == 'last.pt' else None)
@@ -295,8 +306,8 @@ class Checkpoint(Callback):
         t.optimizer.load_state_dict(state['optimizer'])
         device = next(t.task.parameters()).device
         t.meter.load_state_dict(moved_to(device, state['meter']))
-        for cb in t.callbacks:
-            if (name := type(cb).__name__) in own: cb.load_state_dict(moved_to(device, own[name]))
+        for name,cb in by_name(t.callbacks):
+            if name in own: cb.load_state_dict(moved_to(device, own[name]))
             if hasattr(cb, 'after_restore'): cb.after_restore(t)
         set_rng_state(state['rng'][rank()])
 
