@@ -12,7 +12,7 @@ import yaml
 from conftest import TINY
 
 from basd.cli import connect, ours
-from basd.runs.recipe_files import packaged, parse_override, recipe_names
+from basd.runs.recipe_files import packaged_file, parse_override, recipe_names
 from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
 
@@ -102,7 +102,7 @@ def small(r):
 def test_mutated_recipes(tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)
     chance, began, counts = random.Random(SEED), time.time(), dict(tried=0, loaded=0, built=0, refused=0)
-    sources = {n: yaml.safe_load((packaged/f"{n}.yaml").read_text()) for n in recipe_names()}
+    sources = {n: yaml.safe_load(packaged_file(n).read_text()) for n in recipe_names()}
     tiny = {}
     for word in [*TINY, "method.name=basd", "train.warmup_epochs=0"]:
         section, rest = next(iter(parse_override(word).items()))

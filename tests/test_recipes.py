@@ -7,9 +7,10 @@ import struct
 
 import pytest
 import torch
+import yaml
 
 from basd.cli import main, train
-from basd.runs.recipe_files import read_recipe, recipe_names
+from basd.runs.recipe_files import merged, packaged, read_recipe, recipe_names
 
 CIFAR10 = os.environ.get("BASD_CIFAR10")
 SHORT = ["data.batch_size=32", "data.workers=0", "data.train_size=96", "data.val_size=64", "train.epochs=1",
@@ -27,6 +28,18 @@ STUDENTS = {"deit_cifar": [], "deit_cifar_distill": ["teacher.run=CNN"],
             "deit_ss_distill_gram_ablation": VIT, "deit_ss_distill_cifar_ablation_ce_only": [],
             "basd_fourier": [*VIT, "method.points=[0, 1]"], "basd_study": [*VIT, *SELECTOR]}
 DIGITS = [n for n in recipe_names() if read_recipe(n).get("stages") and n not in ("digits", "quickstart")]
+
+
+def test_names_are_found_by_folder_or_alone():
+    "A recipe's name is unique over all folders, each folder's frame is only extended, and no recipe deletes what it inherits but a teacher"
+    files = sorted(packaged.rglob("*.yaml"))
+    assert recipe_names() == sorted(p.stem for p in files if p.stem != "_frame") and len({*recipe_names()}) == len(recipe_names())
+    assert [p.name for p in packaged.glob("*.yaml")] == ["quickstart.yaml"]
+    for p in files:
+        folder, written = p.parent.relative_to(packaged).as_posix(), yaml.safe_load(p.read_text())
+        assert read_recipe(f"{folder}/{p.stem}".removeprefix("./")) == merged(str(p))[0]
+        if p.stem != "_frame": assert read_recipe(p.stem) == merged(str(p))[0]
+        assert {k for k, v in (written.get("stages") or {}).items() if v is None} <= {"teacher"}, p
 
 
 def result(run): return json.loads((run/"result.json").read_text())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_paths', 'packaged', 'merge', 'parsed', 'at_home', 'placed', 'packed', 'settled', 'read_recipe', 'merged',
-           'recipe_names', 'check_stages', 'suggestion', 'parse_override']
+           'recipe_names', 'packaged_file', 'check_stages', 'suggestion', 'parse_override']
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #256e4447
 import difflib
@@ -155,17 +155,14 @@ def read_recipe(
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #66616ecb
 def merged(
-    name:str, # of a packaged recipe, or a .yaml file
+    name:str, # of a packaged recipe, with or without its folder, or a .yaml file
     above=(), # files that extend this one, by which a circle is found
 )->tuple: # the tree, and the files that were read
     "A recipe with what it extends"
     if not isinstance(name, str):
         raise ValueError(f"extends={name!r}: should be the name of a recipe or of a .yaml file")
     file = name.endswith(('.yaml', '.yml'))
-    if not file and name not in recipe_names():
-        raise ValueError(f"unknown recipe {name!r}{suggestion(name, recipe_names())}; "
-                         f"allowed: {', '.join(recipe_names())}, or a .yaml file")
-    path = Path(at_home(name)) if file else packaged/f'{name}.yaml'
+    path = Path(at_home(name)) if file else packaged_file(name)
     if file and above and (above[-1].parent/path).is_file(): path = above[-1].parent/path
     if not path.is_file(): raise FileNotFoundError(f"no recipe file at {path}")
     if path.resolve() in above:
@@ -177,7 +174,7 @@ def merged(
     if not isinstance(raw, dict):
         raise ValueError(f"{path.name} must hold keys and values at its top level, not {type(raw).__name__}")
     base, files = raw.pop('extends', None), [path]
-    if path.parent != packaged: raw = placed(raw, path.parent, text.startswith(own_paths.encode()))
+    if packaged not in path.parents: raw = placed(raw, path.parent, text.startswith(own_paths.encode()))
     if base is None: tree = {'name': path.stem, **raw}
     else:
         below, more = merged(base, (*above, path.resolve()))
@@ -187,8 +184,20 @@ def merged(
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #6e0f309e
 def recipe_names()->list:
-    "Names of the packaged recipes"
-    return sorted(p.stem for p in packaged.glob('*.yaml'))
+    "Names of the packaged recipes, without their folders"
+    return sorted(p.stem for p in packaged.rglob('*.yaml') if not p.stem.startswith('_'))
+
+# %% ../../nbs/runs/60_recipe_files.ipynb #60733aba
+def packaged_file(
+    name:str, # with or without its folder; a frame by both
+)->Path:
+    "The file of a packaged recipe"
+    whole = lambda p: p.relative_to(packaged).with_suffix('').as_posix()
+    files = sorted(packaged.rglob('*.yaml'))
+    known = {whole(p): p for p in files} | {p.stem: p for p in files if not p.stem.startswith('_')}
+    if name in known: return known[name]
+    raise ValueError(f"unknown recipe {name!r}{suggestion(name, known)}; "
+                     f"allowed: {', '.join(recipe_names())}, or a .yaml file")
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #e183c57f
 def check_stages(

@@ -405,7 +405,7 @@ def load_recipe(
     "Read, merge, override and check a recipe"
     tree, files = merged(name)
     trust, found = trust or trusted(), any(map(stored, files))
-    with trusting(True if trust or not found else own_names(overrides), *(f.parent for f in files if f.parent != packaged
+    with trusting(True if trust or not found else own_names(overrides), *(f.parent for f in files if packaged not in f.parents
                   and (trust or not stored(f))), Path.cwd()):
         stages = _stages(name, tree, overrides, say)
     for r in stages.values(): r.foreign = found and not trust
