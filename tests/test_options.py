@@ -160,7 +160,7 @@ def tried(name, words):
     except ValueError as e: return None, str(e)
 
 
-ALONE = ("basd",)                 # too many forms to move each option beside each of them
+ALONE = ("basd", "basd_literal")  # too many forms to move each option beside each of them
 AT = dict(progressive=dict(share=1e-9)) # where an option is seen in a few steps: the frontier moves
 NEEDED = dict(heads=dict(heads=2))  # options that a loss cannot be without here
 CASES = [(n, {}) for n in sorted(objectives) if n not in ("ce", "match")] + [

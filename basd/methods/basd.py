@@ -129,21 +129,11 @@ class BASDOptions:
     starts:dict[str, float] = field(default_factory=lambda: dict(rsd=0., rel=.25, attn=.25, spectral=.5))
     weight:float = 1.                       # λ of the balanced sum of structural losses, beside cross-entropy
     align:float = 1.                        # λ of the aligner's own loss, which trains the aligner alone
-    # targets are constant, or the losses also train aligner and temperatures, as the founding notes have it
-    targets:Literal['constant', 'live'] = 'constant'
-    # token targets and the selector's teacher rows under MixUp and CutMix: mixed to match, left as they are, or
-    # targets not used
-    blended:Literal['mixed', 'none', 'skip'] = 'mixed'
-    # whose spectrum is the target: the mixed teacher tokens, or the aligner's output
-    spectrum_of:Literal['mixed', 'aligned'] = 'mixed'
 
     def __post_init__(self):
         names = [f.name for f in fields(LossOptions)]
         if wrong := set(self.starts) - set(names):
             raise ValueError(f"starts names {min(wrong)!r}, which is no loss; the losses are {', '.join(names)}")
-        if self.targets == 'live' and self.aligner.samples is not None:
-            raise ValueError(f"aligner.samples={self.aligner.samples} belongs to targets='constant', in which the aligner "
-                             "learns from images of its own; leave one of them out")
         self.selector = checked_selector(self.selector)
         if self.rule is not None:
             usual = checked_selector(None)
@@ -183,11 +173,8 @@ class BASD(Objective):
             with seeded(f'losses.{n}'): self.losses[n] = make()
         if not self.losses:
             raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral")
-        learned = hasattr(self.selector, 'common')
-        if options.targets == 'live':                                   # nothing trains what the law would have trained
-            for a in self.aligners: getattr(a, 'back', nn.Identity()).requires_grad_(False)
-            if learned and options.selector.name == 'nearest': self.selector.rho.requires_grad_()
-        if learned and not self.selector.recon: self.selector.common.requires_grad_(False)
+        if hasattr(self.selector, 'common') and not self.selector.recon:    # nothing trains the projections
+            self.selector.common.requires_grad_(False)
         self.balance = Balance(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses},
                                **vars(options.balance))
 
@@ -284,14 +271,12 @@ def align(self:BASD,
     student:Features,
     teacher:Features,
     images:Tensor|None=None, # which of them train the aligner; None: all
-)->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, None for live targets
+)->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, ()
     "Teacher tokens, mixed and brought to the student's places and width"
-    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens],
-                              teacher.grids, student.grids, constant=self.options.targets == 'constant')
-    grids = grids_of_mixed(student, teacher)
-    if self.options.targets == 'live': return mixed, [a(x, g) for a,x,g in zip(self.aligners, mixed, grids)], None
+    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids)
     mixed = [x.detach() for x in mixed]
-    ys, losses = zip(*(learned(a, x, g, images) for a,x,g in zip(self.aligners, mixed, grids)))
+    ys, losses = zip(*(learned(a, x, g, images)
+                       for a,x,g in zip(self.aligners, mixed, grids_of_mixed(student, teacher))))
     return mixed, list(ys), torch.stack(losses).mean()
 
 # %% ../../nbs/methods/51_basd.ipynb #f051da74
@@ -331,8 +316,7 @@ def compare(self:BASD,
     compare = dict(rsd=lambda loss: loss(xs, mixup(loss.target(ys)), drawn['rsd']),
                    rel=lambda loss: self.compare_relations(loss, xs, ys, blend, drawn['rel']),
                    attn=lambda loss: self.compare_attention(loss, student, teacher, weights, blend, keeps, drawn),
-                   spectral=lambda loss: self.compare_spectra(
-                       loss, xs, ys if self.options.spectrum_of == 'aligned' else mixed, blend, drawn['spectral']))
+                   spectral=lambda loss: self.compare_spectra(loss, xs, mixed, blend, drawn['spectral']))
     for name,loss in self.losses.items():
         with record_function(f'part/{name}'): out[name] = compare[name](loss)
     return out
@@ -352,6 +336,14 @@ def divisible(
     "May a few images be worked on at a time, whole pairs together"
     return blend is None or hasattr(blend, 'of')
 
+# %% ../../nbs/methods/51_basd.ipynb #9a7936ed
+@patch
+def in_parts(self:BASD,
+    blend, # record of MixUp or CutMix, or None
+)->bool:
+    "May relations and attention be compared for a few images at a time"
+    return divisible(blend)
+
 # %% ../../nbs/methods/51_basd.ipynb #e44876c6
 @patch
 def compare_spectra(self:BASD, loss, xs, source, blend, images):
@@ -366,18 +358,18 @@ def compare_spectra(self:BASD, loss, xs, source, blend, images):
 # %% ../../nbs/methods/51_basd.ipynb #574fd96c
 @patch
 def compare_relations(self:BASD, loss, xs, ys, blend, pairs):
-    "The loss on relations, a few images at a time where nothing but the student learns from it"
+    "The loss on relations, a few images at a time where that is allowed"
     def target(images):
         t = loss.target([y[images] for y in ys], pairs)
         if blend is None or blend.box is not None: return t
         return by_image(t, lambda u: superpose(
             u, blend if images == slice(0, len(xs[0])) else blend.of(images.stop - images.start)))
-    return loss(xs, target if divisible(blend) and not ys[0].requires_grad else target(slice(0, len(xs[0]))), pairs)
+    return loss(xs, target if self.in_parts(blend) else target(slice(0, len(xs[0]))), pairs)
 
 # %% ../../nbs/methods/51_basd.ipynb #3b88af8b
 @patch
 def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, drawn):
-    "The loss on routing, a few images at a time where nothing but the student learns from it"
+    "The loss on routing, a few images at a time where that is allowed"
     rows, n_outs, B = drawn['attn'], [a.tokens for a in student.attention], len(student.tokens[0])
     def target(images):
         maps = loss.target([a[images].detach() for a in teacher.attention], weights, n_outs,
@@ -386,32 +378,60 @@ def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, 
         mine = blend if images == slice(0, B) else blend.of(images.stop - images.start)
         if keeps is None: return by_image(maps, lambda A: superpose(A, mine))
         return [cut_attention(A, A[mine.partner], k, rows) for A,k in zip(maps, keeps)]
-    return loss(student.attention, target if divisible(blend) and not weights.requires_grad else target(slice(0, B)),
-                rows)
+    return loss(student.attention, target if self.in_parts(blend) else target(slice(0, B)), rows)
+
+# %% ../../nbs/methods/51_basd.ipynb #ca4f3d44
+@patch
+def select(self:BASD,
+    student:Features,
+    teacher:Features,
+    blend,      # record of MixUp or CutMix, or None
+    drawn:dict, # of `prepare`
+):              # `Mix` of the selector
+    "Layer weights, and the selector's own loss"
+    return self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, drawn['selector'], blend,
+                         drawn['step']/drawn['total'])
+
+# %% ../../nbs/methods/51_basd.ipynb #1db58f7e
+@patch
+def constant(self:BASD, weights:Tensor)->Tensor:
+    "Layer weights as the four losses get them: without gradient"
+    return weights.detach()
+
+# %% ../../nbs/methods/51_basd.ipynb #5a0eb27d
+@patch
+def factors(self:BASD,
+    blend,      # record of MixUp or CutMix, or None
+    drawn:dict, # of `prepare`
+)->dict:        # name → number, or 0-d tensor
+    "Factor of each balanced loss"
+    fade = {n: loss.fade(drawn['epoch']) for n,loss in self.losses.items() if n == 'attn'}
+    return {n: self.options.weight*fade.get(n, 1.) for n in self.losses}
+
+# %% ../../nbs/methods/51_basd.ipynb #4c4d5a34
+@patch
+def own_losses(self:BASD,
+    mix,          # of the selector
+    recon:Tensor, # L_align, ()
+)->dict:          # name → 0-d tensor
+    "Losses of selector and aligner, which nothing else trains"
+    return dict(selector=mix.regulariser, align=self.options.align*recon)
 
 # %% ../../nbs/methods/51_basd.ipynb #e6a3be25
 @patch
 def forward(self:BASD, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
     "One evaluation of the objective"
-    o, live = self.options, self.options.targets == 'live'
     drawn = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None
              else progress).drawn
-    with record_function('part/selector'):
-        mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, drawn['selector'],
-                            None if o.blended == 'none' else target.blend, drawn['step']/drawn['total'])
-    weights = mix.weights if live else mix.weights.detach()
-    with record_function('part/align'):
-        mixed, ys, recon = self.align(weights, student, teacher, None if live else drawn['align'])
-    targets = ys if live else [y.detach() for y in ys]
-    blend = target.blend if o.blended == 'mixed' else None
-    raw = self.compare(student, teacher, weights, mixed, targets, blend, drawn)
+    with record_function('part/selector'): mix = self.select(student, teacher, target.blend, drawn)
+    weights = self.constant(mix.weights)
+    with record_function('part/align'): mixed, ys, recon = self.align(weights, student, teacher, drawn['align'])
+    raw = self.compare(student, teacher, weights, mixed, ys, target.blend, drawn)
     losses = torch.stack([raw[n] for n in self.losses])
     total, balanced = self.balance(losses, drawn['step'], drawn['total'])
-    skip = o.blended == 'skip' and target.blend is not None
-    fade = {n: self.losses[n].fade(drawn['epoch']) for n in self.losses if n == 'attn'}    # after the balance
+    factors = self.factors(target.blend, drawn)
     parts = (dict(ce=cross_entropy(student.logits, target.labels))
-             | {n: o.weight*(0. if skip else fade.get(n, 1.))*p for n,p in zip(self.losses, balanced['parts'])})
-    parts |= dict(selector=mix.regulariser) | ({} if live else dict(align=o.align*recon))
+             | {n: factors[n]*p for n,p in zip(self.losses, balanced['parts'])} | self.own_losses(mix, recon))
     return outcome(student.logits, parts,
                    self.report(raw, balanced, mix) | (self.health(ys) if progress.observe else {}))
 

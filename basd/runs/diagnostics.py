@@ -96,8 +96,8 @@ def collapsed_targets(
     rows:list, # of the log
 )->list:       # of `Curve`
     "Do targets tell images apart, in more than one direction?"
-    name, change = 'collapsed targets', ("a student that ignores its image can meet them: set method.targets=constant; "
-                                         "if it is, set method.aligner.kind=interp, which has nothing to train")
+    name, change = 'collapsed targets', ("a student that ignores its image can meet them: set method.aligner.kind=interp, which has nothing "
+                                         "to train (of basd_literal, first method.targets=constant)")
     return (watch(rows, 'target/batch_std', name, .1,
                   "their spread over the batch is {value} of its first", change, relative=True)
           + watch(rows, 'target/cosine', name, .99,
