@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from basd.core.files import fingerprint, write_atomic
-from basd.methods.base import find_objective
+from basd.core.registry import METHODS
 from basd.runs.run_directory import environment
 from basd.benchmark.compare import recipe_file, side_by_side
 from basd.runs.metrics import read_log
@@ -124,7 +124,7 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
     "The recipe of a run, and what distinguishes it from other runs of its seed"
     stage = dict(method=dict(name="ce")) if recipe is None else merge(stage_of(recipe), VARIANTS.get(entry, (0, {}))[1])
     tree = merge(merge(frame["base"], local), stage)
-    objective = find_objective(tree["method"]["name"])
+    objective = METHODS.get(tree["method"]["name"])
     options = resolve({k: v for k,v in tree.items() if k != "teacher"}).method.options
     if "last_width" in tree["student"].get("kwargs", {}):           # as wide as the teacher
         tree["student"]["kwargs"] = tree["student"]["kwargs"] | dict(last_width=frame["teacher"]["student"]["width"] or 72)

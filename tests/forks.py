@@ -14,11 +14,11 @@ import basd.cli  # noqa: F401 (imported for the children)
 import basd.training.build  # noqa: F401
 import basd.training.callbacks
 from basd.core.distributed import rank, world
-from basd.methods.base import find_objective
+from basd.core.registry import METHODS
 from basd.core.processes import processes
 from basd.runs.run_directory import digest, load
 
-find_objective("basd")      # imports all methods, so that all children are of one state of the code
+METHODS.load()      # imports all methods, so that all children are of one state of the code
 LIMIT = 120                 # seconds; a process that takes longer is a failure
 TESTS = Path(__file__).parent
 ENVIRONMENT = dict(         # of every child: this checkout first on the path, one thread

@@ -104,7 +104,7 @@ def concerned(mutant):
     own, others = page(mutant["module"]), importers(mutant["module"])
     near = [p for p in others if p.split("/")[1] in ROOMS]
     ranks = RANKS if mutant["kind"] == "ranks" else []
-    selectors = SELECTORS if "@register_selector(" in source(mutant["module"]).read_text() else []
+    selectors = SELECTORS if "@SELECTORS.register(" in source(mutant["module"]).read_text() else []
     return list(dict.fromkeys([*ranks[:1], own, *near, *selectors, PROPERTIES, *ranks[1:], *others]))
 
 

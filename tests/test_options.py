@@ -10,16 +10,14 @@ from pydantic import TypeAdapter
 
 from basd.data.mixing import draw_blend
 from basd.core.features import Features
-from basd.geometry.selector import find_selector, selectors
+from basd.core.registry import LOSSES, METHODS, SELECTORS, options_of
 from basd.core.sampling import step_generator
-from basd.losses.base import compares, feature_losses, find_feature_loss, told
+from basd.losses.base import compares, told
 from basd.methods.basd import selector_options
-from basd.methods.base import Progress, Shapes, Target, find_objective, objectives, options_of
+from basd.methods.base import Progress, Shapes, Target
 from basd.models.taps import Tapped
 from basd.runs.recipes import resolve
 
-find_objective("ce"), find_feature_loss("cka")
-find_objective("basd"), find_selector("nearest")
 B, C, STEPS = 8, 6, 6
 NO = object()
 
@@ -107,7 +105,7 @@ def seen(x): # numbers of anything that is reported
 
 def lesson(name, words):
     "Numbers that a short training with these options gives"
-    cls = find_objective(name)
+    cls = METHODS.get(name)
     options = TypeAdapter(cls.Options).validate_python(words)
     needs = cls.needs(options)
     (plain_s, plain_t), out = models(), [float(v) for v in (needs.attention, needs.views)]
@@ -163,10 +161,10 @@ def tried(name, words):
 ALONE = ("basd", "basd_literal")  # too many forms to move each option beside each of them
 AT = dict(progressive=dict(share=1e-9)) # where an option is seen in a few steps: the frontier moves
 NEEDED = dict(heads=dict(heads=2))  # options that a loss cannot be without here
-CASES = [(n, {}) for n in sorted(objectives) if n not in ("ce", "match")] + [
-    ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if compares(feature_losses[n]) == "layers" else {"layer_map": "uniform"})))
-    for n in sorted(feature_losses)] + [("match", dict(losses=dict(gram={}), logits={}))] + [
-    ("basd", dict(selector=dict(name=n) | AT.get(n, {}))) for n in sorted(selectors)]
+CASES = [(n, {}) for n in METHODS if n not in ("ce", "match")] + [
+    ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if compares(LOSSES.get(n)) == "layers" else {"layer_map": "uniform"})))
+    for n in LOSSES] + [("match", dict(losses=dict(gram={}), logits={}))] + [
+    ("basd", dict(selector=dict(name=n) | AT.get(n, {}))) for n in SELECTORS]
 
 
 def of_selector(name):
@@ -176,11 +174,11 @@ def of_selector(name):
 
 @pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", [v["selector"]["name"]] if "selector" in v else [])))
 def test_every_option(name, base):
-    options = find_objective(name).Options
+    options = METHODS.get(name).Options
     own = list(leaves(options))
     if "losses" in base:
         loss, = base["losses"]
-        own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_of(feature_losses[loss], *told))] + (
+        own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_of(LOSSES.get(loss), *told))] + (
             own if "logits" in base else [])
     if "selector" in base: own = of_selector(base["selector"]["name"])
     silent = []
@@ -206,12 +204,12 @@ def test_every_option(name, base):
     assert not silent, f"{name} {base}: nothing reads {', '.join(silent)}"
 
 
-@pytest.mark.parametrize("name", sorted(set(objectives) - {"ce"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"ce"}))
 def test_no_number_is_negative(name):
     "A recipe with a negative weight, temperature or count is refused in a sentence that names the key"
-    cases = [((), find_objective(name).Options)]
-    if name == "match": cases = [(("losses", n), options_of(f, *told)) for n, f in sorted(feature_losses.items())] + cases
-    if name == "basd": cases += [(("selector", n), selector_options(n)) for n in sorted(selectors)]
+    cases = [((), METHODS.get(name).Options)]
+    if name == "match": cases = [(("losses", n), options_of(f, *told)) for n, f in sorted(LOSSES.load().items())] + cases
+    if name == "basd": cases += [(("selector", n), selector_options(n)) for n in SELECTORS]
     for at, cls in cases:
         for path, hint, _ in leaves(cls):
             if path[0] in ("points", "layers", "layer_map") or not {int, float} & set(kinds(hint)): continue

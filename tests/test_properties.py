@@ -24,12 +24,12 @@ from basd.geometry.alignment import HeadAligner, InterpAligner, TokenAligner, ta
 from basd.core.features import Attention, Features, FormedAttention
 from basd.geometry.layer_maps import FixedSelector
 from basd.geometry.frequency_selector import FrequencySelector
-from basd.geometry.selector import find_selector, selectors
+from basd.core.registry import LOSSES, METHODS, SELECTORS
 from basd.core.sampling import step_generator
 from basd.losses.attention import AttentionKL, cut_attention, pseudo_attention
 from basd.losses.balance import Balance
 from basd.losses.fourier import Fourier
-from basd.losses.base import compares, feature_losses, find_feature_loss, made_for
+from basd.losses.base import compares, made_for
 from basd.losses.token_relations import Relational
 from basd.losses.rsd import RSD
 from basd.losses.spectral import Spectral
@@ -38,16 +38,13 @@ from basd.methods.basd import selector_options
 from basd.methods.logit_distillation import LogitLoss, LogitOptions
 from basd.methods.early_exits import ofa
 from basd.methods.dual_head import binary_kl
-from basd.methods.base import Progress, Shapes, Target, find_objective, objectives
+from basd.methods.base import Progress, Shapes, Target
 
 COMMON = dict(deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
               suppress_health_check=list(HealthCheck))
 settings.register_profile("short", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("long", max_examples=800, print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("BASD_PROPERTIES", "short"))
-
-for find in (find_feature_loss, find_objective):     # an unknown name makes both registries read all their pages
-    with pytest.raises(ValueError): find("?")
 
 CLASSES, HEADS_S, HEADS_T = 5, 3, 2
 # else 1e6: where a direction is undefined, a slope is one over a floor, and RSD has two floors in a row
@@ -235,7 +232,7 @@ def tapped(width, case):
 
 def loss_of(name, given, batch):
     "A registered loss for the layers of a batch"
-    cls, P = find_feature_loss(name), len(batch.student)
+    cls, P = LOSSES.get(name), len(batch.student)
     L = len(batch.teacher) if compares(cls) == "layers" else P
     torch.manual_seed(0)
     shapes = dict(widths_s=[WIDTH_S]*P, widths_t=[batch.width_t]*L, heads_s=[HEADS_S]*P, heads_t=[batch.heads_t]*L)
@@ -256,9 +253,9 @@ def of_pairs(loss, student, teacher):
                 student.grids, teacher.grids[:L])
 
 
-@pytest.mark.parametrize("name", sorted(feature_losses))
+@pytest.mark.parametrize("name", LOSSES)
 def test_losses_on_pairs(name):
-    tally, cls = Counter(), feature_losses[name]
+    tally, cls = Counter(), LOSSES.get(name)
     @given(case=cases(layers=(2, 2)), given=options(cls, *TOLD))
     def holds(case, given):
         if compares(cls) == "attention":  # place by place
@@ -278,10 +275,10 @@ def test_losses_on_pairs(name):
     check(tally)
 
 
-@pytest.mark.parametrize("name", sorted(feature_losses))
+@pytest.mark.parametrize("name", LOSSES)
 def test_order_and_layout(name):
     "Neither the order of the images nor how they lie in memory changes a loss"
-    cls = feature_losses[name]
+    cls = LOSSES.get(name)
     @settings(max_examples=max(5, settings().max_examples//4))
     @given(case=cases(layers=(2, 2), precisions=("float64",), kinds=("spread", "low", "still", "duplicated")),
            given=options(cls, *TOLD))
@@ -446,25 +443,24 @@ def test_losses_on_logits():
     check(tally, .2)
 
 
-find_selector("nearest")
-SELECTORS = dict(frequency=FrequencySelector, fixed=FixedSelector) | selectors
+ALL_SELECTORS = dict(frequency=FrequencySelector, fixed=FixedSelector) | SELECTORS.load()
 RULES = ("uniform", "first_to_last", "skip", "last", "final", "first", "reversed", "random", "mean", [[0, 0]])
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", ALL_SELECTORS)
 def test_selectors(name):
     tally = Counter()
-    @given(case=cases(), given=options(SELECTORS[name], "rule", "rank", "dim", "tau"), rank=st.integers(1, 7),
+    @given(case=cases(), given=options(ALL_SELECTORS[name], "rule", "rank", "dim", "tau"), rank=st.integers(1, 7),
            rule=st.sampled_from(RULES), wide=st.booleans(), tau=st.sampled_from((.06, 1., 9.9)), training=st.booleans(),
            drawn=st.booleans())
     def holds(case, given, rank, rule, wide, tau, training, drawn):
         batch = Batch(case)
         P, L = len(batch.student), len(batch.teacher)
         torch.manual_seed(0)
-        known = inspect.signature(SELECTORS[name]).parameters
+        known = inspect.signature(ALL_SELECTORS[name]).parameters
         own = {k: v for k, v in dict(rank=rank, dim=16 if wide else 8, tau=tau, rule=rule).items() if k in known}
         widths = [x.shape[-1] for x in batch.student], [x.shape[-1] for x in batch.teacher]
-        selector = attempt(lambda: SELECTORS[name](*widths, **given | own), tally, "options")
+        selector = attempt(lambda: ALL_SELECTORS[name](*widths, **given | own), tally, "options")
         if selector is None: return
         selector.train(training)
         def run():
@@ -573,9 +569,9 @@ def test_balance():
 
 # whom to ask about an option that is a word
 SAID = {f"{c.__name__}Options": c
-        for c in (*SELECTORS.values(), Balance, Fourier, Temperature, *STRUCTURE.values())}
+        for c in (*ALL_SELECTORS.values(), Balance, Fourier, Temperature, *STRUCTURE.values())}
 SMALL = dict(rank=2, dim=8, max_rows=32, settle=1, start_from_teacher=False)
-LACKING = dict(match=lambda: st.lists(st.sampled_from(sorted(feature_losses)), min_size=1, max_size=3, unique=True).map(
+LACKING = dict(match=lambda: st.lists(st.sampled_from(list(LOSSES)), min_size=1, max_size=3, unique=True).map(
                    lambda names: dict(losses={n: {} for n in names})))     # what a method's options cannot be without
 
 
@@ -602,7 +598,7 @@ def settings_of(draw, cls):
         if nested: given[f.name] = draw(settings_of(nested[0])) if draw(st.integers(0, 3)) else default
         elif f.name in SMALL: given[f.name] = SMALL[f.name]
         elif f.name == "selector":
-            if draw(st.integers(0, 3)): given[f.name] = draw(settings_of(selector_options(draw(st.sampled_from(sorted(selectors))))))
+            if draw(st.integers(0, 3)): given[f.name] = draw(settings_of(selector_options(draw(st.sampled_from(list(SELECTORS))))))
         elif f.name in ("layer_map", "rule"): given[f.name] = draw(st.sampled_from([default, "uniform", "reversed"]))
         elif get_origin(f.type) is Literal or isinstance(default, bool):
             given[f.name] = draw(st.sampled_from(list(get_args(f.type)) or [True, False]))
@@ -613,10 +609,10 @@ def settings_of(draw, cls):
 
 
 @pytest.mark.filterwarnings("ignore:L_attn is left out")
-@pytest.mark.parametrize("name", sorted(objectives))
+@pytest.mark.parametrize("name", METHODS)
 def test_methods(name):
     "Two steps of every method, at any moment of a run, with and without a blend"
-    tally, cls = Counter(), objectives[name]
+    tally, cls = Counter(), METHODS.get(name)
     @given(case=cases(), drawn=settings_of(cls.Options), lacking=LACKING.get(name, lambda: st.just({}))(),
            teachers=st.integers(1, 2), step=st.sampled_from((0, 1, 50, 99)))
     def holds(case, drawn, lacking, teachers, step):

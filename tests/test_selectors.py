@@ -7,12 +7,11 @@ from forks import on_ranks, state_of
 from test_ranks import in_double
 from torch.testing import assert_close
 
-from basd.geometry.selector import find_selector, selectors
+from basd.core.registry import SELECTORS
 from basd.runs.metrics import read_log
 from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
 
-find_selector("nearest")
 # so that in 16 steps frontiers move by measurement and by the clock, and maps settle
 OWN = {"progressive": dict(share=.3, memory=.5, until=.8, fast=.5), "ramp": dict(until=.9), "complementary": dict(batches=3),
        "arc_length": dict(batches=3)}
@@ -24,7 +23,7 @@ WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs
 
 
 def words_of(name):
-    taken = {"dim": 24, "rank": 4} if hasattr(find_selector(name), "measure") else {}
+    taken = {"dim": 24, "rank": 4} if hasattr(SELECTORS.get(name), "measure") else {}
     options = dict(name=name) | taken | OWN.get(name, {})
     return [*WORDS, "method.selector={" + ", ".join(f"{k}: {v}" for k,v in options.items()) + "}"]
 
@@ -32,7 +31,7 @@ def words_of(name):
 def moved(run): return [(r["step"], r["mixing"], r.get("frontier")) for r in read_log(run) if r["kind"] == "step"]
 
 
-@pytest.mark.parametrize("name", sorted(selectors))
+@pytest.mark.parametrize("name", SELECTORS)
 def test_stop_and_go_on(name, tmp_path):
     "Stopped between two rows of the log, and between two of the teacher's depths"
     recipe = load_recipe("basd_cifar10", words_of(name))[""]
@@ -61,7 +60,7 @@ def whole_run(words, run):
     return torch.tensor([r["mixing"] for r in read_log(run) if r["kind"] == "step"]), trainer.task.method.selector.depth
 
 
-@pytest.mark.parametrize("name", sorted(selectors))
+@pytest.mark.parametrize("name", SELECTORS)
 def test_two_ranks_equal_one(name, tmp_path):
     (one, depth), (two, depth_of_two) = (
         on_ranks(whole_run, words_of(name), tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))

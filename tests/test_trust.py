@@ -12,7 +12,7 @@ import yaml
 from conftest import NO_MODEL, TINY
 from forks import ENVIRONMENT
 
-from basd.losses import base as paired
+from basd.core import registry
 from basd.runs.run_directory import load, save
 from basd.cli import main
 from basd.training.build import replay
@@ -43,7 +43,7 @@ def here(tmp_path, monkeypatch):
     "A working directory on the import path, as a notebook's is"
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(paired, "_admitted", set())
+    monkeypatch.setattr(registry, "_admitted", set())
     yield tmp_path
     for name in [n for n in sys.modules if n.split(".")[0] in ("payload", "runs")]: del sys.modules[name]
 
@@ -127,7 +127,7 @@ def elsewhere(tmp_path, monkeypatch):
     "A working directory that is not on the import path, with a recipe of one's own and a module beside it"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    monkeypatch.setattr(paired, "_admitted", set())
+    monkeypatch.setattr(registry, "_admitted", set())
     (tmp_path/"mine").mkdir()
     (tmp_path/"mine"/"my_method.py").write_text(PAYLOAD)
     (tmp_path/"mine"/"mine.yaml").write_text("extends: basd_cifar10\nmethod: {name: 'my_method:Evil'}")
@@ -140,7 +140,7 @@ WORDS = [w for w in CE[2:] if not w.startswith("method")]
 
 def forget(monkeypatch):
     "As in a process that has not imported it"
-    monkeypatch.setattr(paired, "_admitted", set())
+    monkeypatch.setattr(registry, "_admitted", set())
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "mine" not in p])
     sys.modules.pop("my_method")
 

@@ -20,7 +20,7 @@ from ..core.distributed import rank
 from ..core.files import write_atomic
 from ..core.processes import processes
 from ..data.sources import OtherClasses
-from ..methods.base import find_objective
+from ..core.registry import METHODS
 from ..runs.builders import (
     build_student, build_teacher, fetching, granted, input_size, open_data, open_images, run_classes)
 from ..runs.inference import evaluate as measure
@@ -63,7 +63,7 @@ def run_student(
     device='cpu',
 ):
     "The student of a run, tapped and in evaluation mode"
-    needs = replace(find_objective(recipe.method.name).needs(recipe.method.options), points=layers, attention=attention)
+    needs = replace(METHODS.get(recipe.method.name).needs(recipe.method.options), points=layers, attention=attention)
     student = build_student(replace(recipe, student=replace(recipe.student, pretrained=False, checkpoint=None,
                                                             checkpoint_key=None)),
                             classes, needs)
@@ -79,7 +79,7 @@ def run_teacher(
     classes:list|None=None, # the student's, in whose order its logits are to be; None: its own
 ):
     "The teacher of a run"
-    needs = find_objective(recipe.method.name).needs(recipe.method.options)
+    needs = METHODS.get(recipe.method.name).needs(recipe.method.options)
     if not needs.teacher: raise ValueError(f"method {recipe.method.name!r} has no teacher")
     needs = replace(needs, layers=layers, attention=attention, logits=False)
     return build_teacher(recipe, needs, classes).to(device)

@@ -23,7 +23,7 @@ from .entries import Run, assemble, runs_of
 from .results import gather, record, result_of
 from ..core.files import open_own, own_folder, write_atomic
 from ..core.processes import launched, processes
-from ..losses.base import trusting
+from ..core.registry import trusting
 from ..runs.recipes import Recipe, as_tree, differences, load_recipe, write_recipe
 from ..runs.run_directory import read_run
 from ..training.build import build_trainer

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.files import fingerprint
-from ..methods.base import find_objective
+from ..core.registry import METHODS
 from ..runs.recipe_files import read_recipe
 from ..runs.recipes import Recipe, TeacherRecipe, as_tree, check_teachers, differences, load_recipe, resolve
 
@@ -166,7 +166,7 @@ def budget_notes(
                        f"{' + '.join(str(l.recipe.train.epochs) for l in [*stages, leg])} epochs, "
                        "all of whose time is counted")
         t, method = leg.recipe.teacher, leg.recipe.method
-        if find_objective(method.name).needs(method.options).teacher:
+        if METHODS.get(method.name).needs(method.options).teacher:
             taught.setdefault(leg.refs.get('teacher') or t.run or t.model, []).append(name)
     out = [f"{', '.join(names)}: not {race.baseline} in more than the method ({race.baseline}, here): {text}"
            for text,names in groups.items()] + out

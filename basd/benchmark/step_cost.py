@@ -30,7 +30,7 @@ from ..core.files import page_style, save_figure, write_atomic
 from ..core.processes import hold_memory
 from ..data.cache import Cache, Layout
 from ..data.views import Views, build_loader
-from ..methods.base import find_objective
+from ..core.registry import METHODS
 from ..models.feature_records import RecordForm, from_record, to_record
 from ..runs.builders import build_student, input_size
 from ..runs.inference import autocast
@@ -92,7 +92,7 @@ class Bench:
             raise ValueError("teacher.run names a finished run, which a bench has no use for; give teacher.model")
         r, self.device = recipe, torch.device(device)
         if hold and self.device.type == 'cpu': hold_memory()
-        needs = find_objective(r.method.name).needs(r.method.options)
+        needs = METHODS.get(r.method.name).needs(r.method.options)
         r = replace(r, student=replace(r.student, pretrained=False, checkpoint=None, checkpoint_key=None),
                     teacher=without_weights(r.teacher))
         self.recipe, self.classes, self.B = r, classes, r.data.batch_size//r.train.accumulate

@@ -9,10 +9,11 @@ __all__ = ['LearningProgressSelector']
 import torch
 from torch import Tensor
 
-from .selector import GrassmannSelector, depth_prior, mixing_weights, register_selector
+from ..core.registry import SELECTORS
+from .selector import GrassmannSelector, depth_prior, mixing_weights
 
 # %% ../../nbs/geometry/19_learning_progress.ipynb #d7f55241
-@register_selector('learning_progress')
+@SELECTORS.register('learning_progress')
 class LearningProgressSelector(GrassmannSelector):
     "Mixing weights by how fast the distance to each teacher layer is falling"
     def __init__(self,

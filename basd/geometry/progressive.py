@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .schedule import Frontier, hat
-from .selector import GrassmannSelector, Mix, register_selector
+from ..core.registry import SELECTORS
+from .selector import GrassmannSelector, Mix
 
 # %% ../../nbs/geometry/17_progressive.ipynb #3975d7a2
 @torch.no_grad()
@@ -27,7 +28,7 @@ def share_reached(
     return ((1 - dist)*weights).sum(-1) / (beside*weights).sum(-1).clamp(min=1e-3)
 
 # %% ../../nbs/geometry/17_progressive.ipynb #f7908ef3
-@register_selector('progressive')
+@SELECTORS.register('progressive')
 class ProgressiveSelector(Frontier, GrassmannSelector):
     "Each point learns from the layers at its frontier, which moves deeper when the student has reached them"
     def __init__(self,

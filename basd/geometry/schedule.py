@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .layer_maps import FixedSelector, pairs_of
-from .selector import Mix, register_selector
+from ..core.registry import SELECTORS
+from .selector import Mix
 
 # %% ../../nbs/geometry/16_schedule.ipynb #0cca7707
 def hat(
@@ -78,7 +79,7 @@ class Frontier:
         self.open = int(self.opened)
 
 # %% ../../nbs/geometry/16_schedule.ipynb #b90962af
-@register_selector('ramp')
+@SELECTORS.register('ramp')
 class RampSelector(Frontier, FixedSelector):
     "Teacher layers from the first to a fixed map's, by the clock alone"
     def __init__(self,

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..core.numerics import centre, covariance, no_autocast
 from .grassmann import overlap, scores, subspace
 from .layer_maps import layer_map
-from .selector import GrassmannSelector, Mix, register_selector
+from ..core.registry import SELECTORS
+from .selector import GrassmannSelector, Mix
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #1c67165b
 @torch.no_grad()
@@ -129,7 +130,7 @@ def forward(self:TeacherMap,
     return Mix(w, zero, dict(neighbors=self.overlaps.diagonal(1).clone()))
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #b2165682
-@register_selector('complementary')
+@SELECTORS.register('complementary')
 class ComplementarySelector(TeacherMap):
     "The P teacher layers that stand for all of them, in order of depth"
     def __init__(self,
@@ -147,7 +148,7 @@ class ComplementarySelector(TeacherMap):
     def choose(self, gram:Tensor)->Tensor: return medoids(1 - gram, self.sets)
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #f2ccdfb2
-@register_selector('arc_length')
+@SELECTORS.register('arc_length')
 class ArcLengthSelector(TeacherMap):
     "Teacher layers at equal distances along the teacher's way through the Grassmannian"
     def choose(self, gram:Tensor)->Tensor: return equal_steps(gram, len(self.widths_s))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..core.numerics import island, no_autocast
 from ..geometry.alignment import HeadAligner
-from .base import feature_loss
+from ..core.registry import LOSSES
 
 # %% ../../nbs/losses/32_attention_relations.ipynb #b1ec49e4
-@feature_loss('scores')
+@LOSSES.register('scores')
 class Scores(nn.Module):
     "Mean squared error of attention scores before the softmax; gradient to the student and the mixtures of heads"
     of = 'attention'
@@ -74,7 +74,7 @@ def relation(
     return (a*a.shape[-1]**-.5 @ b.mT).log_softmax(-1)
 
 # %% ../../nbs/losses/32_attention_relations.ipynb #cf0d2d7d
-@feature_loss('heads')
+@LOSSES.register('heads')
 class HeadRelations(nn.Module):
     "Match relations among queries, keys and values; gradient to the student, no parameters"
     of = 'attention'

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.distributed import global_mean
 from ..core.numerics import island, no_autocast
-from .base import belongs
+from ..core.registry import belongs
 
 # %% ../../nbs/losses/25_balance.ipynb #85c799d5
 def inverse_softmax(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..core.distributed import global_mean, world
 from ..core.numerics import covariance, felt, island, no_autocast
 from ..core.resampling import resample_tokens
-from .base import belongs, feature_loss, paired
+from ..core.registry import LOSSES, belongs
+from .base import paired
 
 # %% ../../nbs/losses/29_cka.ipynb #06858201
 def _debiased(h, ab, a, b, n): return n/(n - 3)*(h - ab/(n - 2) + a*b/((n - 1)*(n - 2)))
@@ -90,7 +91,7 @@ def cka(
         return h(x, y)*(h(x, x).clamp(min=1e-6)*h(y, y).clamp(min=1e-6)).rsqrt()
 
 # %% ../../nbs/losses/29_cka.ipynb #e89457fd
-@feature_loss('cka')
+@LOSSES.register('cka')
 class CKA(nn.Module):
     "One minus centred kernel alignment of student and teacher layers; gradient to the student, no parameters"
     def __init__(self,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..core.numerics import island, no_autocast
 from ..core.resampling import resample_tokens
-from .base import feature_loss, paired
+from ..core.registry import LOSSES
+from .base import paired
 
 # %% ../../nbs/losses/31_fourier.ipynb #cde26e60
 def fourier_distance(
@@ -44,7 +45,7 @@ def log_magnitude(
     return torch.fft.rfft2(x.unflatten(-2, grid), dim=(-3, -2), norm='ortho').abs().log1p()
 
 # %% ../../nbs/losses/31_fourier.ipynb #9e61c018
-@feature_loss('fourier')
+@LOSSES.register('fourier')
 class Fourier(nn.Module):
     "Match feature maps wave by wave; gradient to the student and the maps between widths"
     def __init__(self,

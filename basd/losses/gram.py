@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..core.distributed import all_rows, rank
 from ..core.numerics import centre, directions, island, no_autocast
-from .base import at_places, feature_loss, paired
+from ..core.registry import LOSSES
+from .base import at_places, paired
 
 # %% ../../nbs/losses/30_gram.ipynb #83c6e319
 def unit_tokens(
@@ -41,7 +42,7 @@ def gram_distance(
     return d + (-d).clamp(min=0).detach()
 
 # %% ../../nbs/losses/30_gram.ipynb #0230da0e
-@feature_loss('gram')
+@LOSSES.register('gram')
 class Gram(nn.Module):
     "Match the cosines among the tokens of an image; gradient to the student, no parameters"
     def __init__(self,
@@ -76,7 +77,7 @@ def forward(self:Gram,
     return torch.stack([self.one(x, y).mean() for x,y in pairs]).mean()
 
 # %% ../../nbs/losses/30_gram.ipynb #bbac9b57
-@feature_loss('token')
+@LOSSES.register('token')
 class TokenCosine(nn.Module):
     "One minus the cosine of each token with its teacher token; gradient to the student and the maps"
     def __init__(self,
@@ -119,7 +120,7 @@ def forward(self:TokenCosine,
     return torch.stack([self.one(f(x), y) for f,(x,y) in zip(maps, pairs)]).mean()
 
 # %% ../../nbs/losses/30_gram.ipynb #2ffe9247
-@feature_loss('correlation')
+@LOSSES.register('correlation')
 class PooledCorrelation(nn.Module):
     "Match the similarities among the images of a batch; gradient to the student, no parameters"
     def __init__(self,

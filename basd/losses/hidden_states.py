@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import directions, island, no_autocast
-from .base import at_places, belongs, feature_loss
+from ..core.registry import LOSSES, belongs
+from .base import at_places
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #4c6c3813
 def in_coordinates(
@@ -26,7 +27,7 @@ def in_coordinates(
     return h.shape[-1]**.5*directions(h - h.mean(-1, keepdim=True), of=h)
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #9a76d55e
-@feature_loss('hidden')
+@LOSSES.register('hidden')
 class Hidden(nn.Module):
     "Mean squared error of mapped student tokens; gradient to the student and the maps"
     def __init__(self,
@@ -82,7 +83,7 @@ def loudness(
     return directions(h.abs().pow(p).mean(-1))
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #b1f3329d
-@feature_loss('at')
+@LOSSES.register('at')
 class AttentionTransfer(nn.Module):
     "Match where layers are loud; gradient to the student, no parameters"
     def __init__(self,

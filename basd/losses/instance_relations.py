@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core.distributed import all_rows
 from ..core.numerics import directions, island, no_autocast, rounding
-from .base import belongs, feature_loss, paired
+from ..core.registry import LOSSES, belongs
+from .base import paired
 from .hidden_states import in_coordinates
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #56667fbc
@@ -35,7 +36,7 @@ def angles(
     return e @ e.mT
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #06777c13
-@feature_loss('rkd')
+@LOSSES.register('rkd')
 class RKD(nn.Module):
     "Match distances and angles among images; gradient to the student, no parameters"
     def __init__(self,
@@ -148,7 +149,7 @@ class VRM(nn.Module):
         return each[(h[i] + h[j]).topk(max(1, round(len(each)*(1 - self.prune))), largest=False).indices]
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #08946f8d
-@feature_loss('crd')
+@LOSSES.register('crd')
 class CRD(nn.Module):
     ("Tell each image from the others by the teacher's embedding, and the other way round; "
      "gradient to the student and the maps")

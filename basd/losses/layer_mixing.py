@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.numerics import island, no_autocast
 from ..geometry.layer_maps import layer_map
-from .base import feature_loss
+from ..core.registry import LOSSES
 from .hidden_states import in_coordinates
 
 # %% ../../nbs/losses/35_layer_mixing.ipynb #6e4ec642
@@ -42,7 +42,7 @@ class _Pooled(nn.Module):
         return in_coordinates(q, self.normalise), in_coordinates(h, self.normalise)
 
 # %% ../../nbs/losses/35_layer_mixing.ipynb #f9a63ca0
-@feature_loss('alp')
+@LOSSES.register('alp')
 class AttentiveLayers(_Pooled):
     "Squared distance to a mixture of teacher layers that each image asks for; gradient to the student and the maps"
     def __init__(self,
@@ -77,7 +77,7 @@ def forward(self:AttentiveLayers,
         return (q - self.weights(q, h) @ h).square().mean()
 
 # %% ../../nbs/losses/35_layer_mixing.ipynb #e09d766d
-@feature_loss('lad')
+@LOSSES.register('lad')
 class GatedLayers(_Pooled):
     "Squared distance to teacher layers folded by gates; gradient to the student, the maps and the gates"
     def __init__(self,

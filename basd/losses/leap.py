@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..core.numerics import island, no_autocast
 from ..core.resampling import resample_tokens
 from ..geometry.layer_maps import FixedSelector
-from ..geometry.selector import Mix, blend_tokens, mix_tokens, register_selector
-from .base import feature_loss
+from ..core.registry import LOSSES, SELECTORS
+from ..geometry.selector import Mix, blend_tokens, mix_tokens
 from .cka import cka
 
 # %% ../../nbs/losses/36_leap.ipynb #3b5ae7fa
@@ -131,7 +131,7 @@ def in_time(self:Ladder, z:Tensor, ys:list, grid_s, grids_t:list, blend, clock:T
     self.begun = True
 
 # %% ../../nbs/losses/36_leap.ipynb #267e2d2c
-@feature_loss('leap')
+@LOSSES.register('leap')
 class Leap(Ladder, nn.Module):
     "Mean squared error of mapped student tokens to one teacher layer, which climbs; gradient to the student and the map"
     of, moves = 'layers', True
@@ -173,7 +173,7 @@ class Leap(Ladder, nn.Module):
         return self.step(xs[-1], ys, grids_s and grids_s[-1], grids_t, blend, epoch if epoch is None else epoch.floor())[0]
 
 # %% ../../nbs/losses/36_leap.ipynb #7ea59f83
-@register_selector('leap')
+@SELECTORS.register('leap')
 class LeapSelector(Ladder, FixedSelector):
     "One teacher layer for all points, which climbs when linear CKA with the last point passes a threshold"
     def __init__(self,

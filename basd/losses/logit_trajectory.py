@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import directions, island, no_autocast, too_short
-from .base import at_places, feature_loss, paired
+from ..core.registry import LOSSES
+from .base import at_places, paired
 from .cka import CKA
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #b980ffce
@@ -65,7 +66,7 @@ def steps(
     return torch.where(still, 0., 1 - (a*b).sum(-1)).mean()
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #d4c47499
-@feature_loss('dynamics')
+@LOSSES.register('dynamics')
 class Dynamics(nn.Module):
     "Match where predictions stand over depth, and how they move; gradient to the student"
     def __init__(self,

@@ -17,7 +17,8 @@ from torch.func import functional_call
 from ..core.chunking import in_pieces
 from ..core.distributed import global_mean, world
 from ..core.numerics import covariance, island, no_autocast, rounding
-from .base import belongs, feature_loss, paired
+from ..core.registry import LOSSES, belongs
+from .base import paired
 
 # %% ../../nbs/losses/21_rsd.ipynb #03930864
 def measured(
@@ -218,7 +219,7 @@ def one(self:RSD,
     return redundancy(cross_correlation(head(s), t, self.center), self.kappa, self.reduction)
 
 # %% ../../nbs/losses/21_rsd.ipynb #0469fb7b
-@feature_loss('rsd')
+@LOSSES.register('rsd')
 class PooledRSD(nn.Module):
     "Redundancy suppression among mean tokens; gradient to the student and the heads"
     def __init__(self,

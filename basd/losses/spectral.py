@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.distributed import global_mean
 from ..core.numerics import eigvalsh, felt, island, no_autocast, steady
 from ..core.sampling import draw_images
-from .base import belongs
+from ..core.registry import belongs
 
 # %% ../../nbs/losses/24_spectral.ipynb #4671c979
 def gram(

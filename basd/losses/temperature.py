@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.numerics import no_autocast
-from .base import belongs
+from ..core.registry import belongs
 
 # %% ../../nbs/losses/27_temperature.ipynb #c6795ede
 class Reversal(torch.autograd.Function):

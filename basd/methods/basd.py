@@ -9,7 +9,7 @@ __all__ = ['RSDOptions', 'RelationalOptions', 'AttentionOptions', 'SpectralOptio
 
 # %% ../../nbs/methods/51_basd.ipynb #a8aa2210
 import warnings
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -24,15 +24,14 @@ from ..core.features import Features
 from ..core.sampling import draw_images, step_generator
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.layer_maps import FixedSelector
-from ..geometry.selector import blend_tokens, find_selector, selected, selectors
+from ..core.registry import METHODS, SELECTORS, belongs, options_of, settings
+from ..geometry.selector import blend_tokens, selected
 from ..losses.attention import AttentionKL, cut_attention
 from ..losses.balance import Balance
-from ..losses.base import belongs
 from ..losses.rsd import RSD
 from ..losses.spectral import Spectral
 from ..losses.token_relations import Relational
-from .base import (
-    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, seeded, settings)
+from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, seeded
 
 # %% ../../nbs/methods/51_basd.ipynb #a9c4a281
 @settings
@@ -81,7 +80,7 @@ def selector_options(
     name:str, # of a selector
 ):            # a `settings` dataclass with `name` and one field for each option
     "What a recipe may say about a selector"
-    return _selector_options(find_selector(name), name)
+    return _selector_options(SELECTORS.get(name), name)
 
 # %% ../../nbs/methods/51_basd.ipynb #74e97c7d
 default_selector = 'nearest' # of BASD, where a recipe names none
@@ -91,13 +90,12 @@ def checked_selector(
     given, # its options with its name, None for the default one, or options filled in before
 ):         # of `selector_options`
     "The options of a selector, filled in, or a sentence about what is wrong"
-    if (name := getattr(given, 'name', None)) in selectors and isinstance(given, selector_options(name)): return given
+    if is_dataclass(given) and isinstance(given, selector_options(given.name)): return given
     given = {} if given is None else given
     if not isinstance(given, dict): raise ValueError(f"selector={given!r}; give its name and options, as in {{name: progressive}}")
     name = given.get('name', default_selector)
     try: kind = selector_options(name)
-    except (ValueError, TypeError):
-        raise ValueError(f"selector.name={name!r}; allowed: {', '.join(sorted(selectors))}") from None
+    except ValueError as e: raise ValueError(f"selector.name: {e}") from None
     try: return TypeAdapter(kind).validate_python(given)
     except ValidationError as e:
         first, own = e.errors()[0], [f.name for f in fields(kind)]
@@ -151,7 +149,7 @@ def superpose(
     return t.lerp(t[blend.partner], (1 - blend.lam).to(t.dtype))
 
 # %% ../../nbs/methods/51_basd.ipynb #4bfc7c96
-@register('basd')
+@METHODS.register('basd')
 class BASD(Objective):
     "Select, align, compare, balance: the objective of bias-aware structural distillation"
     Options = BASDOptions
@@ -183,7 +181,7 @@ class BASD(Objective):
         widths = self.student.widths, self.teacher.widths
         if options.rule is not None: return FixedSelector(*widths, options.rule)
         given = {k: v for k,v in vars(options.selector).items() if k != 'name'}
-        return find_selector(options.selector.name)(*widths, **given)
+        return SELECTORS.get(options.selector.name)(*widths, **given)
 
     def teacher_depth(self)->int|None:
         "Teacher layers that the selector reads, from the first; all if the loss on routing compares them all"

@@ -18,11 +18,10 @@ from ..core.sampling import draw_images, step_generator
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.frequency_selector import FrequencySelector
 from ..geometry.selector import selected
-from ..losses.base import belongs
+from ..core.registry import METHODS, belongs, options_of, settings
 from ..losses.fourier import Fourier
 from .basd import AlignerOptions, grids_of_mixed, learned
-from .base import (
-    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, seeded, settings)
+from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, seeded
 from .feature_distillation import blended
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #7ac78d76
@@ -49,7 +48,7 @@ class BASDFourierOptions:
             belongs(Fourier, "aligner.width='teacher'", "'student'", channels=self.fourier.channels)
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #0212d746
-@register('basd_fourier')
+@METHODS.register('basd_fourier')
 class BASDFourier(Objective):
     "The earlier form: layers by spatial frequency, a loss on Fourier transforms"
     Options = BASDFourierOptions

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..core.features import Features
 from ..core.numerics import island, no_autocast
-from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings
+from ..core.registry import METHODS, settings
+from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome
 
 # %% ../../nbs/methods/59_dual_head.ipynb #1a1b53cb
 def gradient_cosine(
@@ -53,7 +54,7 @@ class DualHeadOptions:
     weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, on the second head
 
 # %% ../../nbs/methods/59_dual_head.ipynb #8e9fd301
-@register('dual_head')
+@METHODS.register('dual_head')
 class DualHead(Objective):
     "Labels on the student's head, a teacher's logits on one that is dropped"
     Options = DualHeadOptions

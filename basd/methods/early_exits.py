@@ -17,7 +17,8 @@ from ..core.features import Features
 from ..core.numerics import island, no_autocast
 from ..losses.hidden_states import Hidden
 from ..losses.logits import logit_kl
-from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings
+from ..core.registry import METHODS, settings
+from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome
 
 # %% ../../nbs/methods/56_early_exits.ipynb #e9ecdb9a
 class Exits(nn.Module):
@@ -58,7 +59,7 @@ class OFAOptions:
     weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, a mean over exits and the student's own head
 
 # %% ../../nbs/methods/56_early_exits.ipynb #aef3825a
-@register('ofa')
+@METHODS.register('ofa')
 class OFA(Objective):
     "Labels, and a teacher's predictions at several depths"
     Options = OFAOptions
@@ -108,7 +109,7 @@ class BYOTOptions:
     beta:Annotated[float, Field(ge=0)] = .03       # weight of the distance to the deepest features
 
 # %% ../../nbs/methods/56_early_exits.ipynb #e920b796
-@register('byot')
+@METHODS.register('byot')
 class BYOT(Objective):
     "Labels at several depths, and the deepest as the teacher of the others"
     Options = BYOTOptions

@@ -20,9 +20,9 @@ from ..core.sampling import step_generator
 from ..geometry.layer_maps import layer_map, pairs_of
 from ..geometry.selector import blend_tokens
 from ..losses.balance import ramp
-from ..losses.base import compares, find_feature_loss, made_for, told
-from .base import (
-    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, seeded, settings)
+from ..core.registry import LOSSES, METHODS, options_of, settings
+from ..losses.base import compares, made_for, told
+from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, seeded
 from .logit_distillation import LogitLoss, LogitOptions
 from ..models.students import copy_layers
 
@@ -40,7 +40,7 @@ def loss_options(
     name:str, # of a loss
 )->tuple:     # two `settings` dataclasses: what all losses take, and the loss's own
     "What a recipe may say about a loss"
-    return PairOptions, options_of(find_feature_loss(name), *told)
+    return PairOptions, options_of(LOSSES.get(name), *told)
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #5e64d40c
 def checked_loss(
@@ -98,7 +98,7 @@ class MatchOptions:
         return dict(losses={n: checked_loss(n, o) for n,o in self.losses.items()})
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #1c3aca79
-@register('match')
+@METHODS.register('match')
 class Match(Objective):
     "Labels, and fixed losses on fixed pairs of layers"
     Options = MatchOptions
@@ -122,7 +122,7 @@ class Match(Objective):
 
     def sides_of(self, name, pairs, P:int, L:int)->tuple:
         "Points and teacher layers that a loss is given: side by side, or all of both"
-        every = compares(find_feature_loss(name)) == 'layers'
+        every = compares(LOSSES.get(name)) == 'layers'
         if every and pairs is not None:
             raise ValueError(f"losses.{name} reads all points and layers and finds their pairs itself; "
                              "leave out its pairs")
@@ -134,7 +134,7 @@ class Match(Objective):
         shapes = dict(widths_s=student.widths, heads_s=student.heads, widths_t=teacher.widths, heads_t=teacher.heads)
         points, layers = self.sides[name]
         shapes = {n: [v[i] for i in (points if n.endswith('s') else layers)] for n,v in shapes.items()}
-        cls = find_feature_loss(name)
+        cls = LOSSES.get(name)
         if compares(cls) == 'attention' and None in shapes['heads_s'] + shapes['heads_t']:
             raise ValueError(f"losses.{name} compares attention, and a layer of the "
                              f"{'student' if None in shapes['heads_s'] else 'teacher'} has none; "
@@ -143,7 +143,7 @@ class Match(Objective):
 
     @classmethod
     def needs(cls, options):
-        attends = any(compares(find_feature_loss(n)) == 'attention' for n in options.losses)
+        attends = any(compares(LOSSES.get(n)) == 'attention' for n in options.losses)
         return Needs(points=options.points if options.losses else None, layers=options.layers if options.losses else [],
                      attention=attends, teacher=True, logits=options.logits is not None,
                      labels=options.logits is not None and options.logits.loss == 'dkd',

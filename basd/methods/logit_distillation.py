@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from ..core.features import Features
 from ..losses.balance import ramp
-from ..losses.base import belongs
+from ..core.registry import METHODS, belongs, options_of, settings
 from ..losses.instance_relations import VRM
 from ..losses.logits import DKD, HardLabels, LogitKL, logit_kl
 from ..losses.temperature import Temperature
-from .base import (
-    Needs, Objective, Progress, Shapes, Target, cross_entropy, options_of, outcome, register, settings)
+from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome
 
 # %% ../../nbs/methods/53_logit_distillation.ipynb #748c1157
 @settings
@@ -109,7 +108,7 @@ def train_second_head(
     student.model.set_distilled_training(True)
 
 # %% ../../nbs/methods/53_logit_distillation.ipynb #1d6096f5
-@register('distill')
+@METHODS.register('distill')
 class Distill(Objective):
     "Labels and a teacher's logits"
     Options = DistillOptions

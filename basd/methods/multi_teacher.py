@@ -20,7 +20,8 @@ from ..core.features import Features
 from ..core.numerics import island, no_autocast
 from ..geometry.selector import blend_tokens
 from ..losses.hidden_states import Hidden
-from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, register, settings
+from ..core.registry import METHODS, settings
+from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome
 from .feature_distillation import blended
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #b39d4ace
@@ -83,7 +84,7 @@ class AMTMLOptions:
     entropy:Annotated[float, Field(ge=0)] = 1.     # η, reward of the weights' entropy in nats; large: all teachers alike
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #9a51d5a7
-@register('amtml')
+@METHODS.register('amtml')
 class AMTML(Objective):
     "Labels, and several teachers weighted image by image"
     Options = AMTMLOptions
@@ -176,7 +177,7 @@ class DiverseOptions:
     task:Annotated[float, Field(ge=0)] = 1.   # of the classification that trains the answers
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #56bd6504
-@register('diverse')
+@METHODS.register('diverse')
 class Diverse(Objective):
     "Labels, and answers of several teachers to the student's questions"
     Options = DiverseOptions

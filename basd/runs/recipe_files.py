@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['own_paths', 'packaged', 'merge', 'parsed', 'at_home', 'placed', 'packed', 'settled', 'read_recipe', 'merged',
            'recipe_names', 'packaged_file', 'check_stages', 'suggestion', 'parse_override']
+           'recipe_names', 'check_stages', 'parse_override']
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #256e4447
-import difflib
 import os
 import re
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 import basd
+from ..core.registry import suggestion
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #cbbb22b7
 def merge(
@@ -211,15 +212,6 @@ def check_stages(
         if not isinstance(name, str) or not re.fullmatch(r'\w[\w.+-]{0,99}', name):
             raise ValueError(f"stage {name!r}: its name becomes a directory; use letters, digits, "
                              "'_', '-', '+' and '.', and begin with a letter or digit")
-
-# %% ../../nbs/runs/60_recipe_files.ipynb #f605911d
-def suggestion(
-    word,  # that is not known
-    words, # that are
-)->str: # empty if none is close
-    "Which of `words` may have been meant, for the end of a message"
-    near = difflib.get_close_matches(str(word), list(words), 1)
-    return f" (did you mean {near[0]!r}?)" if near else ''
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #a13f3b31
 def parse_override(

@@ -23,11 +23,9 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from ..data.pictures import MAX_PIXELS
-from ..geometry.selector import find_selector, selectors
-from ..losses.base import feature_losses, find_feature_loss, trusted, trusting
-from ..methods.base import Objective, find_objective, known_objectives, objectives, settings
-from .recipe_files import (
-    check_stages, merge, merged, own_paths, packaged, packed, parse_override, suggestion)
+from ..core.registry import LOSSES, METHODS, SELECTORS, settings, suggestion, trusted, trusting
+from ..methods.base import Objective
+from .recipe_files import check_stages, merge, merged, own_paths, packaged, packed, parse_override
 
 # %% ../../nbs/runs/61_recipes.ipynb #df78f592
 def whole(x):
@@ -298,7 +296,7 @@ def check_teachers(
     recipe:Recipe,
 ):
     "Refuse a method's teacher that is not there, or that has learned nothing"
-    if not find_objective(recipe.method.name).needs(recipe.method.options).teacher: return
+    if not METHODS.get(recipe.method.name).needs(recipe.method.options).teacher: return
     for key,t in teachers_of(recipe).items():
         found = origin(t, key)
         if found is None:
@@ -357,8 +355,8 @@ def resolve(
 def _objective(name):
     "The method called `name`; a recipe names methods, and nothing else that can be imported"
     if not isinstance(name, str): raise ValueError(f"method.name={_short(name)}: should be the name of a method")
-    try: found = find_objective(name)
-    except ValueError as e: raise ValueError(f"{e}{suggestion(name, objectives) if ':' not in name else ''}") from None
+    try: found = METHODS.get(name)
+    except ValueError as e: raise ValueError(f"method.name={name!r}: {e}") from None
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(f"method.name={name!r} is no method; name a subclass of Objective")
     return found
@@ -592,13 +590,11 @@ def _first_line(x): return (x.__doc__ or '').strip().split('\n')[0]
 # %% ../../nbs/runs/61_recipes.ipynb #d71ef879
 def recipe_sections()->dict: # "frame", "method", "selector" or "loss" → name → one line about it
     "The parts of a recipe that have keys of their own"
-    find_selector('nearest')
-    find_feature_loss('cka')                                   # registers all
     frame = dict(recipe=_first_line(Recipe)) | {n: _first_line(c) for n,c in _frame.items()}
     return dict(frame=frame | dict(method=_first_line(MethodRecipe)),
-                method={n: _first_line(c) for n,c in sorted(known_objectives().items())},
-                selector={f'selector.{n}': _first_line(c) for n,c in sorted(selectors.items())},
-                loss={n: _first_line(c) for n,c in sorted(feature_losses.items())})
+                method={n: _first_line(METHODS.get(n)) for n in METHODS},
+                selector={f'selector.{n}': _first_line(SELECTORS.get(n)) for n in SELECTORS},
+                loss={n: _first_line(LOSSES.get(n)) for n in LOSSES})
 
 # %% ../../nbs/runs/61_recipes.ipynb #f4d7affb
 def recipe_keys(
@@ -612,10 +608,10 @@ def recipe_keys(
     if section == 'recipe':
         return [k for cls in (FileRecipe, Recipe) for k in _described(cls, section, '') if k.key not in kinds and '.' not in k.key]
     if section == 'method':
-        return [k._replace(choices=tuple(sorted(known_objectives())))
+        return [k._replace(choices=tuple(METHODS))
                 for k in _described(MethodRecipe, section, 'method.') if k.key == 'method.name']
     if section in _frame: return _described(_frame[section], section, f'{section}.')
-    if kinds[section] == 'method': return _described(find_objective(section).Options, section, 'method.')
+    if kinds[section] == 'method': return _described(METHODS.get(section).Options, section, 'method.')
     from basd.methods.basd import selector_options
     from basd.methods.feature_distillation import loss_options
     if kinds[section] == 'selector':

@@ -22,8 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.distributed import rank, world
 from ..core.processes import check_compiler, hold_memory
 from ..data.views import GlobalBatches, Readers, ViewDataset, Views, build_loader
-from ..losses.base import trusting
-from ..methods.base import find_objective
+from ..core.registry import METHODS, trusting
 from ..models.teachers import refuse_shared
 from ..runs.builders import (
     build_student, build_teacher, described, dry_run, input_size, labeled_positions, notes_on, open_data)
@@ -172,7 +171,7 @@ def build_task(
     rarity:float=1.,        # of labels, see `DistillationTask`
 )->DistillationTask:
     "Student, teacher and method of a recipe"
-    t, v, method = recipe.train, recipe.views, find_objective(recipe.method.name)
+    t, v, method = recipe.train, recipe.views, METHODS.get(recipe.method.name)
     needs = method.needs(recipe.method.options)
     torch.manual_seed(t.seed)
     student = build_student(recipe, classes, needs).to(device)
@@ -301,7 +300,7 @@ def build_trainer(
     if t.compile: check_compiler(device)
     made, fresh = [], []
     with in_words(run), taken_back(run, lambda: any(fresh) and not (made and made[0].step)):
-        data = TrainingData(recipe, run, find_objective(recipe.method.name).needs(recipe.method.options), device)
+        data = TrainingData(recipe, run, METHODS.get(recipe.method.name).needs(recipe.method.options), device)
         task = build_task(recipe, data.classes, data.names, device, data.rarity)
         set_views(recipe, data, task)
         optimizer = make_optimizer(task, t)
