@@ -9,7 +9,7 @@ __all__ = ['RSDOptions', 'RelationalOptions', 'AttentionOptions', 'SpectralOptio
 
 # %% ../../nbs/methods/51_basd.ipynb #a8aa2210
 import warnings
-from dataclasses import field, fields, is_dataclass, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def checked_selector(
     given, # its options with its name, None for the default one, or options filled in before
 ):         # of `selector_options`
     "The options of a selector, filled in, or a sentence about what is wrong"
-    if is_dataclass(given) and isinstance(given, selector_options(given.name)): return given
+    if hasattr(given, 'name') and isinstance(given, selector_options(given.name)): return given
     given = {} if given is None else given
     if not isinstance(given, dict): raise ValueError(f"selector={given!r}; give its name and options, as in {{name: progressive}}")
     name = given.get('name', default_selector)
