@@ -20,9 +20,8 @@ from pathlib import Path
 import yaml
 
 import basd
-from .runs.recipe_files import at_home, packaged, packaged_file, parse_override, read_recipe, recipe_names, suggestion
 from .core.registry import suggestion
-from .runs.recipe_files import at_home, parse_override, read_recipe, recipe_names
+from .runs.recipe_files import at_home, packaged, packaged_file, parse_override, read_recipe, recipe_names
 
 # %% ../nbs/90_cli.ipynb #e84727cb
 def recipes()->dict: # folder ('' for the top) → list of (name, about, paper)

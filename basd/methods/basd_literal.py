@@ -12,8 +12,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.features import Features
-from ..losses.base import belongs
-from .base import Shapes, register, settings
+from ..core.registry import METHODS, belongs, settings
+from .base import Shapes
 from .basd import BASD, AlignerOptions, BASDOptions, grids_of_mixed
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #0dae2a47
@@ -35,7 +35,7 @@ class LiteralBASDOptions(BASDOptions):
             belongs(AlignerOptions, "targets='constant'", "'live'", samples=self.aligner.samples)
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #6ff25ded
-@register('basd_literal')
+@METHODS.register('basd_literal')
 class LiteralBASD(BASD):
     "BASD with targets as the founding notes have them: trained by what they feed, of unmixed images"
     Options = LiteralBASDOptions

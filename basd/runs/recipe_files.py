@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_paths', 'packaged', 'merge', 'parsed', 'at_home', 'placed', 'packed', 'settled', 'read_recipe', 'merged',
-           'recipe_names', 'packaged_file', 'check_stages', 'suggestion', 'parse_override']
-           'recipe_names', 'check_stages', 'parse_override']
+           'recipe_names', 'packaged_file', 'check_stages', 'parse_override']
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #256e4447
 import os
