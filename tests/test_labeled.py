@@ -48,7 +48,7 @@ def test_what_cross_entropy_sees(tmp_path):
     assert (len(data.fit), int((data.labels >= 0).sum()), task.rarity) == (256, 26, 256/26)
     seen, total = 0, 0.
     for step, batch in enumerate(data.read(0, 0, data.per_epoch)):
-        _, taught, target, _ = task.prepare(*data.given(batch), step=step, total=data.total)
+        _, taught, target, _ = task.prepare(*data.given(batch), step=step, total_steps=data.total)
         has = batch["label"] >= 0
         assert torch.equal(batch["label"], data.labels[batch["index"]])
         assert torch.equal(has[::2], has[1::2]) and len(taught.tokens[0]) == len(has)
@@ -103,5 +103,5 @@ def test_replay(tmp_path):
     trainer.task.load_state_dict(found["task"])
     set_rng_state(found["rng"])
     assert (found["batch"]["label"] < 0).any() and found["rarity"] == trainer.task.rarity
-    here = repeat(trainer.task, *trainer.data.given(found["batch"]), **{k: found[k] for k in ("step", "total", "epoch", "micro")})
+    here = repeat(trainer.task, *trainer.data.given(found["batch"]), **{k: found[k] for k in ("step", "total_steps", "epoch", "micro")})
     assert replay(tmp_path/"run", trust=True)["parts"] == here["parts"]

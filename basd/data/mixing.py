@@ -92,13 +92,14 @@ def blend_images(
 
 # %% ../../nbs/data/48_mixing.ipynb #3051e590
 def blend_labels(
-    y:Tensor,           # classes, (B,) long; negative: unknown
+    y:Tensor,           # classes, (B,) long; negative: unknown; or probabilities, (B, C) float
     num_classes:int,
     blend:Blend|None,   # None: labels stay unmixed
     smoothing:float=0., # probability mass that is spread over all classes
 )->Tensor: # probabilities, float (B, C); zero where the class of an image, or of its partner, is unknown
     "Labels as probabilities: smoothed, then mixed as the images were"
-    one_hot = (y[:, None] == torch.arange(num_classes, device=y.device)).float()
-    p, known = one_hot*(1 - smoothing) + smoothing/num_classes, (y >= 0)[:, None]
+    if y.dim() == 2: one_hot, known = y.float(), torch.ones_like(y[:, :1], dtype=torch.bool)
+    else: one_hot, known = (y[:, None] == torch.arange(num_classes, device=y.device)).float(), (y >= 0)[:, None]
+    p = one_hot*(1 - smoothing) + smoothing/num_classes
     if blend is None: return p*known
     return torch.lerp(p[blend.partner], p, blend.lam)*(known & known[blend.partner])

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.files import write_atomic
 from .taps import Tapped, layer_names
-from .teachers import build, input_config, load_weights, origin_of
+from .teachers import build, check_module, input_config, load_weights, origin_of
 
 # %% ../../nbs/models/42_students.ipynb #c87cdcfe
 def default_points(
@@ -32,8 +32,8 @@ def default_points(
 
 # %% ../../nbs/models/42_students.ipynb #f8d9c711
 def create_student(
-    model:str='deit_tiny_patch16_224', # any timm classifier
-    num_classes:int=10,           # C
+    model='deit_tiny_patch16_224', # name of a timm classifier, or a module of your own
+    num_classes:int|None=None,    # C; None: 10, or those of the module
     img_size:int|None=None,       # pixels; None: the model's own
     patch_size:int|None=None,     # pixels
     depth:int|None=None,          # blocks
@@ -51,7 +51,7 @@ def create_student(
     std=None,                     # likewise
     **kwargs,                     # of `timm.create_model`
 )->Tapped:
-    "A student by name, tapped at its extraction points"
+    "A student, by name or from a module, tapped at its extraction points"
     if pretrained and checkpoint is not None:
         raise ValueError("a student begins with published weights (pretrained) or with a file (checkpoint), "
                          "not with both; choose one")
@@ -60,7 +60,14 @@ def create_student(
         raise ValueError(f"width={width} cannot be shared by heads={heads}; make it a multiple")
     args = ({k: v for k,v in size.items() if v is not None} | ({'drop_path_rate': drop_path} if drop_path else {})
             | kwargs)
-    m, args = build(model, pretrained, num_classes=num_classes, **args)
+    if isinstance(model, nn.Module):
+        img_size = check_module(model, img_size, mean, dict(pretrained=pretrained, num_classes=num_classes)
+                                | {k: v for k,v in args.items() if k != 'img_size'}, trained=False)
+        student = student_of(model, None, None, points, attention, img_size, prefix, grid, mean, std)
+        student.origin = (f'given as {type(model).__name__}' if checkpoint is None else
+                          origin_of(model, False, load_weights(model, checkpoint, True, checkpoint_key)))
+        return student
+    m, args = build(model, pretrained, num_classes=10 if num_classes is None else num_classes, **args)
     taken = None if checkpoint is None else load_weights(m, checkpoint, True, checkpoint_key)
     if ':' in model: model = (m.pretrained_cfg or {}).get('architecture') # its name without the hub
     student = student_of(m, model, args, points, attention, img_size, prefix, grid, mean, std)

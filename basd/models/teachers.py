@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wrappings', 'wrappers', 'prefixes', 'Teacher', 'frozen', 'Unread', 'UnreadDict', 'read_pickle', 'read_weights',
            'stripped', 'load_weights', 'Fit', 'check_name', 'check_arguments', 'check_patches', 'build', 'check_head',
-           'origin_of', 'input_config', 'create_teacher', 'refuse_shared', 'Several']
+           'origin_of', 'input_config', 'check_module', 'create_teacher', 'refuse_shared', 'Several']
 
 # %% ../../nbs/models/41_teachers.ipynb #5c1bb8e6
 import difflib
@@ -326,9 +326,29 @@ def input_config(
         config[name] = tuple(v)
     return config
 
+# %% ../../nbs/models/41_teachers.ipynb #5ea4e0d4
+def check_module(
+    m:nn.Module,         # of your own, or of timm
+    img_size:int|None,   # pixels
+    mean,                # of each channel
+    built:dict,          # arguments by which a model is built
+    trained:bool=True,   # has it been trained, so that images must be normalized as they were then
+)->int|None:             # pixels of its images; None: its configuration holds them
+    "Refuse arguments by which a model is built, where it is there; ask for what its configuration does not hold"
+    kind, foreign = type(m).__name__, not getattr(m, 'pretrained_cfg', None)
+    if extra := [k for k,v in built.items() if v not in (None, False, 0)]:
+        raise ValueError(f"{kind} is built already, and {extra[0]} is for a model that is built by its name; leave it out")
+    size = img_size or next(iter(getattr(getattr(m, 'patch_embed', None), 'img_size', None) or ()), None)
+    if foreign and size is None:
+        raise ValueError(f"{kind} has no configuration of timm's with the size of its images; give img_size, in pixels")
+    if foreign and trained and mean is None:
+        raise ValueError(f"{kind} has no configuration of timm's that holds how its images are normalized; give mean and std "
+                         "for images in [0, 1], or mean=(0, 0, 0) and std=(1, 1, 1) if it takes them as they are")
+    return size
+
 # %% ../../nbs/models/41_teachers.ipynb #aa2d4a68
 def create_teacher(
-    model:str='vit_small_patch14_dinov2.lvd142m', # any timm model
+    model='vit_small_patch14_dinov2.lvd142m', # name of a timm model, or a module of your own
     pretrained:bool=False,   # fetch the model's weights
     checkpoint=None,         # file with weights, in timm's layout or one that timm converts
     checkpoint_key:str|None=None, # of the dictionary to take from it, where it has several
@@ -341,22 +361,26 @@ def create_teacher(
     untrained:bool=False,    # True: random weights are meant, so do not warn of them
     prefix:int|None=None,    # class and register tokens; None: worked out
     grid:tuple|None=None,    # (rows, columns) of the patches; None: worked out
+    logits='auto',           # as in `find_logits`
     **kwargs,                # of `timm.create_model`
 )->Teacher:
-    "A frozen teacher by name"
+    "A frozen teacher, by name or from a module"
     if pretrained and checkpoint is not None:
         raise ValueError("a teacher's weights come from the hub (pretrained) or from a file (checkpoint), "
                          "not from both; choose one")
-    m, args = build(model, pretrained, img_size=img_size, num_classes=num_classes, **kwargs)
+    given = isinstance(model, nn.Module)
+    if given: img_size = check_module(model, img_size, mean, dict(pretrained=pretrained, num_classes=num_classes) | kwargs)
+    m, args = (model, {}) if given else build(model, pretrained, img_size=img_size, num_classes=num_classes, **kwargs)
     if pretrained: check_head(m, model, num_classes)
     taken = None if checkpoint is None else load_weights(m, checkpoint, key=checkpoint_key)
-    if not (pretrained or checkpoint is not None or untrained):
+    if not (given or pretrained or checkpoint is not None or untrained):
         warnings.warn(f"{model} teaches without trained weights; give pretrained=True or a checkpoint, "
                       "or untrained=True if that is meant", stacklevel=2)
     config = input_config(m, mean, std)
-    t = Tapped(m, layers, attention, config['mean'], config['std'], prefix, grid=grid)
+    t = Tapped(m, layers, attention, config['mean'], config['std'], prefix, grid=grid, logits=logits)
     t.input_size = (3, *(2*(img_size,) if img_size else config['input_size'][1:]))
-    t.architecture, t.model_args, t.origin = model, args, origin_of(m, pretrained, taken)
+    t.architecture, t.model_args = None if given else model, args
+    t.origin = f'given as {type(m).__name__}' if given and taken is None else origin_of(m, pretrained, taken)
     return frozen(t)
 
 # %% ../../nbs/models/41_teachers.ipynb #d3c1d602

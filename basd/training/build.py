@@ -23,9 +23,8 @@ from ..core.distributed import rank, world
 from ..core.processes import check_compiler, hold_memory
 from ..data.views import GlobalBatches, Readers, ViewDataset, Views, build_loader
 from ..core.registry import METHODS, trusting
-from ..models.teachers import refuse_shared
 from ..runs.builders import (
-    build_student, build_teacher, described, dry_run, input_size, labeled_positions, notes_on, open_data)
+    build_student, build_teacher, described, input_size, labeled_positions, notes_on, open_data)
 from ..runs.inference import evaluate, logits_of
 from ..runs.recipes import Recipe, resolve
 from ..runs.run_directory import go_on, hold_run, load, rng_state, set_rng_state, start_run
@@ -35,7 +34,7 @@ from .callbacks import (
     StopRequests, Test, Validation, taken_back)
 from .nonfinite import in_words, repeat
 from .optimizers import DOT, make_optimizer
-from .task import DistillationTask, Mixing
+from .task import DistillationTask, Mixing, assemble_task
 from .trainer import Trainer
 
 # %% ../../nbs/training/76_build.ipynb #7e7d4244
@@ -177,15 +176,9 @@ def build_task(
     student = build_student(recipe, classes, needs).to(device)
     student.label_names = names
     teacher = build_teacher(recipe, needs, names)
-    if teacher is not None: teacher = teacher.to(device)
-    refuse_shared(student, teacher)
-    torch.manual_seed(t.seed + 1)
-    method = method(recipe.method.options, dry_run(student, device), None if teacher is None else dry_run(teacher, device),
-                    classes).to(device)
-    method.meet(student, teacher)
-    return DistillationTask(student, teacher, method, classes,
-                            Mixing(v.mixup, v.cutmix, v.blend_prob, v.smoothing, v.teacher_sees_blend),
-                            t.seed, t.accumulate, t.precision, rarity)
+    return assemble_task(method, recipe.method.options, student, teacher, classes, seed=t.seed,
+                         mixing=Mixing(v.mixup, v.cutmix, v.blend_prob, v.smoothing, v.teacher_sees_blend),
+                         accumulate=t.accumulate, precision=t.precision, rarity=rarity)
 
 # %% ../../nbs/training/76_build.ipynb #2ad61df1
 def set_views(
@@ -342,12 +335,7 @@ def prepare_model(
 ):
     "Compile the task and wrap it for several ranks"
     task = trainer.task
-    if trainer.config.compile:
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 8 + trainer.layers)
-        for m in (task.student, task.teacher): m and m.attach()
-        task.learn = torch.compile(task.compare)
-        task.__dict__['teach'] = task.teacher and torch.compile(task.teacher)
+    if trainer.config.compile: task.compile()
     elif device.type == 'cpu': hold_memory()
     if world() > 1: trainer.model = DistributedDataParallel(task)
 
@@ -370,5 +358,5 @@ def replay(
         set_rng_state(found['rng'])
         here = {k: v.to(device) for k,v in found['batch'].items()}
         return repeat(task, here['student'], here['label'], here.get('teacher'), None,
-                      **{k: found[k] for k in ('step', 'total', 'epoch', 'micro')})
+                      **{k: found[k] for k in ('step', 'total_steps', 'epoch', 'micro')})
     finally: set_rng_state(before)

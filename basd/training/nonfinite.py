@@ -118,7 +118,7 @@ def repeat(
     *batch,      # images, labels, teacher's images and records, as `task.prepare` takes them
     # parts: numbers; of: "loss" or "gradient"; term: the part of which it is not finite, '' if there is none;
     # layer: where that begins
-    **at,        # step, total, epoch, micro
+    **at,        # step, total_steps, epoch, micro
 )->dict:
     "A step's forward pass and gradients once more, watched from the images to the gradients"
     x, features_t, target, progress = task.prepare(*batch, **at, observe=True)
@@ -143,7 +143,7 @@ def look_again(
     "Repeat the micro-batches of this step until one is not finite"
     task = t.task
     state, tried = {k: deepcopy(v) for k,v in task.state_dict().items()}, []
-    at = dict(step=t.step, total=t.data.total, epoch=t.step/t.data.per_epoch)
+    at = dict(step=t.step, total_steps=t.data.total, epoch=t.step/t.data.per_epoch)
     for micro,batch in enumerate(t.data.read(t.step//t.data.per_epoch, t.step, t.step + 1, whole=True)):
         rng = states.get((t.step, micro), rng_state())
         set_rng_state(rng)

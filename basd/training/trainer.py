@@ -106,7 +106,7 @@ class Trainer:
         observe:bool=False, # is this step logged
     )->dict:
         "The task on one micro-batch"
-        return self.model(*self.data.given(batch), step=self.step, total=self.data.total, micro=micro,
+        return self.model(*self.data.given(batch), step=self.step, total_steps=self.data.total, micro=micro,
                           epoch=self.step/self.data.per_epoch, observe=observe)
 
     @property
