@@ -1,0 +1,146 @@
+"What `import basd` gives: a dozen names, imported when they are used, and a task that any training loop can call"
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from forks import on_ranks
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import basd
+from basd.core.distributed import rank, world
+
+NAMES = ("create_teacher create_student create_task tap TappedModel METHODS LOSSES train evaluate compare load_recipe "
+         "Recipe").split()
+VIT = dict(img_size=16, patch_size=4, depth=3)
+SMALL = dict(selector=dict(dim=12, rank=4))
+AT = dict(step=20, total_steps=40)
+
+
+def models(num_classes=10):
+    torch.manual_seed(0)
+    teacher = basd.create_teacher("vit_tiny_patch16_224", untrained=True, embed_dim=36, num_heads=3, num_classes=num_classes,
+                                  **VIT | dict(img_size=24))
+    return basd.create_student(num_classes=num_classes, width=24, heads=3, **VIT), teacher
+
+
+def batch(n=8): return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 10
+
+
+def test_a_dozen_names():
+    assert basd.__all__ == NAMES and {*NAMES} <= {*dir(basd)}
+    for name in NAMES: assert callable(getattr(basd, name)) or name in ("METHODS", "LOSSES"), name
+    assert {"basd", "ce", "distill", "match"} <= {*basd.METHODS} and {"rkd", "cka"} <= {*basd.LOSSES}
+    assert basd.TappedModel(timm.create_model("resnet18")).names
+    with pytest.raises(AttributeError, match="no attribute 'create_taks'; did you mean 'create_task'?"): basd.create_taks
+    with pytest.raises(AttributeError, match="no attribute 'wonder'$"): basd.wonder
+    assert not hasattr(basd, "__wrapped__")
+
+
+def test_import_is_light():
+    "Neither torch nor anything else that is slow is imported before a name is used"
+    code = ("import sys, time; t = time.perf_counter(); import basd; t = time.perf_counter() - t; dir(basd); "
+            "print(t, *({'torch', 'timm', 'numpy', 'matplotlib', 'pydantic', 'fastcore', 'yaml'} & sys.modules.keys()))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert out[1:] == [] and float(out[0]) < .1
+
+
+def test_submodules_are_not_hidden():
+    "The names of the face are not those of rooms, so `basd.methods` stays a package"
+    import basd.methods.basd
+    assert basd.methods.basd.BASD is basd.METHODS.get("basd")
+    assert not {*NAMES} & {*os.listdir(os.path.dirname(basd.__file__))}
+
+
+def options_that_a_plain_loop_serves():
+    "method → its options here, or the sentence of its refusal"
+    found = {name: {} for name in basd.METHODS}
+    found["basd"] = SMALL
+    if "basd_literal" in found: found["basd_literal"] = SMALL
+    found["match"] = dict(losses=dict(rkd={}))
+    found["pocl"] = "a callback of the trainer"
+    return found
+
+
+@pytest.mark.parametrize("method", [*basd.METHODS])
+def test_every_method_in_a_plain_loop(method):
+    student, teacher = models()
+    options, teachers = options_that_a_plain_loop_serves()[method], teacher
+    needs_several = method in ("amtml", "diverse")
+    if needs_several: teachers = [teacher, models()[1]]
+    if isinstance(options, str):
+        with pytest.raises(ValueError, match=options): basd.create_task(method, student, teachers)
+        return
+    task = basd.create_task(method, student, teachers, **options)
+    optimizer, (x, y), before = torch.optim.SGD(task.parameters(), lr=.01), batch(), copy.deepcopy(student.model.state_dict())
+    for step in range(2):
+        out = task(x, y, step=step, total_steps=2)
+        assert_close(out["loss"], sum(out["parts"].values()))
+        assert out["output"].shape == (8, 10)
+        out["loss"].backward()
+        optimizer.step(); optimizer.zero_grad(); task.after_update()
+    assert task.student.model is student.model and not any(p.requires_grad for p in teacher.parameters())
+    assert any((v != before[k]).any() for k, v in student.model.state_dict().items())
+
+
+def one_step(folder):
+    "The gradients of a task under DDP, of the part of the batch that is this rank's"
+    student, teacher = models()
+    task = basd.create_task("basd", student, teacher, precision="float32", **SMALL).double()
+    model = DistributedDataParallel(task) if world() > 1 else task
+    x, y = batch()
+    x, y = x[rank()::world()].double(), y[rank()::world()]
+    out = model(x, y, **AT)
+    out["loss"].backward()
+    return {n: p.grad for n, p in task.named_parameters() if p.grad is not None}
+
+
+def test_two_ranks_equal_one(tmp_path):
+    one, two = (on_ranks(one_step, tmp_path, ranks=ranks, folder=tmp_path) for ranks in (1, 2))
+    assert one.keys() == two.keys() and len(one) > 20
+    for k in one: assert_close(two[k], one[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("how", ["task", "torch"])
+def test_compiled(how):
+    "By `task.compile()` and by `torch.compile(task)`: the same loss and gradients"
+    student, teacher = models()
+    plain = basd.create_task("basd", student, teacher, **SMALL)
+    other = copy.deepcopy(plain)
+    quick = other.compile(backend="aot_eager") if how == "task" else torch.compile(other, backend="aot_eager")
+    (x, y), grads = batch(), []
+    for task, model in ((plain, plain), (quick, other)):
+        out = task(x, y, **AT)
+        out["loss"].backward()
+        grads.append([out["loss"], *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*grads, strict=True): assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_state_is_that_of_student_and_method():
+    "A task goes on from its state dictionary; the teacher is not in it, stays in evaluation mode and goes where the task goes"
+    (student, teacher), (x, y) = models(), batch()
+    task = basd.create_task("basd", student, teacher, **SMALL)
+    assert not any("teacher" in k for k in task.state_dict())
+    task.train(); assert not task.teacher.training
+    task.double(); assert next(task.teacher.parameters()).dtype == torch.float64
+    task.float()
+    task(x, y, **AT)["loss"].backward(); task.after_update()
+    again = basd.create_task("basd", *models(), seed=5, **SMALL)
+    again.load_state_dict(task.state_dict())
+    assert_close(again(x, y, **AT)["loss"], copy.deepcopy(task)(x, y, **AT)["loss"])
+    assert {f"student.model.{n}" for n in student.model.no_weight_decay()} <= task.no_weight_decay()
+
+
+def test_one_hot_labels_and_resized_teacher():
+    (student, teacher), (x, y) = models(), batch()
+    ce = basd.create_task("distill", student, teacher, alpha=.5).eval()
+    with torch.no_grad():
+        a, b, c = (ce(x, t, view, **AT)["loss"] for t, view in
+                   ((y, None), (F.one_hot(y, 10).float(), None),
+                    (y, F.interpolate(x, (24, 24), mode="bicubic", antialias=True).clamp(0, 1))))
+    assert_close(a, b); assert_close(a, c)
