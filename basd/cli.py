@@ -306,8 +306,6 @@ def parser()->argparse.ArgumentParser:
                    help="read the teacher's answers from a cache, as from the second epoch on")
     b.add_argument('--release', action='store_true',
                    help='let freed memory go back to the system, which a CPU run otherwise keeps')
-    b.add_argument('--growth', action='store_true',
-                   help='also with other batch sizes, token counts, widths, layers and points')
     r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
     r.add_argument('name', nargs='?', help='print this recipe: a packaged one, or a .yaml file')
     r.add_argument('--all', action='store_true', help='with every key, its meaning, its choices and its default')
@@ -401,9 +399,9 @@ def run(
         print(told(found))
         return int(any(r['failed'] for r in found['rows']))
     elif args.command == 'bench':
-        from basd.benchmark.step_cost import bench, sizes_around, table
+        from basd.benchmark.step_cost import bench, table
         print(table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device,
-                          cached=args.cached, trust=args.trust, hold=not args.release, sizes=sizes_around if args.growth else None)))
+                          cached=args.cached, trust=args.trust, hold=not args.release)))
     elif args.name: print(as_text(args.name, args.all, args.trust), end='')
     else: print(recipes_table())
 

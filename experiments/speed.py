@@ -1,6 +1,7 @@
 """What a BASD step costs beside its lower bound, for the settings of the page on speed.
 
-Each row is `basd bench` with the recipe and overrides listed below: random weights, made-up images. On two CPU cores
+Each row is `basd bench` with the recipe and overrides listed below: random weights, made-up images. A row with `--growth`
+is followed by the same with other batch sizes, token counts, widths, layers and student layers, one of them at a time. On two CPU cores
 all rows take about a quarter of an hour; `--rows gpu` is for a machine with a GPU and takes under eight minutes.
 
     python experiments/speed.py [--rows cpu|gpu] [--only NAME …] [--out experiments/results/speed_cpu.json]
@@ -10,7 +11,11 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+
+from basd.benchmark.step_cost import Bench, additions, last_stage
+from basd.runs.recipes import load_recipe
 
 ALL = "method.losses.spectral.samples=null"                             # spectra of all images
 LARGE = ["basd_imagenet", "data.batch_size=16", "data.workers=2", ALL]  # 224 px, patch 16; teacher 224 px
@@ -45,8 +50,39 @@ GPU = {
 }
 
 
+def varied(recipe, what, value):
+    """The recipe with one size changed: images ("B"), student tokens per side ("N"), student width, 64 per head ("D"),
+    teacher layers ("L") or student layers ("P")"""
+    s, depth = recipe.student, recipe.student.depth or 12
+    options = lambda **kw: replace(recipe, method=replace(recipe.method, options=replace(recipe.method.options, **kw)))
+    spread = lambda n, of: sorted({round((i + 1)*of/n) - 1 for i in range(n)})
+    if what == "B": return replace(recipe, data=replace(recipe.data, batch_size=value))
+    if what == "N": return replace(recipe, student=replace(s, img_size=value*(s.patch_size or 16)))
+    if what == "D": return replace(recipe, student=replace(s, width=value, heads=max(1, value//64)))
+    return options(layers=spread(value, 12)) if what == "L" else options(points=spread(value, depth))
+
+
+def growth(recipe, steps=2):
+    "How each part of a step grows with each size, up to the recipe's own: seconds of `additions` and of the bound"
+    B, side = recipe.data.batch_size//recipe.train.accumulate, (recipe.student.img_size or 224)//(recipe.student.patch_size or 16)
+    sizes = dict(B=[B//4, B//2, B], N=[side//2, 3*side//4, side], D=[64, 128, 192], L=[3, 6, 12], P=[1, 2, 4])
+    out = {}
+    for what, values in sizes.items():
+        for value in values:
+            b = Bench(varied(recipe, what, value), "cpu")
+            b.bound(); b.full()
+            parts = b.parts(steps)
+            out.setdefault(what, []).append(dict(value=value, bound=sum(v for k, v in parts.items() if k.startswith("bound/")),
+                                                 **additions(parts)))
+    return out
+
+
 def measure(words):
     "One row, in a process of its own"
+    if "--growth" in words:
+        words = [w for w in words if w != "--growth"]
+        recipe = last_stage(load_recipe(words[0], [w for w in words[1:] if "=" in w]))[1]
+        return measure(words) | dict(growth=growth(recipe))
     with tempfile.TemporaryDirectory() as tmp:
         done = subprocess.run([sys.executable, "-m", "basd", "bench", *words, "--out", tmp],
                               capture_output=True, text=True)

@@ -227,3 +227,26 @@ def test_what_a_rule_leaves_unread():
     for path, hint, default in of_selector("nearest"):
         for v in values(path, hint, default):
             with pytest.raises(ValueError, match=f"selector.{path[-1]}"): resolve(dict(method=put(rule, path, v)))
+
+
+@pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", [v["selector"]["name"]] if "selector" in v else [])))
+def test_what_is_refused_is_named(name, base):
+    "A sentence that refuses an option, or two that contradict each other, begins with the whole key of one of them"
+    own = list(leaves(find_objective(name).Options))
+    if "losses" in base:
+        loss, = base["losses"]
+        own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_of(feature_losses[loss], *told))] + own
+    if "selector" in base: own = of_selector(base["selector"]["name"])
+    moved = [put(base, p, v) for p,h,d in own for v in values(p, h, d)]
+    pairs = [put(put(base, p, v), q, w) for p,h,d in own for v in choices(p, h, d) for q,k,e in own for w in values(q, k, e)
+             if q[:len(p)] != p and p[:len(q)] != q]
+    wrong = [put(base, p, "no such word") for p,h,d in own]
+    odd = set()
+    for words in moved + pairs + wrong:
+        try: resolve(dict(method=words | dict(name=name)))
+        except ValueError as e:
+            key = str(e).removeprefix("unknown key ").removeprefix("method.").split("=")[0].split(" ")[0].split(":")[0].split(";")[0]
+            parts, at = key.split("."), words
+            known = {".".join(p[:i + 1]) for p,_,_ in own for i in range(len(p))}
+            if not str(e).removeprefix("unknown key ").startswith("method.") or key not in known: odd.add(str(e)[:160])
+    assert not odd, "\n".join(sorted(odd))

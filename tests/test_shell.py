@@ -116,6 +116,17 @@ def test_changes_among_the_recipes_of_a_race(tmp_path, capsys):
         assert sentence in err and err.count("\n") == 1 and not (tmp_path/"race").exists(), err
 
 
+def test_a_change_to_the_method_goes_to_the_stages_that_have_the_key(tmp_path, capsys):
+    "The command names them; where none has it, nothing is trained and the error names the nearest key of each stage"
+    assert main(["train", "quickstart", "method.wieght=0.5", "--run-dir", str(tmp_path/"run")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "teacher (ce), ce (ce), basd (basd, did you mean method.weight?)" in err, err
+    assert not (tmp_path/"run").exists()
+    assert main(["train", "quickstart", "method.weight=0.5", "data.root=" + str(tmp_path/"none"), "data.source=torch/cifar10",
+                 "data.download=false", "--run-dir", str(tmp_path/"run")])
+    assert "method.weight=0.5 goes to basd; the method of teacher, ce has no such key" in "".join(capsys.readouterr())
+
+
 def test_a_recipe_of_stages_is_timed_by_its_last(tmp_path, capsys):
     assert main(["bench", "quickstart", "--reps", "1", "data.batch_size=8", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert re.search(r"stage +basd\n", capsys.readouterr().out)

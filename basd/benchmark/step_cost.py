@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['without_weights', 'members', 'MadeUp', 'listeners', 'Bench', 'seconds', 'race', 'additions', 'Waits', 'peak_memory',
-           'Noise', 'varied', 'sizes_around', 'growth', 'stand_in', 'last_stage', 'bench', 'write', 'part_colours',
-           'plot_bench', 'table']
+           'Noise', 'stand_in', 'last_stage', 'bench', 'write', 'part_colours', 'plot_bench', 'table']
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #9b7347ef
 import copy
@@ -376,51 +375,6 @@ def pipeline(self:Bench,
         if i == 3: start = time.perf_counter()       # workers have started by now
     return self.B*batches / (time.perf_counter() - start)
 
-# %% ../../nbs/benchmark/85_step_cost.ipynb #e9d8e3a3
-def varied(
-    recipe:Recipe,
-    what:str,    # "B", "N", "D", "L" or "P"
-    value:int,   # images; student tokens a side; student width (64 a head); teacher layers; extraction points
-)->Recipe:
-    "The recipe with one size changed"
-    s, depth = recipe.student, recipe.student.depth or 12
-    options = lambda **kw: replace(recipe, method=replace(recipe.method, options=replace(recipe.method.options, **kw)))
-    spread = lambda n, of: sorted({round((i + 1)*of/n) - 1 for i in range(n)})
-    if what == 'B': return replace(recipe, data=replace(recipe.data, batch_size=value))
-    if what == 'N': return replace(recipe, student=replace(s, img_size=value*(s.patch_size or 16)))
-    if what == 'D': return replace(recipe, student=replace(s, width=value, heads=max(1, value//64)))
-    if what == 'L': return options(layers=spread(value, 12))
-    if what == 'P': return options(points=spread(value, depth))
-    raise ValueError(f"what={what!r}; choose B, N, D, L or P")
-
-# %% ../../nbs/benchmark/85_step_cost.ipynb #743a9dac
-def sizes_around(
-    recipe:Recipe,
-)->dict: # "B", "N", "D", "L", "P" → values
-    "Sizes up to those of a recipe for a student on patches"
-    s, B = recipe.student, recipe.data.batch_size//recipe.train.accumulate
-    side = (s.img_size or 224)//(s.patch_size or 16)
-    return dict(B=[B//4, B//2, B], N=[side//2, 3*side//4, side], D=[64, 128, 192], L=[3, 6, 12], P=[1, 2, 4])
-
-# %% ../../nbs/benchmark/85_step_cost.ipynb #0c54e45d
-def growth(
-    recipe:Recipe,
-    sizes:dict,      # "B", "N", "D", "L", "P" → values
-    device='cpu',
-    steps:int=2,
-)->dict: # what → list of dicts: value, and the seconds of `additions` and of the bound's parts
-    "How each part grows"
-    out = {}
-    for what,values in sizes.items():
-        for value in values:
-            b = Bench(varied(recipe, what, value), device)
-            b.bound(); b.full()
-            parts = b.parts(steps)
-            out.setdefault(what, []).append(dict(value=value,
-                                                 bound=sum(v for k,v in parts.items() if k.startswith('bound/')),
-                                                 **additions(parts)))
-    return out
-
 # %% ../../nbs/benchmark/85_step_cost.ipynb #f5e42b5d
 def stand_in(
     s:StudentRecipe,
@@ -451,7 +405,6 @@ def bench(
     out:str|None=None,    # folder for bench.json and bench.png; not written if None
     reps:int=7,           # pairs of steps
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
-    sizes=None,           # for `growth`, or a function from the recipe to them; left out if None
     cached:bool=False,    # the teacher's answers come from a disk
     hold:bool=True,       # keep freed memory, as the trainer does on a CPU
     trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
@@ -470,7 +423,6 @@ def bench(
                   date=time.strftime('%Y-%m-%d'), environment=environment() | dict(cpu=_cpu()))
     if b.teacher is not None and not cached: result['early'] = _early(b, reps)
     if device == 'cuda' and gpu_checks: result |= dict(kernels=b.kernels(), without_waiting=_checked(b))
-    if sizes: result['growth'] = growth(r, sizes(r) if callable(sizes) else sizes, device)
     if out is not None: write(result, out)
     return result
 

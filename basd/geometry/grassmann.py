@@ -116,7 +116,9 @@ def turn(
     times:int=4,   # each leaves the square of a small error
     cap:float=.4,  # largest angle of a pair, in radians
 )->tuple[Tensor, Tensor]: # orthonormal (..., d, d) and eigenvalues (..., d), descending
-    "Eigenvectors that follow a slowly changing matrix, by products alone"
+    "Eigenvectors that follow a slowly changing matrix, by products alone; not finite, they stay what they were"
+    usable = lambda Y: Y.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    first = X = torch.where(usable(X), X, torch.eye(X.shape[-1], dtype=X.dtype, device=X.device))
     for _ in range(times):
         S = X.mT @ cov @ X
         lam = S.diagonal(dim1=-2, dim2=-1)
@@ -125,6 +127,7 @@ def turn(
         size = torch.linalg.vector_norm(angle, dim=(-2, -1), keepdim=True)               # beyond √2 the next line fails
         X = X + X @ (angle * (2**.5/size.clamp(min=2**.5)))
         for _ in range(4): X = 1.5*X - .5*X @ (X.mT @ X)
+    X = torch.where(usable(X), X, first)
     lam, order = (X * (cov @ X)).sum(-2).sort(descending=True, stable=True)
     return X.gather(-1, order[..., None, :].expand_as(X)), lam
 

@@ -141,7 +141,6 @@ class GrassmannSelector(nn.Module):
         # weight of the orthogonality penalty, the only loss of the temperatures; 0: they stay what they are
         orth:float=0.,
         recon:float=.1,    # weight of the reconstruction loss, which trains the maps into the common space; 0: none
-        diagonal:bool=False, # with `orth`: penalize concentration on one layer, too
         # what the reconstruction loss compares: each token, or their mean over an image
         recon_form:Literal['tokens', 'mean']='tokens',
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
@@ -177,7 +176,7 @@ class GrassmannSelector(nn.Module):
             raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or normalise='none'")
         self.widths_s, self.widths_t, self.rank, self.space, self.procrustes = (
             list(widths_s), list(widths_t), rank, space, procrustes)
-        self.rows, self.normalise, self.orth, self.recon, self.diagonal = rows, normalise, orth, recon, diagonal
+        self.rows, self.normalise, self.orth, self.recon = rows, normalise, orth, recon
         self.recon_form, self.max_rows, self.solver, self.memory, self.settle, self.band = (
             recon_form, max_rows, solver, memory, settle, band)
         self.common = CommonSpace(widths_s, widths_t, dim, mode)
@@ -422,7 +421,7 @@ def forward(self:GrassmannSelector,
     if self.recon:
         recon = recon + sum(self.reconstruct(torch.stack([w[p] for p in points]), points, *rows) * len(points)/P
                             for points, *rows in groups)
-    orth = orthogonality(w, gram, self.rank if self.normalise == 'standard' else 1, self.diagonal)
+    orth = orthogonality(w, gram, self.rank if self.normalise == 'standard' else 1)
     report = dict(distances=dist, temperatures=tau, entropy=torch.special.entr(w).sum(-1) / math.log(max(L, 2)),
                   orth=orth, recon=recon, gap=gap)
     return Mix(w, self.orth*orth + self.recon*recon, {n: x.detach() for n,x in report.items()})

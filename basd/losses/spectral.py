@@ -84,7 +84,6 @@ class Spectral(nn.Module):
         # a spectrum for each image; one of the whole batch; or three soft ranks without decomposition
         form:Literal['svd', 'batch', 'moments']='svd',
         center:bool=False,       # subtract the mean token first; uncentred spectra are dominated by it
-        energy:bool=False,       # compare shares of energy σ²/Σσ² in place of unit vectors
         # of different lengths: keep the largest values of both, or average neighbors as the original
         align:Literal['truncate', 'pool']='truncate',
         reduction:Literal['sum', 'mean']='sum', # over singular values; the mean as the original
@@ -99,9 +98,8 @@ class Spectral(nn.Module):
             raise ValueError(f"samples={samples}; give a positive number of images, or None for all")
         if form == 'batch': belongs(Spectral, "forms that take images one by one", "'batch'", samples=samples)
         if form == 'moments':
-            belongs(Spectral, "forms with singular values", "'moments'", energy=energy, align=align, reduction=reduction)
-        self.form, self.center, self.energy, self.align, self.reduction, self.samples = (
-            form, center, energy, align, reduction, samples)
+            belongs(Spectral, "forms with singular values", "'moments'", align=align, reduction=reduction)
+        self.form, self.center, self.align, self.reduction, self.samples = form, center, align, reduction, samples
 
     def represent(self,
         x:Tensor, # tokens, (B, N, D)
@@ -109,10 +107,10 @@ class Spectral(nn.Module):
     )->Tensor:    # (B, k), (1, k) for "batch", (B, 3) for "moments"
         "What of one layer is compared"
         with no_autocast(x):
-            if self.form == 'batch': return normalised(batch_spectrum(x, self.center), k, self.align, self.energy)[None]
+            if self.form == 'batch': return normalised(batch_spectrum(x, self.center), k, self.align)[None]
             x = island(x)
             x = felt(x - x.mean(-2, keepdim=True), x) if self.center else felt(x)
-            return moments(x) if self.form == 'moments' else normalised(spectrum(x), k, self.align, self.energy)
+            return moments(x) if self.form == 'moments' else normalised(spectrum(x), k, self.align)
 
 # %% ../../nbs/losses/24_spectral.ipynb #06ebfc19
 def batch_spectrum(

@@ -49,7 +49,7 @@ class AlignerOptions:
         if self.kind == 'interp': belongs(AlignerOptions, "kind='cross'", "'interp'", codes=self.codes, samples=self.samples)
 
 # %% ../../nbs/methods/51_basd.ipynb #5dda4869
-RSDOptions, RelationalOptions = options_of(RSD, 'widths_s', 'widths_t'), options_of(Relational)
+RSDOptions, RelationalOptions = options_of(RSD, 'widths_s', 'widths_t', 'pooled', 'norm'), options_of(Relational)
 AttentionOptions, SpectralOptions = options_of(AttentionKL, 'heads_s', 'heads_t'), options_of(Spectral)
 
 # %% ../../nbs/methods/51_basd.ipynb #4b9e0256
@@ -71,7 +71,7 @@ BalanceOptions = options_of(Balance, 'names', 'starts')
 # %% ../../nbs/methods/51_basd.ipynb #57940c98
 @cache
 def _selector_options(cls, name):
-    own = options_of(cls, 'widths_s', 'widths_t')
+    own = options_of(cls, 'widths_s', 'widths_t', 'procrustes')    # samples need no turning
     made = settings(make_dataclass(own.__name__, [('name', Literal[name], field(default=name))], bases=(own,), kw_only=True))
     made.__doc__, made.reads = cls.__doc__, cls
     return made

@@ -44,8 +44,10 @@ class BASDFourierOptions:
     align:float = 1.           # λ of the aligner's own loss, which trains the aligner alone
 
     def __post_init__(self):
-        if self.aligner.width == 'student': # which the teacher is brought to: no widths that differ
-            belongs(Fourier, "aligner.width='teacher'", "'student'", channels=self.fourier.channels)
+        # the teacher is brought to the student's width: there are none that differ
+        if self.aligner.width == 'student' and self.fourier.channels != FourierOptions().channels:
+            raise ValueError(f"fourier.channels={self.fourier.channels!r} belongs to aligner.width='teacher', not to "
+                             "'student'; leave one of them out")
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #0212d746
 @METHODS.register('basd_fourier')

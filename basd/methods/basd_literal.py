@@ -15,6 +15,9 @@ from ..core.features import Features
 from ..core.registry import METHODS, belongs, settings
 from .base import Shapes
 from .basd import BASD, AlignerOptions, BASDOptions, grids_of_mixed
+from ..losses.base import belongs
+from .base import Shapes, register, settings
+from .basd import BASD, BASDOptions, grids_of_mixed
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #0dae2a47
 @settings
@@ -32,7 +35,9 @@ class LiteralBASDOptions(BASDOptions):
         super().__post_init__()
         if self.targets == 'live':
             belongs(LiteralBASDOptions, "targets='constant'", "'live'", align=self.align)
-            belongs(AlignerOptions, "targets='constant'", "'live'", samples=self.aligner.samples)
+            if self.aligner.samples is not None:
+                raise ValueError(f"aligner.samples={self.aligner.samples} belongs to targets='constant', not to 'live'; "
+                                 "leave one of them out")
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #6ff25ded
 @METHODS.register('basd_literal')

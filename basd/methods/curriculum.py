@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['ranks', 'fuse', 'log_probabilities', 'loss_difficulty', 'margin_difficulty', 'disagreement_difficulty',
            'teacher_difficulty', 'rouge_l_difficulty', 'subsets', 'POCLOptions', 'POCL', 'SampleSelection']
+__all__ = ['difficulties', 'ranks', 'fuse', 'difficulty', 'find_difficulty', 'log_probabilities', 'loss_difficulty',
+           'margin_difficulty', 'disagreement_difficulty', 'teacher_difficulty', 'subsets', 'POCLOptions', 'POCL',
+           'SampleSelection']
 
 # %% ../../nbs/methods/57_curriculum.ipynb #8f6e97ab
 from dataclasses import field
@@ -88,24 +91,6 @@ def teacher_difficulty(
 )->Tensor:     # nats, (n,)
     "Cross-entropy of the teacher with the label"
     return F.nll_loss(log_probabilities(said, 'teacher'), said['labels'], reduction='none')
-
-# %% ../../nbs/methods/57_curriculum.ipynb #3cf4b720
-def rouge_l_difficulty(
-    generated,       # what the student writes, n strings
-    references,      # what it should have written, n strings
-    stem:bool=False, # reduce English words to their stems first
-)->Tensor:           # 0 to 1, (n,)
-    "1 − ROUGE-L of generated texts"
-    try: from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ImportError("difficulty by ROUGE-L needs the package rouge-score; "
-                          "install it with: pip install rouge-score") from None
-    if len(generated) != len(references):
-        raise ValueError(f"{len(generated)} generated texts and {len(references)} references; "
-                         "give one reference a text")
-    scorer = RougeScorer(['rougeL'], use_stemmer=stem)
-    return torch.tensor([1 - scorer.score(r, g)['rougeL'].fmeasure for g,r in zip(generated, references)],
-                        dtype=torch.float64)
 
 # %% ../../nbs/methods/57_curriculum.ipynb #53710dad
 def subsets(

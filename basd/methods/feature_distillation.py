@@ -91,7 +91,9 @@ class MatchOptions:
         for name,options in self.losses.items(): checked_loss(name, options)
         if not self.losses and self.logits is None:
             raise ValueError("losses is empty; name at least one, or use method ce")
-        if isinstance(self.layer_map, str): layer_map(self.layer_map, 1, 2)
+        if isinstance(self.layer_map, str):
+            try: layer_map(self.layer_map, 1, 2)
+            except ValueError as e: raise ValueError(f"layer_map={self.layer_map!r}; {str(e).partition('; ')[2]}") from None
 
     def filled(self)->dict: # "losses" → name → `settings` instances
         "The losses with every default filled in"

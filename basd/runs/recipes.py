@@ -10,6 +10,7 @@ __all__ = ['Whole', 'Count', 'Seed', 'Share', 'Positive', 'Amount', 'Keywords', 
            'keys_table', 'explained']
 
 # %% ../../nbs/runs/61_recipes.ipynb #80195464
+import difflib
 import math
 import re
 import textwrap
@@ -210,11 +211,12 @@ def _sentence(error, cls, prefix=''):
         return (f"unknown key {prefix}{'.'.join([*path, loc[-1]])}{suggestion(loc[-1], keys)}; "
                 f"allowed: {', '.join(keys) or 'none'}")
     m = e['msg'].removeprefix('Value error, ')
-    m, key = m[:1].lower() + m[1:], f"{prefix}{'.'.join(loc)}".rstrip('.')
+    key, inner = f"{prefix}{'.'.join(loc)}".rstrip('.'), re.match(r'\w+', m)
     if e['type'] == 'value_error' and (not loc or isinstance(e['input'], dict) and _known(cls, loc)):
         # of a whole section, which says itself which of its keys it is about
-        inner = re.match(r'\w+', m)
-        return f"{key}.{m}".lstrip('.') if inner and inner[0] in _keys(cls, loc) else f"{key or 'recipe'}: {m}"
+        if inner and inner[0] in _keys(cls, loc): return f"{key}.{m}".lstrip('.')
+        return f"{key or 'recipe'}: {m[:1].lower() + m[1:]}"
+    m = m[:1].lower() + m[1:]
     return f"{key}={_short(e['input'])}: {m}"
 
 def _short(x): return text if len(text := repr(x)) <= 200 else text[:197] + '...'
@@ -425,7 +427,7 @@ def _stages(name, tree, overrides, say):
     if isinstance(stages, dict): stages = {k: v for k,v in stages.items() if v is not None}
     if not stages: return {'': resolve(tree)}
     trees = {stage: _overridden(merge(tree, over), overrides, stage) for stage,over in stages.items()}
-    takers = _takers(trees, [o for o in overrides if re.match(r'method\.(?!name=)', o)], say)
+    takers = _takers(trees, [o for o in overrides if _of_options(parse_override(o).get('method'))], say)
     mine = lambda stage: [o for o in overrides if stage in takers.get(o, trees)]
     return {stage: resolve(_overridden(merge(tree, over), mine(stage), stage) | {'name': f"{tree['name']}/{stage}"})
             for stage,over in stages.items()}
@@ -437,19 +439,37 @@ def _overridden(tree, overrides, stage):
         tree = merge(tree, (given['stages'] or {}).get(stage) or {} if 'stages' in given else given)
     return tree
 
+def _of_options(x):
+    "Is this a change to a method's options alone, rather than to its name?"
+    return isinstance(x, dict) and bool(x) and 'name' not in x
+
+def _paths(x):
+    "The keys that a nested dictionary sets, each as a list"
+    return [[k, *p] for k,v in x.items() for p in _paths(v)] if isinstance(x, dict) and x else [[]]
+
 def _takers(trees, overrides, say):
-    "Override → the stages whose method has its key"
+    "Override → the stages whose method has its keys"
+    if not overrides: return {}
     def method(tree): return (tree.get('method') or {}).get('name', 'ce') if isinstance(tree.get('method', {}), dict) else None
-    takers = {}
+    options, takers = {s: _objective(method(t)).Options for s,t in trees.items()}, {}
     for text in overrides:
-        path = text.partition('=')[0].split('.')[1:]
-        takers[text] = found = [s for s,t in trees.items() if _takes(_objective(method(t)).Options, path)]
+        paths = _paths(parse_override(text)['method'])
+        takers[text] = found = [s for s in trees if all(_takes(options[s], p) for p in paths)]
         if not found:
             raise ValueError(f"{text[:100]!r}: no stage has a method with this key; the stages are "
-                             f"{', '.join(f'{s} ({method(t)})' for s,t in trees.items())}")
+                             + ', '.join(f'{s} ({method(t)}{_nearest(options[s], paths)})' for s,t in trees.items()))
         others = [s for s in trees if s not in found]
         if others and say: say(f"{text} goes to {', '.join(found)}; the method of {', '.join(others)} has no such key")
     return takers
+
+def _nearest(cls, paths):
+    "The key that may have been meant by the first of `paths` which `cls` does not have, for the end of a message"
+    for path in paths:
+        for i,part in enumerate(path):
+            if not _takes(cls, path[:i + 1]):
+                near = difflib.get_close_matches(part, _keys(cls, path[:i]), 1)
+                return f", did you mean {'.'.join(['method', *path[:i], *near])}?" if near else ''
+    return ''
 
 def _takes(cls, path):
     "Has the dataclass `cls` a field at `path`? What is below a field that is no section is for the method to say"
