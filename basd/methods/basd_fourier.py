@@ -18,7 +18,7 @@ from ..core.sampling import draw_images, step_generator
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.frequency_selector import FrequencySelector
 from ..geometry.selector import selected
-from ..core.registry import METHODS, belongs, options_of, settings
+from ..core.registry import METHODS, options_of, settings
 from ..losses.fourier import Fourier
 from .basd import AlignerOptions, grids_of_mixed, learned
 from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, seeded

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from ..core.features import Features
 from ..core.registry import METHODS, belongs, settings
 from .base import Shapes
-from .basd import BASD, AlignerOptions, BASDOptions, grids_of_mixed
-from ..losses.base import belongs
-from .base import Shapes, register, settings
 from .basd import BASD, BASDOptions, grids_of_mixed
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #0dae2a47

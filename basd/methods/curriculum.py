@@ -4,10 +4,7 @@
 
 # %% auto #0
 __all__ = ['ranks', 'fuse', 'log_probabilities', 'loss_difficulty', 'margin_difficulty', 'disagreement_difficulty',
-           'teacher_difficulty', 'rouge_l_difficulty', 'subsets', 'POCLOptions', 'POCL', 'SampleSelection']
-__all__ = ['difficulties', 'ranks', 'fuse', 'difficulty', 'find_difficulty', 'log_probabilities', 'loss_difficulty',
-           'margin_difficulty', 'disagreement_difficulty', 'teacher_difficulty', 'subsets', 'POCLOptions', 'POCL',
-           'SampleSelection']
+           'teacher_difficulty', 'subsets', 'POCLOptions', 'POCL', 'SampleSelection']
 
 # %% ../../nbs/methods/57_curriculum.ipynb #8f6e97ab
 from dataclasses import field
