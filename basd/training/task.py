@@ -167,6 +167,7 @@ def prepare(self:DistillationTask,
         return x, features, target, self.method.prepare(Progress(step, total, self.seed, epoch, observe), len(y), images.device)
 
 @patch
+@torch.compiler.disable
 def forward(self:DistillationTask, images, labels, teacher_images=None, records=None, **at)->dict:
     "loss (), output (B, C), parts {name: ()} that sum to the loss, report {name: detached tensor}; arguments as of `prepare`"
     given = self.prepare(images, labels, teacher_images, records, **at)
