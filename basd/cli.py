@@ -21,7 +21,7 @@ import yaml
 
 import basd
 from .core.registry import suggestion
-from .runs.recipe_files import at_home, packaged, packaged_file, parse_override, read_recipe, recipe_names
+from .runs.recipe_files import as_overrides, at_home, packaged, packaged_file, parse_override, read_recipe, recipe_names
 
 # %% ../nbs/90_cli.ipynb #e84727cb
 def recipes()->dict: # folder ('' for the top) → list of (name, about, paper)
@@ -57,13 +57,14 @@ def as_text(
 # %% ../nbs/90_cli.ipynb #d3d991b5
 def train(
     recipe:str,           # name of a packaged recipe, or a .yaml file
-    *overrides:str,       # "key=value" with dotted keys, as in "train.epochs=3"
+    *overrides,           # "key=value" with dotted keys, as in "train.epochs=3", or lists of them
     run_dir:str|None=None,# where the run goes; runs/<recipe>-<time> if None
     resume:bool=False,    # go on with the run in `run_dir`
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     bars:bool|None=None,  # progress bars; None: where somebody watches
     trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
-)->dict:                  # stage → result; the key is '' for a recipe without stages
+    **sections,           # changes as dictionaries, as in `train=dict(epochs=3)`
+)->dict:                  # stage → result with `run`, its directory; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
     from basd.runs.run_directory import start_run, start_stages
     from basd.core.processes import processes
@@ -74,7 +75,7 @@ def train(
     from basd.training.callbacks import Stopped, on_stop
     aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not launched().rank else None
     with on_stop(stopped) as asked:
-        stages = load_recipe(at_home(recipe), overrides, trust, aloud)
+        stages = load_recipe(at_home(recipe), *as_overrides(*overrides, **sections), trust=trust, say=aloud)
         check_device(device)
         if asked: stopped()
         with processes(device, max(r.train.rank_timeout for r in stages.values())) as here:
@@ -98,7 +99,7 @@ def train(
                     if results[stage] is None: break
                     if trainer.stopping: stopped()
             if rank() == 0: summarise(run, results)
-    return results
+    return {stage: r and r | dict(run=str(run/stage)) for stage,r in results.items()}
 
 # %% ../nbs/90_cli.ipynb #5baa2bf4
 @contextmanager

@@ -148,3 +148,27 @@ def test_one_hot_labels_and_resized_teacher():
                    ((y, None), (F.one_hot(y, 10).float(), None),
                     (y, F.interpolate(x, (24, 24), mode="bicubic", antialias=True).clamp(0, 1))))
     assert_close(a, b); assert_close(a, c)
+
+
+TINY_RUN = dict(data=dict(train_size=96, val_size=64, batch_size=32, workers=0), views=dict(crop_scale=(.5, 1.)),
+                student=dict(depth=2), train=dict(epochs=1, warmup_epochs=0, log_every=1))
+
+
+def test_recipes_from_python(tmp_path):
+    "Changes as texts and as sections are the same; a run says where it is and is evaluated there"
+    given = basd.load_recipe("digits/rkd", "train.epochs=1", ["data.workers=0"])
+    assert isinstance(given["rkd"], basd.Recipe) and (given["rkd"].train.epochs, given["rkd"].data.workers) == (1, 0)
+    found = basd.train("digits", "stages.ce=null", "stages.basd=null", run_dir=tmp_path/"run", bars=False, **TINY_RUN)
+    run = found["teacher"]["run"]
+    assert run == str(tmp_path/"run"/"teacher") and basd.load_recipe(f"{run}/recipe.yaml")[""].views.crop_scale == (.5, 1.)
+    judged = basd.evaluate(run)
+    assert abs(judged["best"]["top1"] - found["teacher"]["test"]["best"]["top1"]) < 1e-4
+    with pytest.raises(ValueError, match="unknown key train.epoch "): basd.train("digits", train=dict(epoch=3))
+
+
+def test_compare_from_python(tmp_path):
+    "A list of recipes under one budget; rows, one per entry"
+    words = ["data.train_size=96", "data.val_size=64", "data.batch_size=32", "data.workers=0",
+             "train.epochs=1", "train.warmup_epochs=0"]
+    found = basd.compare(["hinton", "digits/rkd"], seeds=1, overrides=words, folder=tmp_path/"race")
+    assert [r["name"] for r in found["rows"]] == ["ce", "hinton", "rkd"] and not any(r["failed"] for r in found["rows"])

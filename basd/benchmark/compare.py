@@ -231,7 +231,7 @@ def refuse_to_fetch(
 
 # %% ../../nbs/benchmark/88_compare.ipynb #4b676c29
 def compare(
-    *recipes:str,             # names of packaged recipes, or .yaml files
+    *recipes,                 # names of packaged recipes or .yaml files, or a list of them
     seeds=3,                  # how many (0, 1, …), or a list of them
     overrides=(),             # "key=value" for all recipes; "stages.NAME.key=value" for the stages of that name
     folder='runs/compare',    # of the race; the same again goes on with it
@@ -242,6 +242,7 @@ def compare(
 )->dict: # of `gather`; also results.json, table.md, table.csv and race.png in `folder`
     "Train each recipe with each seed under one budget, and write the table"
     seeds, folder = list(range(seeds)) if isinstance(seeds, int) else list(seeds), Path(folder)
+    recipes = [r for x in recipes for r in ([x] if isinstance(x, str) else x)]
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds}: give at least one, and none twice")
     if jobs < 1: raise ValueError(f"jobs={jobs}: should be at least 1")
     if launched().world > 1:

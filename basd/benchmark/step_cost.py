@@ -411,7 +411,7 @@ def bench(
     gpu_checks:bool=True, # on a GPU: name the largest kernels, and make 20 steps in which waiting for it is an error
 )->dict:
     "Measure a recipe's step beside its lower bound"
-    stage, r = last_stage(load_recipe(recipe, overrides, trust))
+    stage, r = last_stage(load_recipe(recipe, *overrides, trust=trust))
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     b = Bench(r, device, cached=cached, hold=hold)
     b.steady()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_paths', 'packaged', 'merge', 'parsed', 'at_home', 'placed', 'packed', 'settled', 'read_recipe', 'merged',
-           'recipe_names', 'packaged_file', 'check_stages', 'parse_override']
+           'recipe_names', 'packaged_file', 'check_stages', 'parse_override', 'as_overrides']
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #256e4447
 import os
@@ -229,3 +229,23 @@ def parse_override(
 def _number(text):
     try: return float(text)
     except ValueError: return None
+
+# %% ../../nbs/runs/60_recipe_files.ipynb #724fed69
+def as_overrides(
+    *given,     # "key=value" texts, or lists of them
+    **sections, # section → its changes, as in `train=dict(epochs=3)`
+)->list: # of "key=value" texts
+    "Changes to a recipe, in the words of the command line"
+    texts = [text for x in given for text in ([x] if isinstance(x, str) else x)]
+    def walk(key, value):
+        if isinstance(value, dict) and value and not any('.' in str(k) for k in value):
+            return [text for k,v in value.items() for text in walk(f'{key}.{k}', v)]
+        flow = yaml.safe_dump(_listed(value), default_flow_style=True, allow_unicode=True, sort_keys=False, width=2**20)
+        return [f"{key}={flow.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"]
+    return texts + [text for k,v in sections.items() for text in walk(k, v)]
+
+def _listed(x):
+    "Plain data with lists in place of tuples, and paths as texts"
+    if isinstance(x, dict): return {k: _listed(v) for k,v in x.items()}
+    if isinstance(x, (list, tuple)): return [_listed(v) for v in x]
+    return os.fspath(x) if isinstance(x, os.PathLike) else x

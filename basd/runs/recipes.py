@@ -26,7 +26,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from ..data.pictures import MAX_PIXELS
 from ..core.registry import LOSSES, METHODS, SELECTORS, settings, suggestion, trusted, trusting
 from ..methods.base import Objective
-from .recipe_files import check_stages, merge, merged, own_paths, packaged, packed, parse_override
+from .recipe_files import as_overrides, check_stages, merge, merged, own_paths, packaged, packed, parse_override
 
 # %% ../../nbs/runs/61_recipes.ipynb #df78f592
 def whole(x):
@@ -398,12 +398,12 @@ def own_names(
 # %% ../../nbs/runs/61_recipes.ipynb #6097591f
 def load_recipe(
     name:str,         # of a packaged recipe, or a .yaml file
-    overrides=(),     # "key=value" strings
+    *overrides,       # "key=value" texts, or lists of them
     trust:bool=False, # a recipe that was found in a run, too, may import code and fetch what it names
     say=None,         # called with a sentence about each change that goes to some stages only
 )->dict:              # stage → Recipe; the key is '' for a recipe without stages
     "Read, merge, override and check a recipe"
-    tree, files = merged(name)
+    (tree, files), overrides = merged(name), as_overrides(*overrides)
     trust, found = trust or trusted(), any(map(stored, files))
     with trusting(True if trust or not found else own_names(overrides), *(f.parent for f in files if packaged not in f.parents
                   and (trust or not stored(f))), Path.cwd()):
