@@ -207,7 +207,7 @@ def settled(make, forget):
     for _ in range(20):
         try: return make()
         except ValueError as e:
-            if not (said := re.match(r"(\w+)=.* belongs to ", str(e), re.DOTALL)): raise
+            if not (said := re.match(r"(?:\w+\.)*(\w+)=.* belongs to ", str(e), re.DOTALL)): raise
             forget(said[1])
     return make()
 
