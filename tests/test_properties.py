@@ -207,8 +207,8 @@ def settled(make, forget):
     for _ in range(20):
         try: return make()
         except ValueError as e:
-            if not (said := re.match(r"(?:\w+\.)*(\w+)=.* belongs to ", str(e), re.DOTALL)): raise
-            forget(said[1])
+            if not (said := re.match(r"(selector)?(?:\w*\.)*(\w+)=.* belongs to ", str(e), re.DOTALL)): raise
+            forget(said[1] or said[2])
     return make()
 
 
