@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ..core.chunking import images_at_once, in_pieces
 from ..core.features import Attention
 from ..core.numerics import directions, island, no_autocast
+from ..core.registry import LOSSES
 from ..core.resampling import resample_attention, resample_keys, stencil
 from ..geometry.alignment import HeadAligner
+from .base import FeatureLoss, grids_of
 
 # %% ../../nbs/losses/23_attention.ipynb #592963a8
 def attention_kl(
@@ -67,8 +69,11 @@ def pseudo_attention(
     return Attention(u, u, scale=1/tau)
 
 # %% ../../nbs/losses/23_attention.ipynb #fce01aa2
-class AttentionKL(nn.Module):
+@LOSSES.register('attn')
+class AttentionKL(FeatureLoss):
     "Distils attention: the student's scores, mapped over heads, against mixed and resampled maps of the teacher"
+    inputs, superposed, sliced = 'attention', ('mixup',), True
+
     def __init__(
         self,
         heads_s:list, # heads of each student layer that is compared
@@ -105,7 +110,7 @@ class AttentionKL(nn.Module):
 
 # %% ../../nbs/losses/23_attention.ipynb #ffaebc22
 @patch
-def target(
+def maps(
     self:AttentionKL,
     attention_t:list,       # `Attention` of the L teacher layers
     weights:Tensor,         # mixing weights, (P, L); unused by `scope="all_layers"`
@@ -126,6 +131,18 @@ def target(
     if self.scope == 'all_layers': maps = self.every_layer(attention_t, places[0], grids_t, rows)
     else: maps = self.mixtures(attention_t, weights, places, grids_t[0], rows)
     return maps if self.normalise == 'row' else _each(maps, lambda A: A.flatten(-2).softmax(-1).view_as(A))
+
+# %% ../../nbs/losses/23_attention.ipynb #43fb0c3e
+@patch
+def target(self:AttentionKL,
+    ys:list, # `Attention` of the teacher layers
+    xs:list, # `Attention` of the student layers, of which the places are read
+    rows:Tensor|None=None,    # query rows wanted, of `sample`
+    weights:Tensor|None=None, # mixing weights, (P, L); None: each student layer has its own teacher layer
+):           # as of `maps`
+    "What the student's attention should become"
+    if weights is None: weights = torch.eye(len(xs), len(ys), device=ys[0].q.device)
+    return self.maps(ys, weights, [a.tokens for a in xs], grids_of(ys), grids_of(xs), rows)
 
 # %% ../../nbs/losses/23_attention.ipynb #d7b981d0
 def _each(maps, f): return f(maps) if isinstance(maps, Tensor) else [f(A) for A in maps]
@@ -258,6 +275,17 @@ def draw(
     if self.rows is None or self.rows >= n_tokens: return None
     return torch.randperm(n_tokens, generator=generator, device=device)[:self.rows]
 
+# %% ../../nbs/losses/23_attention.ipynb #73bc9ed6
+@patch
+def sample(self:AttentionKL,
+    tokens:list, # of each student layer
+    images:int,  # on this rank
+    generator:torch.Generator|None=None, # on `device`, equal on all ranks
+    device='cpu',
+)->Tensor|None:  # (R,), or None: all rows
+    "Query rows of one step"
+    return self.draw(tokens[0], generator, device)
+
 # %% ../../nbs/losses/23_attention.ipynb #bff4cb68
 def _among(A, m): # rows of A with keys weighted by m, brought back to their former sum
     B = (A + 1e-20) * m  # lost beside any other number, and makes an empty row uniform over m
@@ -274,3 +302,14 @@ def cut_attention(
     m = island(keep).to(A.dtype)
     own = (m if rows is None else m[rows])[:, None]
     return own*_among(A, m) + (1 - own)*_among(A_partner, 1 - m)
+
+# %% ../../nbs/losses/23_attention.ipynb #b685eb5f
+@patch
+def cut(self:AttentionKL,
+    A:Tensor,    # a layer's target, (B, H_t, R, N)
+    A_partner:Tensor, # of the partners
+    keep:Tensor, # share of each token outside the pasted box, (N,)
+    rows:Tensor|None=None, # of `sample`
+)->Tensor:       # (B, H_t, R, N)
+    "The target of CutMix images"
+    return cut_attention(A, A_partner, keep, rows)

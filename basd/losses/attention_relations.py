@@ -11,14 +11,15 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import island, no_autocast
-from ..geometry.alignment import HeadAligner
 from ..core.registry import LOSSES
+from ..geometry.alignment import HeadAligner
+from .base import FeatureLoss
 
 # %% ../../nbs/losses/32_attention_relations.ipynb #b1ec49e4
 @LOSSES.register('scores')
-class Scores(nn.Module):
+class Scores(FeatureLoss):
     "Mean squared error of attention scores before the softmax; gradient to the student and the mixtures of heads"
-    of = 'attention'
+    inputs = 'attention'
 
     def __init__(self,
         heads_s:list,      # H_s of each pair
@@ -33,9 +34,6 @@ class Scores(nn.Module):
     def forward(self,
         xs:list,                # student attention, P × `Attention`
         ys:list,                # teacher attention of the same images, P × `Attention`; constant
-        generator:torch.Generator|None=None, # not used: nothing is drawn
-        grids_s:list|None=None, # not used
-        grids_t:list|None=None, # not used
     )->Tensor:                  # ()
         "Mean over rows, keys, heads, images and pairs"
         losses = []
@@ -75,9 +73,9 @@ def relation(
 
 # %% ../../nbs/losses/32_attention_relations.ipynb #cf0d2d7d
 @LOSSES.register('heads')
-class HeadRelations(nn.Module):
+class HeadRelations(FeatureLoss):
     "Match relations among queries, keys and values; gradient to the student, no parameters"
-    of = 'attention'
+    inputs = 'attention'
 
     def __init__(self,
         # pairs of queries q, keys k and values v whose relations are matched; qk, vv is the first MiniLM
@@ -94,9 +92,6 @@ class HeadRelations(nn.Module):
     def forward(self,
         xs:list,                # student attention, P × `Attention`
         ys:list,                # teacher attention of the same images, P × `Attention`; constant
-        generator:torch.Generator|None=None, # not used: nothing is drawn
-        grids_s:list|None=None, # not used
-        grids_t:list|None=None, # not used
     )->Tensor:                  # nats, summed over relations, ()
         "Mean over rows, relation heads, images and pairs"
         with no_autocast(xs[0].q):

@@ -10,13 +10,13 @@ from typing import Literal
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.distributed import global_mean, world
 from ..core.numerics import covariance, felt, island, no_autocast
-from ..core.resampling import resample_tokens
 from ..core.registry import LOSSES, belongs
-from .base import paired
+from ..core.resampling import resample_tokens
+from .base import FeatureLoss, paired
 
 # %% ../../nbs/losses/29_cka.ipynb #06858201
 def _debiased(h, ab, a, b, n): return n/(n - 3)*(h - ab/(n - 2) + a*b/((n - 1)*(n - 2)))
@@ -92,7 +92,7 @@ def cka(
 
 # %% ../../nbs/losses/29_cka.ipynb #e89457fd
 @LOSSES.register('cka')
-class CKA(nn.Module):
+class CKA(FeatureLoss):
     "One minus centred kernel alignment of student and teacher layers; gradient to the student, no parameters"
     def __init__(self,
         # rows that are compared: tokens of all images; mean tokens; or the tokens of each image by itself
@@ -135,6 +135,17 @@ def draw(self:CKA,
     if generator is None: return torch.arange(n, device=device)*N//n
     return torch.randperm(N, generator=generator, device=device)[:n]
 
+# %% ../../nbs/losses/29_cka.ipynb #019c84c7
+@patch
+def sample(self:CKA,
+    tokens:list, # of each student layer
+    images:int,  # on this rank
+    generator:torch.Generator|None=None, # on `device`, equal on all ranks; None: evenly spaced places
+    device='cpu',
+)->list:         # of `draw`, one per layer
+    "The token places of one step, per layer"
+    return [self.draw(n, images, generator, device) for n in tokens]
+
 # %% ../../nbs/losses/29_cka.ipynb #78e0043f
 @patch
 def take(self:CKA,
@@ -142,11 +153,10 @@ def take(self:CKA,
     y:Tensor,           # teacher tokens, (B, N_t, D_t)
     grid_s:tuple|None,  # (height, width) of the student's tokens
     grid_t:tuple|None,  # (height, width) of the teacher's tokens
-    generator:torch.Generator|None=None,
+    places:Tensor|None=None, # which of the student's are used, (n,); None: all
 )->tuple:               # rows (M, D_s), (M, D_t), or (B, N_s, ·) for "within"
     "The rows of one extraction point"
     if self.rows == 'image': return tuple(island(z).mean(-2) for z in (x, y))
-    places = self.draw(x.shape[1], len(x), generator, x.device)
     y = resample_tokens(y, x.shape[1], grid_t, grid_s, places)
     if places is not None: x = x.index_select(-2, places)
     return (x, y) if self.rows == 'within' else (x.flatten(0, 1), y.flatten(0, 1))
@@ -180,11 +190,11 @@ def one(self:CKA,
 def forward(self:CKA,
     xs:list,                # student tokens, P × (B, N_s, D_s)
     ys:list,                # teacher tokens of the same images, P × (B, N_t, D_t); detached here
-    generator:torch.Generator|None=None, # of the token places, equal on all ranks; None: evenly spaced
-    grids_s:list|None=None, # (height, width) of each student layer, where token counts differ
-    grids_t:list|None=None, # (height, width) of each teacher layer; resampled as a sequence if either is None
+    places:list|None=None,  # token places of each pair, of `sample`; None: evenly spaced
 )->Tensor:                  # ()
     "Mean over extraction points, and over images for \"within\""
-    S, T = zip(*[self.take(*pair, generator) for pair in paired(xs, ys, grids_s, grids_t)])
+    pairs = paired(xs, ys)
+    places = self.sample([x.shape[1] for x in xs], len(xs[0]), device=xs[0].device) if places is None else places
+    S, T = zip(*[self.take(*pair, p) for pair,p in zip(pairs, places)])
     if len({(s.shape, t.shape) for s,t in zip(S, T)}) == 1: return self.one(torch.stack(S), torch.stack(T)).mean()
     return torch.stack([self.one(s, t).mean() for s,t in zip(S, T)]).mean()

@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import island, no_autocast
-from ..core.resampling import resample_tokens
 from ..core.registry import LOSSES
-from .base import paired
+from ..core.resampling import resample_tokens
+from .base import FeatureLoss, paired
 
 # %% ../../nbs/losses/31_fourier.ipynb #cde26e60
 def fourier_distance(
@@ -46,7 +46,7 @@ def log_magnitude(
 
 # %% ../../nbs/losses/31_fourier.ipynb #9e61c018
 @LOSSES.register('fourier')
-class Fourier(nn.Module):
+class Fourier(FeatureLoss):
     "Match feature maps wave by wave; gradient to the student and the maps between widths"
     def __init__(self,
         widths_s:list|None=None,     # C_s of each extraction point; None: no maps, widths must be equal
@@ -105,15 +105,12 @@ def asked_grid(
 def forward(self:Fourier,
     xs:list,                # student tokens, P × (B, N_s, C_s)
     ys:list,                # teacher tokens of the same images, P × (B, N_t, C_t); detached here
-    generator:torch.Generator|None=None, # not used: nothing is drawn
-    grids_s:list|None=None, # (height, width) of each student layer; needed
-    grids_t:list|None=None, # (height, width) of each teacher layer; needed
 )->Tensor:                  # ()
     "Mean over images and extraction points"
     maps, losses = self.maps or [nn.Identity()]*len(xs), []
     if len(maps) != len(xs):
         raise ValueError(f"{len(xs)} extraction points, but widths for {len(maps)}; give one an extraction point")
-    for f,(x,y,a,b) in zip(maps, paired(xs, ys, grids_s, grids_t)):
+    for f,(x,y,a,b) in zip(maps, paired(xs, ys)):
         a, b = asked_grid(a, x.shape[1], 'student'), asked_grid(b, y.shape[1], 'teacher')
         losses.append(self.one(f(x), resample_tokens(y, x.shape[1], b, a), a))
     return torch.stack(losses).mean()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.distributed import all_rows, rank
 from ..core.numerics import centre, directions, island, no_autocast
 from ..core.registry import LOSSES
-from .base import at_places, paired
+from .base import FeatureLoss, at_places, paired
 
 # %% ../../nbs/losses/30_gram.ipynb #83c6e319
 def unit_tokens(
@@ -43,7 +43,7 @@ def gram_distance(
 
 # %% ../../nbs/losses/30_gram.ipynb #0230da0e
 @LOSSES.register('gram')
-class Gram(nn.Module):
+class Gram(FeatureLoss):
     "Match the cosines among the tokens of an image; gradient to the student, no parameters"
     def __init__(self,
         # mean of squared differences of cosines; or their norm ‖·‖_F/N², the original, which falls as 1/N
@@ -68,17 +68,14 @@ class Gram(nn.Module):
 def forward(self:Gram,
     xs:list,                # student tokens, P × (B, N_s, D_s)
     ys:list,                # teacher tokens of the same images, P × (B, N_t, D_t); detached here
-    generator:torch.Generator|None=None, # not used: nothing is drawn
-    grids_s:list|None=None, # (height, width) of each student layer, where token counts differ
-    grids_t:list|None=None, # (height, width) of each teacher layer; resampled as a sequence if either is None
 )->Tensor:                  # ()
     "Mean over images and extraction points"
-    pairs = at_places(xs, ys, grids_s, grids_t)
+    pairs = at_places(xs, ys)
     return torch.stack([self.one(x, y).mean() for x,y in pairs]).mean()
 
 # %% ../../nbs/losses/30_gram.ipynb #bbac9b57
 @LOSSES.register('token')
-class TokenCosine(nn.Module):
+class TokenCosine(FeatureLoss):
     "One minus the cosine of each token with its teacher token; gradient to the student and the maps"
     def __init__(self,
         widths_s:list|None=None, # D_s of each extraction point; equal widths need no map; None: no maps at all
@@ -108,12 +105,9 @@ def one(self:TokenCosine,
 def forward(self:TokenCosine,
     xs:list,                # student tokens, P × (B, N_s, D_s)
     ys:list,                # teacher tokens of the same images, P × (B, N_t, D_t); detached here
-    generator:torch.Generator|None=None, # not used: nothing is drawn
-    grids_s:list|None=None, # (height, width) of each student layer, where token counts differ
-    grids_t:list|None=None, # (height, width) of each teacher layer; resampled as a sequence if either is None
 )->Tensor:                  # ()
     "Mean over tokens, images and extraction points"
-    pairs = at_places(xs, ys, grids_s, grids_t)
+    pairs = at_places(xs, ys)
     maps = self.maps or [nn.Identity()]*len(pairs)
     if len(maps) != len(pairs):
         raise ValueError(f"{len(pairs)} extraction points, but widths for {len(maps)}; give one an extraction point")
@@ -121,7 +115,7 @@ def forward(self:TokenCosine,
 
 # %% ../../nbs/losses/30_gram.ipynb #2ffe9247
 @LOSSES.register('correlation')
-class PooledCorrelation(nn.Module):
+class PooledCorrelation(FeatureLoss):
     "Match the similarities among the images of a batch; gradient to the student, no parameters"
     def __init__(self,
         tau:float=.1,       # temperature of the softmax over images, > 0; small: nearest images alone count
@@ -148,9 +142,6 @@ class PooledCorrelation(nn.Module):
 def forward(self:PooledCorrelation,
     xs:list,           # student tokens, P × (B, N_s, D_s)
     ys:list,           # teacher tokens of the same images, P × (B, N_t, D_t); detached here
-    generator:torch.Generator|None=None, # not used: nothing is drawn
-    grids_s:list|None=None, # not used: tokens are averaged
-    grids_t:list|None=None, # not used
 )->Tensor:             # in nats, ()
     "Divergence of the student's rows from the teacher's, mean over images and extraction points"
     with no_autocast(xs[0]):

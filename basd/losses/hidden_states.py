@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.numerics import directions, island, no_autocast
 from ..core.registry import LOSSES, belongs
-from .base import at_places
+from .base import FeatureLoss, at_places
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #4c6c3813
 def in_coordinates(
@@ -28,7 +28,7 @@ def in_coordinates(
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #9a76d55e
 @LOSSES.register('hidden')
-class Hidden(nn.Module):
+class Hidden(FeatureLoss):
     "Mean squared error of mapped student tokens; gradient to the student and the maps"
     def __init__(self,
         widths_s:list,       # D_s of each pair
@@ -65,14 +65,11 @@ class Hidden(nn.Module):
 def forward(self:Hidden,
     xs:list,                # student tokens, P × (B, N_s, D_s)
     ys:list,                # teacher tokens of the same images, P × (B, N_t, D_t); detached here
-    generator:torch.Generator|None=None, # not used: nothing is drawn
-    grids_s:list|None=None, # (height, width) of each student layer, where token counts differ
-    grids_t:list|None=None, # (height, width) of each teacher layer
 )->Tensor:                  # ()
     "Mean over images, tokens and pairs"
     if len(xs) != len(self.maps):
         raise ValueError(f"{len(xs)} pairs, but maps for {len(self.maps)}; make the loss for these layers")
-    return torch.stack([self.one(f(x), y) for f,(x,y) in zip(self.maps, at_places(xs, ys, grids_s, grids_t))]).mean()
+    return torch.stack([self.one(f(x), y) for f,(x,y) in zip(self.maps, at_places(xs, ys))]).mean()
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #c377fbc9
 def loudness(
@@ -84,7 +81,7 @@ def loudness(
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #b1f3329d
 @LOSSES.register('at')
-class AttentionTransfer(nn.Module):
+class AttentionTransfer(FeatureLoss):
     "Match where layers are loud; gradient to the student, no parameters"
     def __init__(self,
         p:float=2., # power of the channels, ≥ 1; 2 does not see their rotation
@@ -96,12 +93,9 @@ class AttentionTransfer(nn.Module):
     def forward(self,
         xs:list,                # student tokens, P × (B, N_s, D_s)
         ys:list,                # teacher tokens of the same images, P × (B, N_t, D_t); detached here
-        generator:torch.Generator|None=None, # not used: nothing is drawn
-        grids_s:list|None=None, # (height, width) of each student layer, where token counts differ
-        grids_t:list|None=None, # (height, width) of each teacher layer
     )->Tensor:                  # ()
         "Mean over places, images and pairs"
         with no_autocast(xs[0]):
             maps = [(loudness(island(x), self.p), loudness(island(y), self.p))
-                    for x,y in at_places(xs, ys, grids_s, grids_t)]
+                    for x,y in at_places(xs, ys)]
             return torch.stack([(q - k).square().mean() for q,k in maps]).mean()

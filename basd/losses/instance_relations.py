@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.distributed import all_rows
+from ..core.distributed import all_rows, world
 from ..core.numerics import directions, island, no_autocast, rounding
 from ..core.registry import LOSSES, belongs
-from .base import paired
+from .base import FeatureLoss, paired
 from .hidden_states import in_coordinates
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #56667fbc
@@ -37,7 +37,7 @@ def angles(
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #06777c13
 @LOSSES.register('rkd')
-class RKD(nn.Module):
+class RKD(FeatureLoss):
     "Match distances and angles among images; gradient to the student, no parameters"
     def __init__(self,
         distance:float=25., # weight of the distances between images, ≥ 0
@@ -71,22 +71,29 @@ def pooled(
     "Mean tokens of all images of all ranks, in float32"
     return [tuple(all_rows(island(z).mean(1)) for z in pair[:2]) for pair in paired(xs, ys)]
 
+# %% ../../nbs/losses/33_instance_relations.ipynb #8f82ce33
+@patch
+def sample(self:RKD,
+    tokens:list, # of each student layer
+    images:int,  # on this rank
+    generator:torch.Generator|None=None, # on `device`, equal on all ranks
+    device='cpu',
+)->Tensor|None:  # indices among the images of all ranks; None: all
+    "Images of one step, among which angles are taken"
+    B = images*world()
+    if self.images is None or self.images >= B: return None
+    return torch.randperm(B, generator=generator, device=device)[:self.images]
+
 # %% ../../nbs/losses/33_instance_relations.ipynb #1677a289
 @patch
 def forward(self:RKD,
-    xs:list,                # student tokens, P × (B, N_s, D_s)
-    ys:list,                # teacher tokens of the same images, P × (B, N_t, D_t); detached here
-    generator:torch.Generator|None=None, # draws the images of the angles
-    grids_s:list|None=None, # not used: tokens are averaged
-    grids_t:list|None=None, # not used
-)->Tensor:                  # ()
+    xs:list, # student tokens, P × (B, N_s, D_s)
+    ys:list, # teacher tokens of the same images, P × (B, N_t, D_t); detached here
+    some:Tensor|None=None, # images among which angles are taken, of `sample`; None: all
+)->Tensor:   # ()
     "Mean over pairs of layers"
-    with no_autocast(xs[0]):
-        pairs = pooled(xs, ys)
-        B = len(pairs[0][0])
-        few = self.images is not None and self.images < B
-        some = torch.randperm(B, generator=generator, device=xs[0].device)[:self.images] if few else slice(None)
-        return torch.stack([self.one(x, y, some) for x,y in pairs]).mean()
+    some = slice(None) if some is None else some
+    with no_autocast(xs[0]): return torch.stack([self.one(x, y, some) for x,y in pooled(xs, ys)]).mean()
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #13f91429
 def pairs_of(
@@ -150,7 +157,7 @@ class VRM(nn.Module):
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #08946f8d
 @LOSSES.register('crd')
-class CRD(nn.Module):
+class CRD(FeatureLoss):
     ("Tell each image from the others by the teacher's embedding, and the other way round; "
      "gradient to the student and the maps")
     def __init__(self,
@@ -167,9 +174,6 @@ class CRD(nn.Module):
     def forward(self,
         xs:list,                # student tokens, P × (B, N_s, D_s)
         ys:list,                # teacher tokens of the same images, P × (B, N_t, D_t); detached here
-        generator:torch.Generator|None=None, # not used: nothing is drawn
-        grids_s:list|None=None, # not used: tokens are averaged
-        grids_t:list|None=None, # not used
     )->Tensor:                  # nats, ()
         "Mean over images, directions and pairs of layers"
         if len(xs) != len(self.maps_s):

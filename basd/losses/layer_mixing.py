@@ -13,14 +13,15 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import island, no_autocast
-from ..geometry.layer_maps import layer_map
 from ..core.registry import LOSSES
+from ..geometry.layer_maps import layer_map
+from .base import FeatureLoss
 from .hidden_states import in_coordinates
 
 # %% ../../nbs/losses/35_layer_mixing.ipynb #6e4ec642
-class _Pooled(nn.Module):
+class _Pooled(FeatureLoss):
     "Mean tokens of all points and layers, the student's mapped to the teacher's width"
-    of = 'layers'
+    inputs = 'all_layers'
 
     def __init__(self, widths_s, widths_t, normalise):
         super().__init__()
@@ -67,9 +68,6 @@ class AttentiveLayers(_Pooled):
 def forward(self:AttentiveLayers,
     xs:list,                # student tokens of all points, P × (B, N_p, D_p)
     ys:list,                # teacher tokens of all layers, L × (B, N_l, D); detached here
-    generator:torch.Generator|None=None, # not used: nothing is drawn
-    grids_s:list|None=None, # not used: places are averaged
-    grids_t:list|None=None, # not used
 )->Tensor:                  # ()
     "Mean over images, points and channels"
     with no_autocast(xs[0]):
@@ -105,9 +103,6 @@ class GatedLayers(_Pooled):
 def forward(self:GatedLayers,
     xs:list,                # student tokens of all points, P × (B, N_p, D_p)
     ys:list,                # teacher tokens of all layers, L × (B, N_l, D); detached here
-    generator:torch.Generator|None=None, # not used: nothing is drawn
-    grids_s:list|None=None, # not used: places are averaged
-    grids_t:list|None=None, # not used
 )->Tensor:                  # ()
     "Mean over images, points and channels"
     with no_autocast(xs[0]):

@@ -14,10 +14,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import island, no_autocast
+from ..core.registry import LOSSES, SELECTORS
 from ..core.resampling import resample_tokens
 from ..geometry.layer_maps import FixedSelector
-from ..core.registry import LOSSES, SELECTORS
 from ..geometry.selector import Mix, blend_tokens, mix_tokens
+from .base import FeatureLoss, grids_of
 from .cka import cka
 
 # %% ../../nbs/losses/36_leap.ipynb #3b5ae7fa
@@ -38,7 +39,7 @@ class Ladder:
                              "all of them; name layers of one width")
         self.threshold, self.memory, self.limit, self.ahead = threshold, memory, limit, ahead
         self.map = nn.Linear(self.widths_s[-1], self.widths_t[0])
-        for name, value in dict(target=0., average=0., since=0., started=0., opened=float(len(self.widths_t))).items():
+        for name, value in dict(current=0., average=0., since=0., started=0., opened=float(len(self.widths_t))).items():
             self.register_buffer(name, torch.tensor(value))
         self.begun, self.open = False, len(self.widths_t)
 
@@ -51,7 +52,7 @@ class Ladder:
         layers:int, # that were run
     )->Tensor:      # (layers,)
         "Whether each layer is the target"
-        return torch.arange(layers, device=self.target.device) == self.target
+        return torch.arange(layers, device=self.current.device) == self.current
 
     def climb(self,
         due:Tensor,   # is the target to move, ()
@@ -59,15 +60,15 @@ class Ladder:
         layers:int,   # that were run
     ):
         "Move to the next layer if it is due and there is one"
-        due = due & (self.target < layers - 1)
-        self.target.add_(due)
+        due = due & (self.current < layers - 1)
+        self.current.add_(due)
         self.average.masked_fill_(due, 0.)
         self.since.copy_(torch.where(due, clock, self.since))
 
     def renew(self):
         "Open the teacher as far as the target may get until the next row of the log; waits for the device"
         if not self.begun: return
-        self.opened.fill_(min(len(self.widths_t), int(self.target) + 1 + self.ahead))
+        self.opened.fill_(min(len(self.widths_t), int(self.current) + 1 + self.ahead))
         self.open = int(self.opened)
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -125,16 +126,16 @@ def in_time(self:Ladder, z:Tensor, ys:list, grid_s, grids_t:list, blend, clock:T
     "Before a step: on the first batch the layer of largest CKA is the target; later, move if time is up"
     if self.begun: return self.climb(clock - self.since >= (1 - 1e-4)*self.limit, clock, min(len(ys), self.open)) # rounded
     c = [cka(z.flatten(0, 1), self.wanted(y, z.shape[1], g, grid_s, blend).flatten(0, 1)) for y,g in zip(ys, grids_t)]
-    self.target.copy_(torch.stack(c).argmax())
+    self.current.copy_(torch.stack(c).argmax())
     self.since.copy_(clock)
     self.started.fill_(1.)
     self.begun = True
 
 # %% ../../nbs/losses/36_leap.ipynb #267e2d2c
 @LOSSES.register('leap')
-class Leap(Ladder, nn.Module):
+class Leap(Ladder, FeatureLoss):
     "Mean squared error of mapped student tokens to one teacher layer, which climbs; gradient to the student and the map"
-    of, moves = 'layers', True
+    inputs, moves = 'all_layers', True
     def __init__(self,
         widths_s:list,      # D_s of each point
         widths_t:list,      # D_t of each teacher layer, all equal
@@ -158,19 +159,17 @@ class Leap(Ladder, nn.Module):
 
     def noted(self)->dict:
         "For the log"
-        return dict(target=self.target.clone(), cka=self.average.clone())
+        return dict(target=self.current.clone(), cka=self.average.clone())
 
     def forward(self,
         xs:list,                # student tokens of all points, of which the last is read, P × (B, N_s, D_s)
         ys:list,                # teacher tokens, at least of the first `depth` layers, L × (B, N_t, D_t); detached here
-        generator:torch.Generator|None=None, # not used: nothing is drawn
-        grids_s:list|None=None, # (height, width) of each student layer
-        grids_t:list|None=None, # (height, width) of each teacher layer
+        sample=None,            # nothing is drawn
         blend=None,             # record of MixUp or CutMix, or None
         epoch:Tensor|None=None, # epochs behind us, (); None: nothing moves
     )->Tensor:                  # ()
         "Mean over images, tokens and channels"
-        return self.step(xs[-1], ys, grids_s and grids_s[-1], grids_t, blend, epoch if epoch is None else epoch.floor())[0]
+        return self.step(xs[-1], ys, grids_of(xs)[-1], grids_of(ys), blend, epoch if epoch is None else epoch.floor())[0]
 
 # %% ../../nbs/losses/36_leap.ipynb #7ea59f83
 @SELECTORS.register('leap')
@@ -205,5 +204,5 @@ class LeapSelector(Ladder, FixedSelector):
         "The target's weights; the regulariser trains the map"
         fit, w = self.step(xs_s[-1].detach(), xs_t, grids_s and grids_s[-1], grids_t, blend, time)
         w, zero = w.expand(len(xs_s), -1), self.average.new_zeros(())
-        return Mix(w, fit, dict(recon=fit.detach(), frontier=self.target.expand(len(xs_s)).clone(),
+        return Mix(w, fit, dict(recon=fit.detach(), frontier=self.current.expand(len(xs_s)).clone(),
                                 reached=self.average.expand(len(xs_s)).clone()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.numerics import directions, island, no_autocast, too_short
 from ..core.registry import LOSSES
-from .base import at_places, paired
+from .base import FeatureLoss, at_places, paired
 from .cka import CKA
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #b980ffce
@@ -67,7 +67,7 @@ def steps(
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #d4c47499
 @LOSSES.register('dynamics')
-class Dynamics(nn.Module):
+class Dynamics(FeatureLoss):
     "Match where predictions stand over depth, and how they move; gradient to the student"
     def __init__(self,
         # read layers by the models' own heads, or compare them by CKA where the teacher has no head
@@ -87,17 +87,26 @@ class Dynamics(nn.Module):
         "Borrow both heads"
         if self.space == 'prediction': self.readers = own_head(student, 'student'), own_head(teacher, 'teacher')
 
+# %% ../../nbs/losses/34_logit_trajectory.ipynb #30110e7c
+@patch
+def sample(self:Dynamics,
+    tokens:list, # of each student layer
+    images:int,  # on this rank
+    generator:torch.Generator|None=None, # on `device`, equal on all ranks
+    device='cpu',
+)->list|None:    # token places of each pair
+    "Rows of CKA"
+    return self.alike.sample(tokens, images, generator, device) if self.space == 'cka' else None
+
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #38c86861
 @patch
 def forward(self:Dynamics,
     xs:list,                # student tokens, J × (B, N_s, D_s), ascending
     ys:list,                # teacher tokens of the same images, J × (B, N_t, D_t); detached here
-    generator:torch.Generator|None=None, # draws rows of CKA
-    grids_s:list|None=None, # (height, width) of each student layer, where token counts differ
-    grids_t:list|None=None, # (height, width) of each teacher layer
+    places:list|None=None,  # rows of CKA, of `sample`; None: evenly spaced
 )->Tensor:                  # ()
     "Positions and steps"
-    if self.space == 'cka': return self.by_cka(xs, ys, generator, grids_s, grids_t)
+    if self.space == 'cka': return self.by_cka(xs, ys, places)
     if self.readers is None:
         raise ValueError("the loss has not met the models whose heads it reads with; "
                          "call meet(student, teacher) first, as the trainer does")
@@ -112,14 +121,12 @@ def forward(self:Dynamics,
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #a8700c74
 @patch
-def by_cka(self:Dynamics, xs, ys, generator, grids_s, grids_t)->Tensor: # ()
+def by_cka(self:Dynamics, xs, ys, places)->Tensor: # ()
     "The same two questions without heads: layers alike, and differences between layers alike"
-    pairs, state = at_places(xs, ys, grids_s, grids_t), None if generator is None else generator.get_state()
-    xs, ys = [list(side) for side in zip(*pairs)]
+    xs, ys = [list(side) for side in zip(*at_places(xs, ys))]
     if len({x.shape[1:] for x in xs}) > 1 or len({y.shape[1:] for y in ys}) > 1:
         raise ValueError("differences between layers need layers of one shape; pair such layers")
-    loss = self.alike(xs, ys, generator)
+    loss = self.alike(xs, ys, places)
     if len(xs) == 1: return loss
-    if state is not None: generator.set_state(state)
     change = lambda zs: [b - a for a,b in zip(zs, zs[1:])]
-    return loss + self.steps*self.alike(change(xs), change(ys), generator)
+    return loss + self.steps*self.alike(change(xs), change(ys), places and places[:-1])

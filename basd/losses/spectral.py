@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.distributed import global_mean
 from ..core.numerics import eigvalsh, felt, island, no_autocast, steady
+from ..core.registry import LOSSES, belongs
 from ..core.sampling import draw_images
-from ..core.registry import belongs
+from .base import FeatureLoss
 
 # %% ../../nbs/losses/24_spectral.ipynb #4671c979
 def gram(
@@ -78,8 +79,11 @@ def moments(
         return -traces.clamp(min=torch.finfo(G.dtype).tiny).log() / torch.arange(1, 4, device=G.device, dtype=G.dtype)
 
 # %% ../../nbs/losses/24_spectral.ipynb #f8d9ede2
-class Spectral(nn.Module):
+@LOSSES.register('spectral')
+class Spectral(FeatureLoss):
     "Loss on normalised singular-value spectra; gradient to the student"
+    superposed = 'mixup', 'cutmix'
+
     def __init__(self,
         # a spectrum for each image; one of the whole batch; or three soft ranks without decomposition
         form:Literal['svd', 'batch', 'moments']='svd',
@@ -126,7 +130,7 @@ def batch_spectrum(
 
 # %% ../../nbs/losses/24_spectral.ipynb #f0cca6f4
 @patch
-def target(self:Spectral,
+def spectra(self:Spectral,
     ys:list, # mixed teacher tokens, P × (B, N_t, D_t)
     ks:list, # singular values that both sides have, one an extraction point
 )->list:     # representations, P × (B, k)
@@ -134,6 +138,17 @@ def target(self:Spectral,
     if self.form != 'batch' and len({(y.shape, k) for y,k in zip(ys, ks)}) == 1:
         return list(self.represent(torch.cat(list(ys)), ks[0]).chunk(len(ks)))
     return [self.represent(y, k).expand(len(y), -1) for y,k in zip(ys, ks)]
+
+# %% ../../nbs/losses/24_spectral.ipynb #0fb84333
+@patch
+def target(self:Spectral,
+    ys:list, # teacher tokens, P × (B, N_t, D_t)
+    xs:list, # student tokens, of which the shapes are read
+    images:Tensor|None=None, # of `sample`
+)->list:     # representations, P × (B, k)
+    "Spectra of as many values as both sides have"
+    if images is not None: ys = [y[images] for y in ys]
+    return self.spectra(ys, [min(*x.shape[1:], *y.shape[1:]) for x,y in zip(xs, ys)])
 
 # %% ../../nbs/losses/24_spectral.ipynb #07e03942
 @patch
@@ -164,3 +179,14 @@ def draw(self:Spectral,
 )->Tensor|None:          # which of them are used at this step; None: all
     "Images of this step, for `target` and `forward`"
     return draw_images(batch, self.samples, generator, device)
+
+# %% ../../nbs/losses/24_spectral.ipynb #b3486f03
+@patch
+def sample(self:Spectral,
+    tokens:list, # of each student layer
+    images:int,  # on this rank
+    generator:torch.Generator|None=None, # equal on all ranks
+    device='cpu',
+)->Tensor|None:  # which of the images are used; None: all
+    "Images of one step"
+    return self.draw(images, generator, device)

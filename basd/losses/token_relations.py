@@ -11,11 +11,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.chunking import images_at_once, in_pieces
 from ..core.distributed import global_mean
 from ..core.numerics import directions, inverse_length, island, no_autocast, rounding
+from ..core.registry import LOSSES
+from .base import FeatureLoss, in_place
 
 # %% ../../nbs/losses/22_token_relations.ipynb #e40052d9
 @torch.no_grad()
@@ -56,8 +58,11 @@ def draw_pairs(
     return i, p - i*(i - 1)//2
 
 # %% ../../nbs/losses/22_token_relations.ipynb #0a54fd60
-class Relational(nn.Module):
+@LOSSES.register('rel')
+class Relational(FeatureLoss):
     "Match the directions between tokens; gradient to the student, no parameters"
+    superposed, sliced = ('mixup',), True
+
     def __init__(self,
         pairs:int=128,         # K, random token pairs that are compared in each step
         # 1 − cosine of each relation; cosines among relations; or the original, averaged over channels
@@ -86,12 +91,33 @@ class Relational(nn.Module):
 
 # %% ../../nbs/losses/22_token_relations.ipynb #34904844
 @patch
-def target(self:Relational,
-    ys:list,     # aligned teacher tokens, P × (B, N, D)
+def relations_of(self:Relational,
+    ys:list,     # teacher tokens at the student's places, P × (B, N, D)
     pairs:tuple, # of `draw`
 )->list:         # representations, P × (B, K, ·)
-    "What the student's relations are compared with"
+    "Relations of the teacher's tokens"
     return [self.represent(y, pairs) for y in ys]
+
+# %% ../../nbs/losses/22_token_relations.ipynb #dccd68c2
+@patch
+def target(self:Relational,
+    ys:list,     # teacher tokens, P × (B, N_t, D)
+    xs:list,     # student tokens, of which the places are read
+    pairs:tuple, # of `sample`
+)->list:         # representations, P × (B, K, ·)
+    "What the student's relations are compared with"
+    return self.relations_of(in_place(xs, ys), pairs)
+
+# %% ../../nbs/losses/22_token_relations.ipynb #23d72ac8
+@patch
+def sample(self:Relational,
+    tokens:list, # of each student layer
+    images:int,  # on this rank
+    generator:torch.Generator|None=None, # on `device`, equal on all ranks
+    device='cpu',
+)->tuple:        # i, j
+    "The pairs of one step, of places that all layers have"
+    return self.draw(min(tokens), generator, device)
 
 # %% ../../nbs/losses/22_token_relations.ipynb #1c02cd45
 @patch

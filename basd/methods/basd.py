@@ -4,30 +4,32 @@
 
 # %% auto #0
 __all__ = ['RSDOptions', 'RelationalOptions', 'AttentionOptions', 'SpectralOptions', 'BalanceOptions', 'default_selector',
-           'SelectorOptions', 'AlignerOptions', 'LossOptions', 'selector_options', 'checked_selector', 'BASDOptions',
-           'superpose', 'BASD', 'learned', 'grids_of_mixed', 'by_image', 'divisible']
+           'SelectorOptions', 'AlignerOptions', 'LossOptions', 'checked_losses', 'selector_options', 'checked_selector',
+           'BASDOptions', 'BASD', 'learned', 'grids_of_mixed']
 
 # %% ../../nbs/methods/51_basd.ipynb #a8aa2210
 import warnings
 from dataclasses import field, fields, make_dataclass
-from functools import cache
-from typing import Any, Literal
+from functools import cache, partial
+from typing import Annotated, Any, Literal
 
 import torch
 from fastcore.basics import patch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..core.chunking import images_at_once, in_pieces
 from ..core.features import Features
+from ..core.registry import LOSSES, METHODS, SELECTORS, belongs, options_of, settings, suggestion
 from ..core.sampling import draw_images, step_generator
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
-from ..geometry.layer_maps import FixedSelector
-from ..core.registry import METHODS, SELECTORS, belongs, options_of, settings
-from ..geometry.selector import blend_tokens, selected
-from ..losses.attention import AttentionKL, cut_attention
+from ..geometry.layer_maps import FixedSelector, pairs_of
+from ..geometry.selector import selected
+from ..losses.attention import AttentionKL
 from ..losses.balance import Balance
+from ..losses.base import Layers, made_for, told
+from ..losses.mixed_targets import divisible, mixed_loss
 from ..losses.rsd import RSD
 from ..losses.spectral import Spectral
 from ..losses.token_relations import Relational
@@ -55,7 +57,7 @@ AttentionOptions, SpectralOptions = options_of(AttentionKL, 'heads_s', 'heads_t'
 # %% ../../nbs/methods/51_basd.ipynb #4b9e0256
 @settings
 class LossOptions:
-    "The four structural losses; null leaves one out"
+    "The four structural losses, null leaves one out; any other registered loss joins them by its name"
     # content: redundancy suppression between student channels and aligned teacher channels; null: leave it out
     rsd:RSDOptions|None = field(default_factory=RSDOptions)
     # directions between the tokens of an image; null: leave it out
@@ -64,6 +66,28 @@ class LossOptions:
     attn:AttentionOptions|None = field(default_factory=AttentionOptions)
     # singular values of the tokens of an image; null: leave it out
     spectral:SpectralOptions|None = field(default_factory=SpectralOptions)
+
+# %% ../../nbs/methods/51_basd.ipynb #db74ba35
+@cache
+def _loss_section(more):
+    made = settings(make_dataclass('LossOptions', [(n, options_of(LOSSES.get(n), *told)|None, field(default=None)) for n in more],
+                                   bases=(LossOptions,)))
+    made.__doc__, made.reads = LossOptions.__doc__, LossOptions
+    return made
+
+def checked_losses(
+    given, # name → options, or filled in before
+):         # `LossOptions`, with a field more for each further loss
+    "The options of all losses, or a sentence about what is wrong"
+    usual = [f.name for f in fields(LossOptions)]
+    more = tuple(n for n in given if n not in usual) if isinstance(given, dict) else ()
+    if not more: return given
+    for n in more:
+        if not isinstance(n, str) or n not in LOSSES: raise ValueError(f"unknown loss {n!r}{suggestion(n, LOSSES)}; allowed: {', '.join(LOSSES)}")
+    try: return TypeAdapter(_loss_section(more)).validate_python(given)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise ValueError(f"losses.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
 
 # %% ../../nbs/methods/51_basd.ipynb #5b97dfe7
 BalanceOptions = options_of(Balance, 'names', 'starts')
@@ -120,7 +144,8 @@ class BASDOptions:
     rule:Any = None
     # how mixed teacher tokens are brought to the student's places and width
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
-    losses:LossOptions = field(default_factory=LossOptions) # the four structural losses
+    # the four structural losses, and others
+    losses:Annotated[LossOptions, BeforeValidator(checked_losses)] = field(default_factory=LossOptions)
     # how losses of different size become one, and over which share of the run they come in
     balance:BalanceOptions = field(default_factory=BalanceOptions)
     # loss → where its ramp starts, as a share of the warm-up `balance.fraction`; 0 where it is not named
@@ -129,7 +154,7 @@ class BASDOptions:
     align:float = 1.                        # λ of the aligner's own loss, which trains the aligner alone
 
     def __post_init__(self):
-        names = [f.name for f in fields(LossOptions)]
+        names = [f.name for f in fields(self.losses)]
         if wrong := set(self.starts) - set(names):
             raise ValueError(f"starts names {min(wrong)!r}, which is no loss; the losses are {', '.join(names)}")
         self.selector = checked_selector(self.selector)
@@ -139,14 +164,6 @@ class BASDOptions:
                 if given != getattr(usual, name, None):
                     raise ValueError(f"selector.{name}={given!r} belongs to learned weights, not to rule={self.rule!r}; leave "
                                      "one of them out (selector=null takes back what an extended recipe gives)")
-
-# %% ../../nbs/methods/51_basd.ipynb #24405707
-def superpose(
-    t:Tensor, # a target representation, (B, ...)
-    blend,    # record of MixUp
-)->Tensor:    # (B, ...)
-    "Share of the image's own representation and of its partner's"
-    return t.lerp(t[blend.partner], (1 - blend.lam).to(t.dtype))
 
 # %% ../../nbs/methods/51_basd.ipynb #4bfc7c96
 @METHODS.register('basd')
@@ -170,7 +187,7 @@ class BASD(Objective):
         for n,make in self.loss_makers().items():
             with seeded(f'losses.{n}'): self.losses[n] = make()
         if not self.losses:
-            raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral")
+            raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral, or name another")
         if hasattr(self.selector, 'common') and not self.selector.recon:    # nothing trains the projections
             self.selector.common.requires_grad_(False)
         self.balance = Balance(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses},
@@ -184,14 +201,17 @@ class BASD(Objective):
         return SELECTORS.get(options.selector.name)(*widths, **given)
 
     def teacher_depth(self)->int|None:
-        "Teacher layers that the selector reads, from the first; all if the loss on routing compares them all"
-        attn = self.options.losses.attn
-        return None if attn is not None and attn.scope == 'all_layers' else self.selector.depth
+        "Teacher layers that the selector and the losses read, from the first; all if one reads them all"
+        attn, depths = self.options.losses.attn, [self.selector.depth]
+        if attn is not None and attn.scope == 'all_layers': return None
+        depths += [getattr(loss, 'depth', None) for n,loss in self.losses.items() if n != 'attn' and loss.inputs != 'tokens']
+        return None if None in depths else max(depths)
 
     @classmethod
     def needs(cls, options):
         return Needs(points=options.points, layers=options.layers,
-                     attention=options.losses.attn is not None, teacher=True)
+                     attention=any(o is not None and LOSSES.get(n).inputs == 'attention'
+                                   for n,o in vars(options.losses).items()), teacher=True)
 
 # %% ../../nbs/methods/51_basd.ipynb #559535e2
 @patch
@@ -213,9 +233,31 @@ def loss_makers(self:BASD)->dict: # name → function that makes the module
     widths = s.widths if self.options.aligner.width == 'student' else [self.selector.mixed_width]*len(s.widths)
     make = dict(rsd=lambda: RSD(s.widths, widths, **vars(o.rsd)), rel=lambda: Relational(**vars(o.rel)),
                 attn=lambda: AttentionKL(s.heads, t.heads, **vars(o.attn)), spectral=lambda: Spectral(**vars(o.spectral)))
+    make |= {n: partial(self.make_loss, n, widths) for n in vars(o) if n not in make}
     missing = o.attn and self.attention_missing()
     if missing: warnings.warn(f"L_attn is left out: {missing}")
     return {n: f for n,f in make.items() if getattr(o, n) is not None and not (n == 'attn' and missing)}
+
+# %% ../../nbs/methods/51_basd.ipynb #fd6d8e77
+@patch
+def make_loss(self:BASD,
+    name:str,    # of a registered loss
+    widths:list, # of the aligned targets
+)->nn.Module:
+    "One of the losses beside the four"
+    cls, s, t = LOSSES.get(name), self.student, self.teacher
+    layers = self.uniform() if cls.inputs == 'attention' else range(len(t.widths))
+    heads = [t.heads[l] for l in layers]
+    if cls.inputs == 'attention' and None in s.heads + heads:
+        raise ValueError(f"losses.{name} compares attention, and a layer of the {'student' if None in s.heads else 'teacher'} "
+                         "has none; leave it out")
+    given = dict(widths_s=s.widths, heads_s=s.heads, heads_t=heads, widths_t=t.widths if cls.inputs == 'all_layers' else widths)
+    return made_for(cls, vars(getattr(self.options.losses, name)), given)
+
+@patch
+def uniform(self:BASD)->list: # one per student layer
+    "Teacher layers of losses that need one real layer each"
+    return [l for _,l in pairs_of('uniform', len(self.student.widths), len(self.teacher.widths))]
 
 # %% ../../nbs/methods/51_basd.ipynb #595a9b2d
 @patch
@@ -282,13 +324,11 @@ def align(self:BASD,
 def prepare(self:BASD, progress:Progress, batch:int, device)->Progress:
     "Draw what each part samples at this step"
     generator = lambda i: step_generator(progress.seed*31 + i, progress.step, device)
-    n, s, part = self.student.tokens, self.student, dict(self.losses)
+    n, s, own, others = self.student.tokens, self.student, dict(rsd=1, rel=2, attn=3, spectral=4), generator(7)
     drawn = dict(selector=self.selector.draw(n, s.grids, batch, generator(0), device),
-                 align=draw_images(batch, self.options.aligner.samples, generator(5), device))
-    if 'rsd' in part: g = generator(1); drawn['rsd'] = [part['rsd'].draw(m, batch, g, device) for m in n]
-    if 'rel' in part: drawn['rel'] = part['rel'].draw(min(n), generator(2), device)
-    if 'attn' in part: drawn['attn'] = part['attn'].draw(n[0], generator(3), device)
-    if 'spectral' in part: drawn['spectral'] = part['spectral'].draw(batch, generator(4), device)
+                 align=draw_images(batch, self.options.aligner.samples, generator(5), device),
+                 losses={k: loss.sample(n, batch, generator(own[k]) if k in own else others, device)
+                         for k,loss in self.losses.items()})
     number = lambda v: torch.full((), float(v), device=device)
     return progress._replace(drawn=drawn | dict(step=number(progress.step), total=number(progress.total),
                                                 epoch=number(progress.epoch)))
@@ -304,35 +344,24 @@ def compare(self:BASD,
     blend,            # record of MixUp or CutMix, or None
     drawn:dict,       # of `prepare`
 )->dict: # name → 0-d tensor
-    "The four losses"
-    xs = student.tokens
-    boxed = blend is not None and blend.box is not None
-    keeps = [blend.keep(x.shape[1], g) for x,g in zip(xs, student.grids)] if boxed else None
-    if boxed: ys = [blend_tokens(y, blend, k) for y,k in zip(ys, keeps)]
-    mixup = (lambda t: by_image(t, lambda u: superpose(u, blend))) if blend is not None and not boxed else (lambda t: t)
+    "All losses"
     out = {}
-    compare = dict(rsd=lambda loss: loss(xs, mixup(loss.target(ys)), drawn['rsd']),
-                   rel=lambda loss: self.compare_relations(loss, xs, ys, blend, drawn['rel']),
-                   attn=lambda loss: self.compare_attention(loss, student, teacher, weights, blend, keeps, drawn),
-                   spectral=lambda loss: self.compare_spectra(loss, xs, mixed, blend, drawn['spectral']))
     for name,loss in self.losses.items():
-        with record_function(f'part/{name}'): out[name] = compare[name](loss)
+        with record_function(f'part/{name}'):
+            xs, targets, given = self.sides(name, loss, student, teacher, weights, mixed, ys)
+            out[name] = mixed_loss(loss, xs, targets, blend, drawn['losses'][name], drawn['epoch'], self.in_parts(blend), **given)
     return out
 
-# %% ../../nbs/methods/51_basd.ipynb #8bf6037d
-def by_image(
-    t,   # a representation of P extraction points: a list of (B, ...) or a stacked (P, B, ...)
-    f,   # applied to each (B, ...)
-):
-    "Apply `f` to the representation of each extraction point"
-    return [f(u) for u in t]
-
-# %% ../../nbs/methods/51_basd.ipynb #270a9107
-def divisible(
-    blend, # record of MixUp or CutMix, or None
-)->bool:
-    "May a few images be worked on at a time, whole pairs together"
-    return blend is None or hasattr(blend, 'of')
+# %% ../../nbs/methods/51_basd.ipynb #9e29e1db
+@patch
+def sides(self:BASD, name:str, loss, student:Features, teacher:Features, weights:Tensor, mixed:list, ys:list)->tuple:
+    "Layers of the student, layers of the teacher, and what else the target of a loss is made of"
+    attends = loss.inputs == 'attention'
+    xs = Layers(student.attention if attends else student.tokens, student.grids)
+    if name == 'attn': return xs, Layers([a.detach() for a in teacher.attention], teacher.grids), dict(weights=weights)
+    if name == 'spectral': return xs, Layers(mixed), {}
+    if attends: return xs, Layers(*zip(*[(teacher.attention[l].detach(), teacher.grids[l]) for l in self.uniform()])), {}
+    return xs, (Layers(teacher.tokens, teacher.grids) if loss.inputs == 'all_layers' else Layers(ys, student.grids)), {}
 
 # %% ../../nbs/methods/51_basd.ipynb #9a7936ed
 @patch
@@ -341,42 +370,6 @@ def in_parts(self:BASD,
 )->bool:
     "May relations and attention be compared for a few images at a time"
     return divisible(blend)
-
-# %% ../../nbs/methods/51_basd.ipynb #e44876c6
-@patch
-def compare_spectra(self:BASD, loss, xs, source, blend, images):
-    "The loss on spectra, of all images or of a sample"
-    if images is not None and divisible(blend):
-        source, blend = [y[images] for y in source], blend and blend.of(len(images))
-    else: images = None
-    target = loss.target(source, [min(*x.shape[1:], *y.shape[1:]) for x,y in zip(xs, source)])
-    if blend is not None: target = by_image(target, lambda u: superpose(u, blend))
-    return loss(xs, target, images)
-
-# %% ../../nbs/methods/51_basd.ipynb #574fd96c
-@patch
-def compare_relations(self:BASD, loss, xs, ys, blend, pairs):
-    "The loss on relations, a few images at a time where that is allowed"
-    def target(images):
-        t = loss.target([y[images] for y in ys], pairs)
-        if blend is None or blend.box is not None: return t
-        return by_image(t, lambda u: superpose(
-            u, blend if images == slice(0, len(xs[0])) else blend.of(images.stop - images.start)))
-    return loss(xs, target if self.in_parts(blend) else target(slice(0, len(xs[0]))), pairs)
-
-# %% ../../nbs/methods/51_basd.ipynb #3b88af8b
-@patch
-def compare_attention(self:BASD, loss, student, teacher, weights, blend, keeps, drawn):
-    "The loss on routing, a few images at a time where that is allowed"
-    rows, n_outs, B = drawn['attn'], [a.tokens for a in student.attention], len(student.tokens[0])
-    def target(images):
-        maps = loss.target([a[images].detach() for a in teacher.attention], weights, n_outs,
-                           teacher.grids, student.grids, rows)
-        if blend is None: return maps
-        mine = blend if images == slice(0, B) else blend.of(images.stop - images.start)
-        if keeps is None: return by_image(maps, lambda A: superpose(A, mine))
-        return [cut_attention(A, A[mine.partner], k, rows) for A,k in zip(maps, keeps)]
-    return loss(student.attention, target if self.in_parts(blend) else target(slice(0, B)), rows)
 
 # %% ../../nbs/methods/51_basd.ipynb #ca4f3d44
 @patch
@@ -403,8 +396,7 @@ def factors(self:BASD,
     drawn:dict, # of `prepare`
 )->dict:        # name → number, or 0-d tensor
     "Factor of each balanced loss"
-    fade = {n: loss.fade(drawn['epoch']) for n,loss in self.losses.items() if n == 'attn'}
-    return {n: self.options.weight*fade.get(n, 1.) for n in self.losses}
+    return {n: self.options.weight*loss.fade(drawn['epoch']) for n,loss in self.losses.items()}
 
 # %% ../../nbs/methods/51_basd.ipynb #4c4d5a34
 @patch
@@ -444,7 +436,8 @@ def report(self:BASD,
     each = {f'{kind}/{n}': v
             for kind,key in dict(normalised='normalised', weight='weights', ramp='ramps', weighted='weighted').items()
             for n,v in zip(self.losses, balanced[key])}
-    return {f'raw/{n}': v for n,v in raw.items()} | each | selected(mix, len(self.teacher.widths))
+    noted = {f'{n}/{k}': v for n,l in self.losses.items() for k,v in l.noted().items()}
+    return {f'raw/{n}': v for n,v in raw.items()} | each | noted | selected(mix, len(self.teacher.widths))
 
 # %% ../../nbs/methods/51_basd.ipynb #c81ada02
 @patch
@@ -456,17 +449,27 @@ def health(self:BASD,
     each = [target_health(y) for y in ys]
     return {f'target/{k}': torch.stack([h[k] for h in each]) for k in each[0]}
 
+# %% ../../nbs/methods/51_basd.ipynb #9c4f6134
+@patch
+def meet(self:BASD, student, teacher):
+    "Introduce the models to the losses that want to know them"
+    for loss in self.losses.values(): loss.meet(student, teacher)
+
 # %% ../../nbs/methods/51_basd.ipynb #a73fa688
 @patch
 def after_step(self:BASD): self.selector.after_step()
 
 # %% ../../nbs/methods/51_basd.ipynb #5b7626b8
 @patch
-def renew(self:BASD): getattr(self.selector, 'renew', int)()                 # of selectors that move
+def renew(self:BASD):
+    "Let selectors and losses that move tell the host how far they got"
+    getattr(self.selector, 'renew', int)()
+    for loss in self.losses.values(): loss.renew()
 
 # %% ../../nbs/methods/51_basd.ipynb #ea90c508
 @patch
 def no_weight_decay(self:BASD)->set:
     "The selector's temperatures and projections, and the aligners' learned queries"
     queries = {f'aligners.{n}' for n,_ in self.aligners.named_parameters() if n.endswith('queries')}
-    return {f'selector.{n}' for n in self.selector.no_weight_decay()} | queries
+    own = {f'losses.{n}.{p}' for n,loss in self.losses.items() for p in loss.no_weight_decay()}
+    return {f'selector.{n}' for n in self.selector.no_weight_decay()} | queries | own

@@ -14,15 +14,17 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.features import Features
+from ..core.registry import METHODS, belongs, options_of, settings
 from ..core.sampling import draw_images, step_generator
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.frequency_selector import FrequencySelector
 from ..geometry.selector import selected
 from ..core.registry import METHODS, options_of, settings
+from ..losses.base import Layers
 from ..losses.fourier import Fourier
+from ..losses.mixed_targets import mixed_loss
 from .basd import AlignerOptions, grids_of_mixed, learned
 from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, seeded
-from .feature_distillation import blended
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #7ac78d76
 SelectorOptions = options_of(FrequencySelector, 'widths_s', 'widths_t')
@@ -108,8 +110,7 @@ def forward(self:BASDFourier, student:Features, teacher:Features, target:Target,
     images = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None
               else progress).drawn
     ys, align = self.targets(mix.weights.detach(), student, teacher, images)
-    compare = lambda ys, grids: self.loss(student.tokens, ys, None, student.grids, grids)
-    raw = blended(compare, student.tokens, ys, student.grids, student.grids, target.blend)
+    raw = mixed_loss(self.loss, Layers(student.tokens, student.grids), Layers(ys, student.grids), target.blend)
     parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.weight*raw,
                  selector=mix.regulariser, align=self.options.align*align)
     health = {f'target/{k}': torch.stack([target_health(y)[k] for y in ys])

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from ..core.features import Features
 from ..core.numerics import island, no_autocast
+from ..core.registry import METHODS, settings
+from ..losses.base import Layers
 from ..losses.hidden_states import Hidden
 from ..losses.logits import logit_kl
-from ..core.registry import METHODS, settings
+from ..losses.mixed_targets import averaged
 from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome
 
 # %% ../../nbs/methods/56_early_exits.ipynb #e9ecdb9a
@@ -95,7 +97,7 @@ def predictions(
         raise ValueError(f"the teacher {'has no class head' if z_t is None else f'knows {z_t.shape[1]} classes'}; "
                          f"exits are taught by one that knows the student's {classes}")
     with no_autocast(z_t): p, b = island(z_t.detach()).softmax(-1), target.blend
-    return p if b is None else torch.lerp(p[b.partner], p, b.lam.to(p.dtype))
+    return averaged(lambda p: p, p, b)
 
 # %% ../../nbs/methods/56_early_exits.ipynb #4944815a
 @settings
@@ -136,7 +138,7 @@ def forward(self:BYOT, student:Features, teacher, target:Target, progress:Progre
     said = self.exits(student.tokens[:-1])
     ce = torch.stack([cross_entropy(q, target.labels) for q in said])
     kl = torch.stack([logit_kl(q, z, o.T) for q in said])
-    hint = self.hint(student.tokens[:-1], [student.tokens[-1]]*n, None, student.grids[:-1], [student.grids[-1]]*n)
+    hint = self.hint(Layers(student.tokens[:-1], student.grids[:-1]), Layers(student.tokens[-1:]*n, student.grids[-1:]*n))
     parts = dict(ce=cross_entropy(z, target.labels), exits=(1 - o.alpha)*ce.sum(), self=o.alpha*kl.sum(),
                  hint=o.beta*n*hint)
     return outcome(z, parts, {'raw/exits': ce, 'raw/self': kl, 'raw/hint': hint})

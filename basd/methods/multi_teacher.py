@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from ..core.features import Features
 from ..core.numerics import island, no_autocast
-from ..geometry.selector import blend_tokens
-from ..losses.hidden_states import Hidden
 from ..core.registry import METHODS, settings
+from ..geometry.selector import blend_tokens
+from ..losses.base import Layers
+from ..losses.hidden_states import Hidden
+from ..losses.mixed_targets import mixed_loss
 from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome
-from .feature_distillation import blended
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #b39d4ace
 class SampleWeights(nn.Module):
@@ -115,8 +116,7 @@ def forward(self:AMTML, student:Features, teacher:Features, target:Target, progr
     p = mixture(mu, [f.logits for f in members], o.T)
     if b is not None: p = torch.lerp(mixture(mu, [f.logits[b.partner] for f in members], o.T), p, b.lam.to(p.dtype))
     xs, gs = [student.tokens[i] for i,_ in self.pairs], [student.grids[i] for i,_ in self.pairs]
-    hint = blended(lambda ys, gt: self.hint(xs, ys, None, gs, gt), xs, [f.tokens[-1] for f in members],
-                   gs, [f.grids[-1] for f in members], b)
+    hint = mixed_loss(self.hint, Layers(xs, gs), Layers([f.tokens[-1] for f in members], [f.grids[-1] for f in members]), b)
     kl, H = soft_kl(student.logits, p, o.T), torch.special.entr(mu).sum(-1).mean()
     parts = dict(ce=(1 - o.alpha)*cross_entropy(student.logits, target.labels), logits=o.alpha*kl, hint=o.hint*hint,
                  weighting=o.decay*self.weigh.size() - o.entropy*H)
