@@ -9,11 +9,11 @@ import timm
 import torch
 from pydantic import TypeAdapter
 
-from basd.data.mixing import draw_blend
+from basd.data.mixing import Blend, draw_blend
 from basd.core.features import Features
 from basd.core.registry import LOSSES, METHODS, SELECTORS, options_of
 from basd.core.sampling import step_generator
-from basd.losses.base import compares, told
+from basd.losses.base import told
 from basd.methods.basd import selector_options
 from basd.methods.base import Progress, Shapes, Target
 from basd.models.taps import Tapped
@@ -161,9 +161,9 @@ def tried(name, words):
 
 ALONE = ("basd", "basd_literal")  # too many forms to move each option beside each of them
 AT = dict(progressive=dict(share=1e-9)) # where an option is seen in a few steps: the frontier moves
-NEEDED = dict(heads=dict(heads=2))  # options that a loss cannot be without here
+NEEDED = dict(heads=dict(heads=2), rel=dict(form="gram"))  # options that a loss cannot be without here
 CASES = [(n, {}) for n in METHODS if n not in ("ce", "match")] + [
-    ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if compares(LOSSES.get(n)) == "layers" else {"layer_map": "uniform"})))
+    ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if LOSSES.get(n).inputs == "all_layers" else {"layer_map": "uniform"})))
     for n in LOSSES] + [("match", dict(losses=dict(gram={}), logits={}))] + [
     ("basd", dict(selector=dict(name=n) | AT.get(n, {}))) for n in SELECTORS]
 
@@ -249,3 +249,30 @@ def test_what_is_refused_is_named(name, base):
             key = re.match(r"(?:unknown key )?method\.([\w.]+)(?<!\.)", str(e))
             if not key or key[1] not in known: odd.add(str(e)[:160])
     assert not odd, "\n".join(sorted(odd))
+
+
+@pytest.mark.parametrize("method", ["basd", "match"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_in_both_methods(method, loss):
+    "A registered loss is finite and reaches the student, under MixUp, under CutMix and on whole images"
+    own = dict(dynamics=dict(space="cka"))              # aligned targets are no layers that the teacher's head reads
+    cls, more = METHODS.get(method), {loss: NEEDED.get(loss, {}) if method == "match" else NEEDED.get(loss, {}) | own.get(loss, {})}
+    words = dict.fromkeys(("rsd", "rel", "attn", "spectral")) | more if method == "basd" else more
+    options = TypeAdapter(cls.Options).validate_python(dict(losses=words))
+    needs, (plain_s, plain_t) = cls.needs(options), models()
+    layers = lambda l: "all" if l == "default" else l
+    student, teacher = Tapped(plain_s, layers(needs.points)), Tapped(plain_t, layers(needs.layers))
+    x, pairs = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(B) ^ 1
+    s, t = student(x), teacher(x.flip(0))
+    objective = cls(options, Shapes.of(s), Shapes.of(t), C)
+    objective.meet(student, teacher)
+    labels = torch.nn.functional.one_hot(torch.arange(B) % C, C).float()
+    for blend in (None, Blend(pairs, torch.tensor(.7)), Blend(pairs, torch.tensor(.75), torch.tensor([0., 0., .5, .5]))):
+        part = objective(s, t, Target(labels, blend), Progress(59, 60))["parts"][loss]
+        gradients = torch.autograd.grad(part, list(student.parameters()), retain_graph=True, allow_unused=True)
+        reach = sum(g.abs().sum() for g in gradients if g is not None)
+        assert part.isfinite() and reach.isfinite()
+        cut = blend is not None and blend.box is not None
+        assert reach > 0 or cut and loss in ("scores", "heads"), "a loss without a target under CutMix is zero, others are not"
+        assert not any(g is not None and g.any() for g in torch.autograd.grad(
+            part, list(teacher.parameters()), retain_graph=True, allow_unused=True)), "the teacher has a gradient"

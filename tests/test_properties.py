@@ -29,7 +29,8 @@ from basd.core.sampling import step_generator
 from basd.losses.attention import AttentionKL, cut_attention, pseudo_attention
 from basd.losses.balance import Balance
 from basd.losses.fourier import Fourier
-from basd.losses.base import compares, made_for
+from basd.losses.base import Layers, made_for
+from basd.losses.mixed_targets import mixed_loss
 from basd.losses.token_relations import Relational
 from basd.losses.rsd import RSD
 from basd.losses.spectral import Spectral
@@ -233,12 +234,12 @@ def tapped(width, case):
 def loss_of(name, given, batch):
     "A registered loss for the layers of a batch"
     cls, P = LOSSES.get(name), len(batch.student)
-    L = len(batch.teacher) if compares(cls) == "layers" else P
+    L = len(batch.teacher) if cls.inputs == "all_layers" else P
     torch.manual_seed(0)
     shapes = dict(widths_s=[WIDTH_S]*P, widths_t=[batch.width_t]*L, heads_s=[HEADS_S]*P, heads_t=[batch.heads_t]*L)
     loss = settled(lambda: made_for(cls, given, shapes), given.pop)
     teacher = tapped(batch.width_t, batch.case)
-    if hasattr(loss, "meet"): loss.meet(teacher if batch.case.same else tapped(WIDTH_S, batch.case), teacher)
+    loss.meet(teacher if batch.case.same else tapped(WIDTH_S, batch.case), teacher)
     return loss
 
 
@@ -247,10 +248,12 @@ TOLD = ("widths_s", "widths_t", "heads_s", "heads_t")
 
 def of_pairs(loss, student, teacher):
     "A registered loss on the features of both sides"
-    of, P = compares(loss), len(student.tokens)
-    kind, L = ("tokens", len(teacher.tokens)) if of == "layers" else (of, P)
-    return loss(getattr(student, kind), getattr(teacher, kind)[:L], step_generator(0, 0),
-                student.grids, teacher.grids[:L])
+    L = len(teacher.tokens if loss.inputs == "all_layers" else student.tokens)
+    kind = "attention" if loss.inputs == "attention" else "tokens"
+    xs, ys = Layers(getattr(student, kind), student.grids), Layers(getattr(teacher, kind)[:L], teacher.grids[:L])
+    if loss.superposed: ys = Layers([y.detach() for y in ys], ys.grids)     # a method may train such targets
+    tokens = [x.shape[1] for x in student.tokens]
+    return mixed_loss(loss, xs, ys, None, loss.sample(tokens, len(student.tokens[0]), step_generator(0, 0)))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -258,7 +261,7 @@ def test_losses_on_pairs(name):
     tally, cls = Counter(), LOSSES.get(name)
     @given(case=cases(layers=(2, 2)), given=options(cls, *TOLD))
     def holds(case, given):
-        if compares(cls) == "attention":  # place by place
+        if cls.inputs == "attention":  # place by place
             case.tokens_t, case.tokens_s = [case.tokens_s[0]]*2, case.tokens_s[:1]*len(case.tokens_s)
         batch = Batch(case)
         loss = attempt(lambda: loss_of(name, given, batch), tally, "options")
@@ -284,8 +287,8 @@ def test_order_and_layout(name):
            given=options(cls, *TOLD))
     def holds(case, given):
         case.same, case.size_s, case.size_t, case.grid = False, 1., 1., True
-        if "images" in given: given["images"] = None                         # a draw of images knows their order
-        if compares(cls) == "attention":
+        for k in {"images", "samples"} & set(given): given[k] = None         # a draw of images knows their order
+        if cls.inputs == "attention":
             case.tokens_t, case.tokens_s = [case.tokens_s[0]]*2, case.tokens_s[:1]*len(case.tokens_s)
         batch = Batch(case)
         loss = attempt(lambda: loss_of(name, given, batch).double(), Counter())
@@ -320,20 +323,20 @@ def structural(name, given, batch, order=None):
     blended = lambda t: t if blend is None else t.lerp(t[blend.partner], 1 - blend.lam)
     def run():
         s, t = batch.features("student", order), batch.features("teacher", order)
-        if name == "rsd": return loss(s.tokens, loss.target(aligned), [loss.draw(m, batch.case.B, g) for m in n])
+        if name == "rsd": return loss(s.tokens, loss.target(aligned, s.tokens), [loss.draw(m, batch.case.B, g) for m in n])
         if name == "rel":
             pairs = loss.draw(min(n), g, "cpu")
-            return loss(s.tokens, [blended(u) for u in loss.target(aligned, pairs)], pairs)
+            return loss(s.tokens, [blended(u) for u in loss.relations_of(aligned, pairs)], pairs)
         if name == "attn":
             rows = loss.draw(n[0], g)
             if batch.case.seed % 2: t.attention = [FormedAttention(a.weights()) for a in t.attention]
-            maps = loss.target(t.attention, mixed, n, t.grids, s.grids, rows)
+            maps = loss.maps(t.attention, mixed, n, t.grids, s.grids, rows)
             if blend is not None and blend.box is not None:
                 maps = [cut_attention(A, A[blend.partner], blend.keep(m, a), rows) for A, m, a in zip(maps, n, s.grids)]
             return loss(s.attention, maps, rows)
         images = loss.draw(batch.case.B, g)
         source = [y.detach() if images is None else y.detach()[images] for y in ys]
-        target = loss.target([source[0]]*len(xs), [min(*x.shape[1:], *ys[0].shape[1:]) for x in xs])
+        target = loss.spectra([source[0]]*len(xs), [min(*x.shape[1:], *ys[0].shape[1:]) for x in xs])
         return loss(s.tokens, target, images)
     return loss, run
 

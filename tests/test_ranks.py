@@ -132,7 +132,7 @@ def pieces(x, y, b):
         frequency=(frequency, lambda: mixed(frequency)),
         **{f"selector {k}": (s, lambda s=s: mixed(s)) for k, s in selectors.items()},
         **{f"rsd {k}": (l, lambda l=l: l([x], [y])) for k, l in rsd.items()},
-        **{f"spectral {k}": (None, lambda l=l: l([x], l.target([y], [8]))) for k, l in spectral.items()},
+        **{f"spectral {k}": (None, lambda l=l: l([x], l.spectra([y], [8]))) for k, l in spectral.items()},
         **{f"cka {k}": (None, lambda l=l: l([x], [y])) for k, l in cka.items() if not k.startswith("within")},
         **{f"balance {k}": (None, lambda l=l: l(torch.stack([x.square().mean(), y.square().mean()]), n, n)[1]["weights"]) for k, l in balances.items()})
     means = {**{k: (l, lambda l=l: l([x], [y])) for k, l in near.items()},

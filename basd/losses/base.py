@@ -50,7 +50,7 @@ def paired(
 )->list:     # of `LayerPair`, the teacher's tokens detached
     "Layers side by side"
     if len(xs) == 0 or len(xs) != len(ys):
-        raise ValueError(f"got {len(xs)} student layers and {len(ys)} teacher layers; give one of each, at least one pair")
+        raise ValueError(f"got {len(xs)} student layers and {len(ys)} teacher layers; give one of each an extraction point")
     for x,y in zip(xs, ys):
         if x.ndim != 3 or y.ndim != 3 or len(x) != len(y):
             raise ValueError(f"student tokens {tuple(x.shape)} and teacher tokens {tuple(y.shape)} are no pair; both "
