@@ -93,6 +93,8 @@ class Registry:
 
     def __iter__(self): return iter(sorted(self.load()))
 
+    def __len__(self): return len(self.load())
+
     def __contains__(self, name): return name in self.entries or name in self.load()
 
     def get(self,
