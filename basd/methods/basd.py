@@ -87,7 +87,7 @@ def checked_losses(
     try: return TypeAdapter(_loss_section(more)).validate_python(given)
     except ValidationError as e:
         first = e.errors()[0]
-        raise ValueError(f"losses.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+        raise ValueError(f"losses.{'.'.join(map(str, first['loc'][:2]))}: {first['msg'].lower()}") from None
 
 # %% ../../nbs/methods/51_basd.ipynb #5b97dfe7
 BalanceOptions = options_of(Balance, 'names', 'starts')

@@ -14,12 +14,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.features import Features
-from ..core.registry import METHODS, belongs, options_of, settings
+from ..core.registry import METHODS, options_of, settings
 from ..core.sampling import draw_images, step_generator
 from ..geometry.alignment import InterpAligner, TokenAligner, target_health
 from ..geometry.frequency_selector import FrequencySelector
 from ..geometry.selector import selected
-from ..core.registry import METHODS, options_of, settings
 from ..losses.base import Layers
 from ..losses.fourier import Fourier
 from ..losses.mixed_targets import mixed_loss

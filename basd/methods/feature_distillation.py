@@ -56,7 +56,7 @@ def checked_loss(
     try: return tuple(TypeAdapter(kind).validate_python(side) for kind,side in zip(kinds, sides))
     except ValidationError as e:
         first = e.errors()[0]
-        raise ValueError(f"losses.{name}.{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}; "
+        raise ValueError(f"losses.{name}.{first['loc'][0]}: {first['msg'].lower()}; "
                          f"options: {', '.join([*shared, *own])}") from None
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #dd795ca7
