@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from basd.runs.run_directory import read_run
-from basd.runs.metrics import read_log
+from basd.runs.run_directory import load_run_recipe
+from basd.runs.metrics import read_metrics
 
 KEEP = ("step", "raw/", "normalised/", "weight/", "ramp/", "pull/", "share/", "conflict", "mixing", "distance",
         "entropy", "target/", "loss", "part/")
@@ -19,12 +19,12 @@ def rounded(x):
 
 
 def gather(run):
-    recipe = read_run(run)
+    recipe = load_run_recipe(run)
     environment = json.loads((run/"environment.json").read_text())
     evaluation = run/"evaluation.json"
     return dict(seed=recipe.train.seed,
-                steps=[{k: v for k, v in r.items() if k.startswith(KEEP)} for r in read_log(run, "step")],
-                epochs=read_log(run, "epoch"), result=json.loads((run/"result.json").read_text()),
+                steps=[{k: v for k, v in r.items() if k.startswith(KEEP)} for r in read_metrics(run, "step")],
+                epochs=read_metrics(run, "epoch"), result=json.loads((run/"result.json").read_text()),
                 evaluation=json.loads(evaluation.read_text()) if evaluation.is_file() else None,
                 environment=environment, warmup=recipe.method.options.balance.fraction)
 

@@ -18,9 +18,9 @@ import torch
 
 from basd.core.files import write_atomic
 from basd.geometry.layer_maps import layer_map
-from basd.benchmark.step_cost import Bench
+from basd.benchmark.step_cost import StepCost
 from basd.runs.run_directory import environment
-from basd.runs.recipes import resolve
+from basd.runs.recipes import build_recipe
 
 RESULTS = Path(__file__).parent/"results"/"early_stop.json"
 DEPTHS = 1, 3, 6, 9, 12
@@ -30,7 +30,7 @@ STEPS = 1, 6                                # depths at which whole steps are ti
 def bench(depth):
     "BASD with a fixed map that spreads four points over the first `depth` teacher layers"
     rule = [list(p) for p in layer_map("uniform", 4, depth)]
-    return Bench(resolve(dict(
+    return StepCost(build_recipe(dict(
         data=dict(batch_size=64),
         student=dict(model="deit_tiny_patch16_224", img_size=32, patch_size=4, depth=4, width=96, heads=3),
         teacher=dict(model="vit_tiny_patch16_224", untrained=True, img_size=96),

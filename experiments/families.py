@@ -10,7 +10,7 @@ For each one result:
 - agree: the tokens of an ordinary, tapped forward pass equal timm's second implementation, `forward_intermediates`, as do grid and
   prefix (which is what the layer returned beyond the grid); every layer of `layer_names` does. Where attention is read, its map equals the
   softmax that the unfused code computes.
-- refused: `Tapped` says in one sentence why it does not read this model.
+- refused: `TappedModel` says in one sentence why it does not read this model.
 - no reference: it is read, and timm has no second implementation to compare with.
 - differs: neither of these. There must be none.
 """
@@ -22,7 +22,7 @@ import torch
 import torchvision
 from timm.models import _registry
 
-from basd.models.taps import Tapped
+from basd.models.taps import TappedModel
 
 here = Path(__file__).parent
 results = here/'results'/'families.json'
@@ -81,7 +81,7 @@ def against_timm(model, x, names, f):
     "Largest relative error of tokens, and whether each layer equals a map of the second implementation in one order"
     with torch.no_grad(): maps = [m for m in model.forward_intermediates(x, intermediates_only=True) if m.dim() == 4]
     worst = 0.
-    for n,t,grid in zip(names, f.tokens, f.grids):
+    for n,t,grid in zip(names, f.tokens, f.grid_sizes):
         fits = [m for m in maps if grid == tuple(m.shape[2:]) and t.shape[-1] == m.shape[1]]
         worst = max(worst, min((error(t, m.flatten(2).mT) for m in fits), default=float('inf')))
     return worst
@@ -91,8 +91,8 @@ def against_unfused(model, x, names, f):
     maps, worst = unfused_maps(model, x), 0.
     for n,a in zip(names, f.attention):
         if a is None: continue
-        true = [m for k,m in maps.items() if (k == n or k.startswith(f'{n}.')) and m.shape == a.full().shape]
-        worst = max(worst, float((a.full() - true[0]).abs().max()) if len(true) == 1 else float('inf'))
+        true = [m for k,m in maps.items() if (k == n or k.startswith(f'{n}.')) and m.shape == a.full_map().shape]
+        worst = max(worst, float((a.full_map() - true[0]).abs().max()) if len(true) == 1 else float('inf'))
     return worst
 
 def trial(name):
@@ -102,14 +102,14 @@ def trial(name):
     except Exception as e: return dict(model=name, result='not runnable', why=f'{type(e).__name__}: {e}'[:300])
     row = dict(model=name, images=list(x.shape[1:]), arguments=kwargs, reference=hasattr(model, 'forward_intermediates'))
     try:
-        teacher = Tapped(model)
-        teacher.probe(x[:1])
+        teacher = TappedModel(model)
+        teacher.infer_shapes(x[:1])
         with torch.no_grad(): f = teacher.eval()(x)
     except ValueError as e: return row | dict(result='refused', why=str(e), seconds=round(time.perf_counter() - began, 1))
     except Exception as e:
         return row | dict(result='differs', why=f'not in a sentence, {type(e).__name__}: {e}'[:300])
     row |= dict(layers=len(f), names=[teacher.names[0], teacher.names[-1]], tokens=[t.shape[1] for t in f.tokens],
-                widths=[t.shape[2] for t in f.tokens], grids=[g and list(g) for g in f.grids],
+                widths=[t.shape[2] for t in f.tokens], grids=[g and list(g) for g in f.grid_sizes],
                 prefix=[r.prefix or 0 for r in teacher.readings], copies=sum(r.copy for r in teacher.readings),
                 order=['rows' if r.order is None else 'restored' for r in teacher.readings],
                 maps=['last' if r.last else 'first' if r.last is False else 'tokens' for r in teacher.readings],

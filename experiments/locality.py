@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from basd.analysis.attention_distance import attention_distance
-from basd.analysis.evaluation import knn, linear_probe, predict
+from basd.analysis.evaluation import knn_accuracy, linear_probe, predict
 from basd.analysis.compare_runs import open_run
 from basd.runs.run_directory import environment
 from basd.cli import train
@@ -60,7 +60,7 @@ def known_to_teacher(run):
     seen, said = (predict(o.teacher, images, which, input_size(o.teacher))
                   for images, which in ((o.train, o.fit), (o.test, None)))
     data = seen["features"], seen["labels"], said["features"], said["labels"]
-    return dict(knn=knn(*data)["top1"], linear_probe=linear_probe(*data)["top1"])
+    return dict(knn=knn_accuracy(*data)["top1"], linear_probe=linear_probe(*data)["top1"])
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import timm
 import torch
 from PIL import Image
 
-from basd.data.mixing import Blend, blend_images
-from basd.geometry.selector import GrassmannSelector, blend_tokens
+from basd.data.mixing import MixParams, mix_images
+from basd.geometry.selector import GrassmannSelector, mix_blended_tokens
 from basd.core.numerics import effective_rank
 
 FORMS = {
@@ -73,7 +73,7 @@ def measure(shown, xs, options, args, seed, blend=None, grid=(14, 14)):
     generator = torch.Generator().manual_seed(1000 + seed)
     planted, grids = [turned(x, args.noise, generator) for x in shown], [grid]*len(xs)
     with torch.no_grad(): mix = selector(planted, xs, grids, grids, blend=blend)
-    return mix.report["distances"], mix.report["entropy"].mean().item()
+    return mix.metrics["distances"], mix.metrics["entropy"].mean().item()
 
 
 def hits(distances):
@@ -97,10 +97,10 @@ def blends(images, xs, args):
         out[name] = {of: dict(blended=[], whole=[]) for of in ("blended tokens", "blended images")}
         for seed in range(args.seeds):
             corner = torch.rand(2, generator=torch.Generator().manual_seed(seed))*(1 - (side or 0))
-            blend = Blend(partner, torch.tensor(lam), None if side is None else torch.cat([corner, corner + side]))
-            keep = blend.keep(xs[0].shape[1], (14, 14))
-            seen = block_tokens(blend_images(images, blend), args.weights)
-            for of, shown in {"blended tokens": [blend_tokens(x, blend, keep) for x in xs], "blended images": seen}.items():
+            blend = MixParams(partner, torch.tensor(lam), None if side is None else torch.cat([corner, corner + side]))
+            keep = blend.own_fraction(xs[0].shape[1], (14, 14))
+            seen = block_tokens(mix_images(images, blend), args.weights)
+            for of, shown in {"blended tokens": [mix_blended_tokens(x, blend, keep) for x in xs], "blended images": seen}.items():
                 for rows, how in (("blended", blend), ("whole", None)):
                     d = measure(shown, xs, {}, args, seed, how)[0]
                     out[name][of][rows].append(hits(d))

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from basd.core.files import fingerprint, write_atomic
 from basd.core.registry import METHODS
 from basd.runs.run_directory import environment
-from basd.benchmark.compare import recipe_file, side_by_side
-from basd.runs.metrics import read_log
-from basd.runs.recipe_files import merge, read_recipe, recipe_names
-from basd.runs.recipes import resolve, write_recipe
+from basd.benchmark.compare import recipe_file, run_parallel
+from basd.runs.metrics import read_metrics
+from basd.runs.recipe_files import merge_recipes, read_recipe, recipe_names
+from basd.runs.recipes import build_recipe, write_recipe
 from basd.benchmark.entries import Run
 from basd.benchmark.results import result_of
 from basd.training.callbacks import on_stop
@@ -71,14 +71,14 @@ SAMPLED = dict(losses=dict(rel=dict(pairs=32), attn=dict(rows=8), rsd=dict(max_r
 
 def digits(about, changes=None, teacher=SMALL, **more):
     "A frame on digits"
-    return dict(about=about, base=merge(DIGITS, changes or {}), teacher=teacher, seeds=list(range(10))) | more
+    return dict(about=about, base=merge_recipes(DIGITS, changes or {}), teacher=teacher, seeds=list(range(10))) | more
 
 
 def cifar10(epochs, sampled=False):
     "A frame on CIFAR-10; with sampled losses a step costs half as much"
     return dict(about=f"CIFAR-10, 4,000 images, {epochs} epochs of 62 steps, a tuned ViT-Tiny of 12 layers as teacher"
                       + sampled*", BASD's losses from samples",
-                base=merge(CIFAR10, dict(train=dict(epochs=epochs))), teacher=VIT_TINY, layers=LAYERS, once=True, views=8,
+                base=merge_recipes(CIFAR10, dict(train=dict(epochs=epochs))), teacher=VIT_TINY, layers=LAYERS, once=True, views=8,
                 sampled=sampled, seeds=[0, 1, 2])
 
 
@@ -87,7 +87,7 @@ FRAMES = dict(
     digits_redundant=digits("digits, the same teacher with seven copies of its third layer among twelve layers",
                             copies=[0, 1, *[2]*7, 3, 4, 5]),
     digits_deeper=digits("digits, a student of 8 layers and a teacher of 4", dict(student=dict(depth=8)),
-                         merge(SMALL, dict(student=dict(depth=4))), points=[1, 3, 5, 7], depth=4),
+                         merge_recipes(SMALL, dict(student=dict(depth=4))), points=[1, 3, 5, 7], depth=4),
     digits_cnn=digits("digits, a small ResNet-18 as teacher of a ViT", teacher=CNN, depth=4),
     cifar10_8=cifar10(8), cifar10_8_sampled=cifar10(8, sampled=True),
     cifar10_34=cifar10(34, sampled=True))
@@ -122,10 +122,10 @@ def placed(given, all_of, count):
 
 def recipe_of(frame, entry, recipe, seed, local, teacher):
     "The recipe of a run, and what distinguishes it from other runs of its seed"
-    stage = dict(method=dict(name="ce")) if recipe is None else merge(stage_of(recipe), VARIANTS.get(entry, (0, {}))[1])
-    tree = merge(merge(frame["base"], local), stage)
+    stage = dict(method=dict(name="ce")) if recipe is None else merge_recipes(stage_of(recipe), VARIANTS.get(entry, (0, {}))[1])
+    tree = merge_recipes(merge_recipes(frame["base"], local), stage)
     objective = METHODS.get(tree["method"]["name"])
-    options = resolve({k: v for k,v in tree.items() if k != "teacher"}).method.options
+    options = build_recipe({k: v for k,v in tree.items() if k != "teacher"}).method.options
     if "last_width" in tree["student"].get("kwargs", {}):           # as wide as the teacher
         tree["student"]["kwargs"] = tree["student"]["kwargs"] | dict(last_width=frame["teacher"]["student"]["width"] or 72)
     if hasattr(options, "points"):
@@ -135,29 +135,29 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
                                         frame.get("depth") and range(frame["depth"]))
         given = options.layers
         tree["method"]["layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
-    if tree["method"]["name"] == "basd": tree["method"] = merge(tree["method"], dict(weight=.3) | (SAMPLED if frame.get("sampled") else {}))
+    if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(weight=.3) | (SAMPLED if frame.get("sampled") else {}))
     told = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
-    key = fingerprint([told, merge(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])[:8]
+    key = fingerprint([told, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])[:8]
     if entry != "ce" and teacher:
-        needs = objective.needs(resolve({k: v for k,v in tree.items() if k != "teacher"}).method.options)
+        needs = objective.requires(build_recipe({k: v for k,v in tree.items() if k != "teacher"}).method.options)
         tree["teacher"] = tree.get("teacher", {}) | dict(run=str(teacher))
         if "views" in frame:
-            what = fingerprint([needs.layers, needs.attention, tree["views"]["crop_scale"], tree["views"]["flip"]])[:8]
+            what = fingerprint([needs.teacher_layers, needs.attention, tree["views"]["crop_scale"], tree["views"]["flip"]])[:8]
             tree["teacher"] |= dict(cache=str(teacher.parents[1]/"caches"/f"{teacher.name}-{what}"),
                                     cache_views=frame["views"])
     else: tree.pop("teacher", None)
-    return resolve(merge(tree, dict(train=dict(seed=seed)))), key
+    return build_recipe(merge_recipes(tree, dict(train=dict(seed=seed)))), key
 
 
 def teacher_runs(frame, seeds, folder, local):
     "seed → the run of its teacher"
-    tree = merge(merge(frame["base"], local), frame["teacher"])
-    tree = merge(tree, dict(train=dict(gradient_shares=True))) | dict(method=dict(name="ce"))
-    key = fingerprint([merge(tree, dict(student=dict(checkpoint=None))) | dict(data=frame["base"]["data"])])[:8]
+    tree = merge_recipes(merge_recipes(frame["base"], local), frame["teacher"])
+    tree = merge_recipes(tree, dict(train=dict(gradient_shares=True))) | dict(method=dict(name="ce"))
+    key = fingerprint([merge_recipes(tree, dict(student=dict(checkpoint=None))) | dict(data=frame["base"]["data"])])[:8]
     out = {}
     for seed in seeds:
         s = 0 if frame.get("once") else seed
-        out[seed] = Run(f"teachers/{key}-{s}", resolve(merge(tree, dict(name="teacher", train=dict(seed=s)))), [])
+        out[seed] = Run(f"teachers/{key}-{s}", build_recipe(merge_recipes(tree, dict(name="teacher", train=dict(seed=s)))), [])
     return out
 
 
@@ -221,7 +221,7 @@ def row_of(run, folder, cpu, jobs):
     row = dict(entry=entry, kind=kind_of(entries()[entry]), seed=int(seed), key=key, method=run.recipe.method.name, cpu=cpu, jobs=jobs,
                commit=commit_of(at), steps=0)
     if "failed" in found: return row | dict(failed=found["failed"])
-    log = read_log(at, "step")
+    log = read_metrics(at, "step")
     weights = thinned(log) if int(seed) < 3 else []
     return row | {k: found[k] for k in ("top1", "val_top1", "best_epoch", "images", "step", "seconds", "extra")} | dict(
         steps=log[-1]["step"], weights=weights)
@@ -255,7 +255,7 @@ def settle_all(runs, folder, jobs, ended):
     for r in left:
         recipe_file(folder, r).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(recipe_file(folder, r), lambda p, r=r: write_recipe(r.recipe, p))
-    side_by_side(left, folder, "cpu", ended, jobs)
+    run_parallel(left, folder, "cpu", ended, jobs)
 
 
 def race(name, folder, local, seeds, only, jobs, plan=False):
@@ -313,7 +313,7 @@ if __name__ == "__main__":
     if photos:
         data, weights = (Path(x).resolve() for x in args.paths[:2])
         local = dict(data=dict(source=f"hfds/{data}", root=str(folder/"images")))
-        FRAMES[args.frame]["teacher"] = merge(VIT_TINY, dict(student=dict(checkpoint=str(weights))))
+        FRAMES[args.frame]["teacher"] = merge_recipes(VIT_TINY, dict(student=dict(checkpoint=str(weights))))
     torch.set_num_threads(args.jobs)        # one for each run
     os.chdir(ROOT)
     try: race(args.frame, folder, local, args.seeds, args.only, args.jobs, args.plan)

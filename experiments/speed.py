@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from basd.benchmark.step_cost import Bench, additions, last_stage
+from basd.benchmark.step_cost import StepCost, overhead, last_stage
 from basd.runs.recipes import load_recipe
 
 ALL = "method.losses.spectral.samples=null"                             # spectra of all images
@@ -63,17 +63,17 @@ def varied(recipe, what, value):
 
 
 def growth(recipe, steps=2):
-    "How each part of a step grows with each size, up to the recipe's own: seconds of `additions` and of the bound"
+    "How each part of a step grows with each size, up to the recipe's own: seconds of `overhead` and of the bound"
     B, side = recipe.data.batch_size//recipe.train.accumulate, (recipe.student.img_size or 224)//(recipe.student.patch_size or 16)
     sizes = dict(B=[B//4, B//2, B], N=[side//2, 3*side//4, side], D=[64, 128, 192], L=[3, 6, 12], P=[1, 2, 4])
     out = {}
     for what, values in sizes.items():
         for value in values:
-            b = Bench(varied(recipe, what, value), "cpu")
+            b = StepCost(varied(recipe, what, value), "cpu")
             b.bound(); b.full()
             parts = b.parts(steps)
             out.setdefault(what, []).append(dict(value=value, bound=sum(v for k, v in parts.items() if k.startswith("bound/")),
-                                                 **additions(parts)))
+                                                 **overhead(parts)))
     return out
 
 

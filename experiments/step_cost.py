@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from basd.benchmark.step_cost import Bench, last_stage
+from basd.benchmark.step_cost import StepCost, last_stage
 from basd.runs.run_directory import environment
 from basd.runs.recipes import load_recipe
 from race import RACES
@@ -34,7 +34,7 @@ def recipe(*options):
 
 
 def cost(reps, *options):
-    b = Bench(recipe(*options))
+    b = StepCost(recipe(*options))
     b.steady()
     return b.beside_labels(reps)
 

@@ -28,16 +28,16 @@ if __name__ == "__main__":
                  "student.drop_path=0", "method.points=[1, 2, 4, 5]", "method.selector.solver=track", "train.epochs=1",
                  "train.warmup_epochs=0.1", "train.precision=float32", "train.ema=null", "train.gradient_shares=false"]
     trainer = build_trainer(load_recipe("basd_cifar10", overrides)[""], tempfile.mkdtemp() + "/run", bars=False)
-    selector, rows, after = trainer.task.method.selector, [], trainer.task.method.after_step
+    selector, rows, after = trainer.task.method.selector, [], trainer.task.method.after_update
     def watch():
         k, exact = selector.rank, torch.linalg.eigh(selector.running.double())[1].flip(-1)
         lam = torch.linalg.eigvalsh(selector.running.double()).flip(-1)
-        rows.append(dict(settled=selector.settled,
+        rows.append(dict(settled=selector.warmed_up,
                          angle=principal_angles(selector.basis[..., :k].double(),
                                                 exact[..., :k]).max(-1).values.tolist(),
                          gap=((lam[:, k - 1] - lam[:, k])/lam[:, k - 1]).tolist()))
         after()
-    trainer.task.method.after_step = watch
+    trainer.task.method.after_update = watch
     trainer.fit()
     out = Path(__file__).parent/"results"/"tracking.json"
     short = [r | {n: [float(f"{x:.4g}") for x in r[n]] for n in ("angle", "gap")} for r in rows]

@@ -13,10 +13,10 @@ import torch
 import basd.cli  # noqa: F401 (imported for the children)
 import basd.training.build  # noqa: F401
 import basd.training.callbacks
-from basd.core.distributed import rank, world
+from basd.core.distributed import rank, world_size
 from basd.core.registry import METHODS
-from basd.core.processes import processes
-from basd.runs.run_directory import digest, load
+from basd.core.processes import process_group
+from basd.runs.run_directory import checksum, load_checkpoint
 
 METHODS.load()      # imports all methods, so that all children are of one state of the code
 LIMIT = 120                 # seconds; a process that takes longer is a failure
@@ -32,8 +32,8 @@ def no_figures(put=setattr):
 
 def state_of(run, file="last.pt"):
     "Digest of a run's checkpoint, but for its clock, and the length of its log, which counts the digits of times"
-    state = load(Path(run)/file)
-    return digest(state | dict(callbacks={k: v for k, v in state["callbacks"].items() if k != "MetricsLog"}))
+    state = load_checkpoint(Path(run)/file)
+    return checksum(state | dict(callbacks={k: v for k, v in state["callbacks"].items() if k != "MetricsLog"}))
 
 
 def server():
@@ -100,9 +100,9 @@ def on_ranks(f, *args, ranks, folder):
 
 
 def _saved(f, args, out):
-    with processes("cpu"):
+    with process_group("cpu"):
         found = f(*args)
         if rank() == 0: torch.save(found, out)
-        if world() > 1: torch.distributed.barrier()
+        if world_size() > 1: torch.distributed.barrier()
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(0)         # a reducer outlives the group that it was made for, and its destructor may abort

@@ -28,8 +28,8 @@ import basd.training.build as build
 import basd.training.callbacks as callbacks
 import basd.training.trainer as trainer
 from basd.cli import main
-from basd.runs.run_directory import load
-from basd.runs.metrics import Log, read_log
+from basd.runs.run_directory import load_checkpoint
+from basd.runs.metrics import MetricsLogger, read_metrics
 from basd.training.trainer import Trainer
 from forks import ENVIRONMENT, LIMIT, end, no_figures, start, state_of    # noqa: F401 (`end` for those who import this)
 
@@ -75,33 +75,33 @@ def half_a_row(now):
         with open(log.path, "a") as f: f.write(line[:len(line)//2])
         now()
         os.truncate(log.path, size); call(log, row)
-    _change(Log, "write", None, act)
+    _change(MetricsLogger, "write", None, act)
 
 
 MOMENTS = {
     "start: environment written, no recipe": after(os, "replace", "environment.json"),
     "start: recipe not renamed": before(os, "replace", "recipe.yaml"),
     "cache: note not renamed": before(os, "replace", "cache.json"),
-    "cache: shard half written": before(basd.data.cache.Layout, "pack"),
+    "cache: shard half written": before(basd.data.cache.RecordLayout, "pack"),
     "cache: shard not renamed": before(os, "replace", "shard-"),
     "cache: shard renamed": after(os, "replace", "shard-"),
     "step: before the forward pass": before(Trainer, "forward"),
-    "step: between gradients and optimizer": before(trainer, "clip_and_flag"),
+    "step: between gradients and optimizer": before(trainer, "clip_grad_norms"),
     "step: weights new, average old": before(timm.utils.ModelEmaV3, "update"),
     "step: half a row": half_a_row,
-    "step: row written": after(Log, "write"),
+    "step: row written": after(MetricsLogger, "write"),
     "checkpoint: half written": half_saved,
     "checkpoint: previous not linked": before(os, "link"),
     "checkpoint: previous linked": after(os, "link"),
     "checkpoint: previous renamed, last not": after(os, "replace", "previous.pt"),
     "checkpoint: last not renamed": before(os, "replace", "last.pt"),
     "checkpoint: last renamed": after(os, "replace", "last.pt"),
-    "epoch: row written, nothing saved": after(callbacks, "print_row"),
+    "epoch: row written, nothing saved": after(callbacks, "_print_row"),
     "epoch: best not renamed": before(os, "replace", "best.pt"),
     "epoch: best new, last old": after(os, "replace", "best.pt"),
     "epoch: between two": after(callbacks.Checkpoint, "after_epoch"),
     "evaluation: inside": before(basd.runs.inference, "autocast"),
-    "evaluation: at its end": after(build, "evaluate"),
+    "evaluation: at its end": after(build, "validate"),
     "end: before the test split": before(callbacks.Test, "after_fit"),
     "end: student written, no result": after(callbacks, "save_student"),
     "end: test row written": before(callbacks, "plot_run"),
@@ -155,7 +155,7 @@ def alive(group):
     return True
 
 
-def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(run)]
+def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(run)]
 
 
 def left(run):
@@ -192,7 +192,7 @@ def different(run, whole):
 
 def step(run):
     "Where `run` would go on, or None"
-    try: return load(Path(run)/"last.pt")["step"]
+    try: return load_checkpoint(Path(run)/"last.pt")["step"]
     except FileNotFoundError: return None
 
 

@@ -17,7 +17,7 @@ from conftest import NO_MODEL, TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from basd.data.sources import Images, open_source
+from basd.data.sources import ImageDataset, open_source
 from basd.cli import main
 
 TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=32", "data.val_size=20", "train.epochs=1",

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import basd
-from basd.core.distributed import rank, world
+from basd.core.distributed import rank, world_size
 
 NAMES = ("create_teacher create_student create_task tap TappedModel METHODS LOSSES train evaluate compare load_recipe "
          "Recipe").split()
@@ -92,9 +92,9 @@ def one_step(folder):
     "The gradients of a task under DDP, of the part of the batch that is this rank's"
     student, teacher = models()
     task = basd.create_task("basd", student, teacher, precision="float32", **SMALL).double()
-    model = DistributedDataParallel(task) if world() > 1 else task
+    model = DistributedDataParallel(task) if world_size() > 1 else task
     x, y = batch()
-    x, y = x[rank()::world()].double(), y[rank()::world()]
+    x, y = x[rank()::world_size()].double(), y[rank()::world_size()]
     out = model(x, y, **AT)
     out["loss"].backward()
     return {n: p.grad for n, p in task.named_parameters() if p.grad is not None}

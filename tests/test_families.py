@@ -19,8 +19,8 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
-from basd.models.taps import Tapped, layer_names
-from basd.models.students import student_of
+from basd.models.taps import TappedModel, layer_names
+from basd.models.students import wrap_student
 
 here = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location('families', here/'experiments'/'families.py')
@@ -73,12 +73,12 @@ def test_transformers(name, config, arguments, prefix, readable):
     eager = make('eager').eval(); eager.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        f, ref = Tapped(model)(x), eager(x, output_hidden_states=True, output_attentions=True)
-    assert [t.shape for t in f.tokens] == [(2, 16, 32)]*2 and f.grids == [(4, 4)]*2
+        f, ref = TappedModel(model)(x), eager(x, output_hidden_states=True, output_attentions=True)
+    assert [t.shape for t in f.tokens] == [(2, 16, 32)]*2 and f.grid_sizes == [(4, 4)]*2
     assert_close(f.tokens[0], ref.hidden_states[1][:, prefix:])
     if readable:
-        for a,true in zip(f.attention, ref.attentions, strict=True): assert_close(a.full(), true, rtol=0, atol=1e-5)
-        assert [a.prefix for a in f.attention] == [prefix]*2
+        for a,true in zip(f.attention, ref.attentions, strict=True): assert_close(a.full_map(), true, rtol=0, atol=1e-5)
+        assert [a.num_prefix_tokens for a in f.attention] == [prefix]*2
     else: assert f.attention == [None]*2 and 'Beit' in f.unread[0]
     assert (f.logits is None) == (name != 'ViTForImageClassification')
 
@@ -93,9 +93,9 @@ def test_transformers_stages(name, config):
     small = (dict(image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], window_size=2) if 'Swin' in name
              else dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]))
     model, x = shaken(getattr(transformers, name)(getattr(transformers, config)(**small))), torch.randn(2, 3, 64, 64)
-    with torch.no_grad(): f, ref = Tapped(model)(x), model(x, output_hidden_states=True)
+    with torch.no_grad(): f, ref = TappedModel(model)(x), model(x, output_hidden_states=True)
     assert len(f) == 4
-    for t,grid in zip(f.tokens, f.grids):
+    for t,grid in zip(f.tokens, f.grid_sizes):
         assert grid[0]*grid[1] == t.shape[1]
         maps = [h.flatten(2).mT if h.dim() == 4 else h for h in ref.hidden_states]
         assert any(t.shape == h.shape and torch.allclose(t, h, atol=1e-5) for h in maps)
@@ -156,11 +156,11 @@ def test_hub_dino(rotated, module, name):
     "Neither states its prefix; queries and keys come from the joint projection, turned where the model turns them"
     torch.manual_seed(0)
     model = HubDino(type(name, (JointAttention,), dict(__module__=module, __qualname__=name)), 4, rotated).eval()
-    with torch.no_grad(): f = Tapped(model)(torch.randn(2, 3, 32, 32))
-    assert [t.shape[1] for t in f.tokens] == [16]*3 and f.grids == [(4, 4)]*3 and f.logits is None
+    with torch.no_grad(): f = TappedModel(model)(torch.randn(2, 3, 32, 32))
+    assert [t.shape[1] for t in f.tokens] == [16]*3 and f.grid_sizes == [(4, 4)]*3 and f.logits is None
     for a,b in zip(f.attention, model.blocks, strict=True):
-        assert_close(a.full(), b.attn.maps, rtol=0, atol=1e-5); assert a.prefix == 5
-    with torch.no_grad(): f = Tapped(HubDino(JointAttention, 4, rotated).eval())(torch.randn(2, 3, 32, 32))
+        assert_close(a.full_map(), b.attn.maps, rtol=0, atol=1e-5); assert a.num_prefix_tokens == 5
+    with torch.no_grad(): f = TappedModel(HubDino(JointAttention, 4, rotated).eval())(torch.randn(2, 3, 32, 32))
     assert f.attention == [None]*3 and 'JointAttention' in f.unread[0]                 # a class of the same shape is not trusted, but named
 
 
@@ -179,7 +179,7 @@ def test_hub_dinov3_convnext():
             return x.mean((2, 3))
     model = Net()
     assert layer_names(model) == [f'stages.{i}' for i in range(4)]
-    assert Tapped(model)(torch.randn(1, 3, 32, 32)).grids == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    assert TappedModel(model)(torch.randn(1, 3, 32, 32)).grid_sizes == [(16, 16), (8, 8), (4, 4), (2, 2)]
 
 
 def test_open_clip():
@@ -188,9 +188,9 @@ def test_open_clip():
     from open_clip.transformer import VisionTransformer
     torch.manual_seed(0)
     model = VisionTransformer(image_size=32, patch_size=8, width=32, layers=2, heads=4, mlp_ratio=2., output_dim=16).eval()
-    with torch.no_grad(): f = Tapped(model)(torch.randn(2, 3, 32, 32))
-    assert [t.shape for t in f.tokens] == [(2, 16, 32)]*2 and f.grids == [(4, 4)]*2
-    assert [a and a.prefix for a in f.attention] == [1, 1]
+    with torch.no_grad(): f = TappedModel(model)(torch.randn(2, 3, 32, 32))
+    assert [t.shape for t in f.tokens] == [(2, 16, 32)]*2 and f.grid_sizes == [(4, 4)]*2
+    assert [a and a.num_prefix_tokens for a in f.attention] == [1, 1]
 
 
 @pytest.mark.parametrize('name,layers', [('vgg11', ['features.0', 'features.3']), ('mobilenet_v2', 'all'), ('vgg11_bn', ['features.1']),
@@ -201,10 +201,10 @@ def test_torchvision(name, layers):
     more = dict(init_weights=False) if name == 'googlenet' else {}
     size = 224 if name == 'maxvit_t' else 64
     model, x = getattr(torchvision.models, name)(num_classes=4, **more).eval(), torch.randn(1, 3, size, size)
-    tapped, seen = Tapped(model, layers), {}
+    tapped, seen = TappedModel(model, layers), {}
     handles = [model.get_submodule(n).register_forward_hook(lambda m, a, o, n=n: (seen.setdefault(n, o.clone()), None)[1]) for n in tapped.names]
     with torch.no_grad():
-        tapped.probe(x)
+        tapped.infer_shapes(x)
         seen.clear(); f = tapped(x)
     for h in handles: h.remove()
     for n,t in zip(tapped.names, f.tokens):
@@ -218,9 +218,9 @@ def test_two_heads_as_one_classifier(name, size):
     "In training as in evaluation the mean of both heads, until the second is asked for"
     torch.manual_seed(0)
     args = dict(num_classes=5) | (dict(img_size=32, patch_size=8, depth=1) if size == 32 else {})
-    s = student_of(timm.create_model(name, **args).train(), points=[])
+    s = wrap_student(timm.create_model(name, **args).train(), layers=[])
     x = torch.rand(2, 3, size, size)
-    f = s(x); assert f.logits.shape == (2, 5) and f.distilled is None
+    f = s(x); assert f.logits.shape == (2, 5) and f.dist_logits is None
     s.model.set_distilled_training(True)
-    f = s(x); assert f.distilled.shape == (2, 5)
+    f = s(x); assert f.dist_logits.shape == (2, 5)
     loss = copy.deepcopy(s)(x).logits.sum(); loss.backward()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import TINY
 
-from basd.cli import connect, ours
+from basd.cli import resolve_stages, is_user_error
 from basd.runs.recipe_files import packaged_file, parse_override, recipe_names
 from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
@@ -75,7 +75,7 @@ def attempt(what, f, *args):
      "and shown with what brought it about")
     try: return f(*args)
     except (ValueError, FileNotFoundError) as e:
-        if ours(e) and str(e).strip(): return None
+        if is_user_error(e) and str(e).strip(): return None
         pytest.fail(f"{type(e).__name__} from elsewhere: {e}\n{what}")
     except Exception as e: raise AssertionError(f"{type(e).__name__}: {e}\n{what}") from e
 
@@ -124,7 +124,7 @@ def test_mutated_recipes(tmp_path, monkeypatch, record_property):
         if stages is None: counts["refused"] += 1; continue
         counts["loaded"] += 1
         def joined():
-            for stage in stages: connect(stages, stage, tmp_path)
+            for stage in stages: resolve_stages(stages, stage, tmp_path)
             return True
         if (build and len(stages) == 1 and attempt(what, joined)
                 and small(stages.get("") or next(iter(stages.values())))):

@@ -7,8 +7,8 @@ import torch
 from conftest import TINY
 from test_ranks import BASD, FRAME, METHODS
 
-from basd.core.numerics import eigh, steady
-from basd.runs.run_directory import load
+from basd.core.numerics import eigh, condition_covariance
+from basd.runs.run_directory import load_checkpoint
 from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
 
@@ -27,7 +27,7 @@ def test_decomposition_is_replayed(shape):
     compiled = torch.compile(values, fullgraph=True)
     for seed in range(3):
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-        A, _ = steady(x @ x.mT)
+        A, _ = condition_covariance(x @ x.mT)
         for f in (values, compiled):
             lam, again = f(A.cuda())
             torch.testing.assert_close(lam.cpu(), torch.linalg.eigvalsh(A).flip(-1), rtol=1e-4, atol=1e-4)
@@ -68,8 +68,8 @@ def outcome(folder, device, *words):
      "(RKD draws its images itself: it takes all)")
     t = trainer(folder, *QUIET, "train.seed=1", *(w.replace("images: 8", "") for w in words), device=device)
     t.task.double()
-    prepare, t.step = t.task.method.prepare, 20
-    t.task.method.prepare = lambda p, n, d: (q := prepare(p, n, "cpu"))._replace(drawn=moved(q.drawn, d))
+    prepare, t.step = t.task.method.sample, 20
+    t.task.method.sample = lambda p, n, d: (q := prepare(p, n, "cpu"))._replace(samples=moved(q.samples, d))
     out = t.forward(next(iter(t.data.read(0, 0, 1))))
     out["loss"].backward()
     return ({k: v.detach().cpu() for k, v in out["parts"].items()},
@@ -111,10 +111,10 @@ def test_stop_and_go_on(tmp_path):
     whole = trainer(tmp_path/"whole", *words)
     whole.fit()
     half = trainer(tmp_path/"half", *words)
-    half.told_to_stop = lambda: half.step >= 11
+    half.agreed_to_stop = lambda: half.step >= 11
     assert half.fit() is None
     again = trainer(tmp_path/"half", *words, resume=True)
     assert again.step == 11
     again.fit()
-    a, b = (load(tmp_path/r/"last.pt")["task"] for r in ("whole", "half"))
+    a, b = (load_checkpoint(tmp_path/r/"last.pt")["task"] for r in ("whole", "half"))
     assert all(torch.allclose(a[k].float(), b[k].float(), rtol=1e-2, atol=1e-3) for k in a)

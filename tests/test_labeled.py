@@ -7,10 +7,10 @@ from forks import on_ranks, state_of
 from test_ranks import FRAME, METHODS, in_double, parts_and_gradients
 from torch.testing import assert_close
 
-from basd.runs.recipes import as_tree, load_recipe
-from basd.runs.run_directory import save, set_rng_state
-from basd.training.nonfinite import look_again, repeat
-from basd.training.build import build_trainer, in_lines, made_of, replay
+from basd.runs.recipes import to_dict, load_recipe
+from basd.runs.run_directory import save_checkpoint, set_rng_state
+from basd.training.nonfinite import diagnose_nonfinite, rerun_step
+from basd.training.build import build_trainer, in_lines, loader_arguments, replay
 
 FEW = ["data.labeled=.1", "views.blend_prob=.7", "train.gradient_shares=false"]
 
@@ -30,7 +30,7 @@ def test_labels_enter_by_cross_entropy(name, tmp_path):
         return trainer.forward(batch)["loss"].detach()
     none, once, twice = (loss(r) for r in (0., 1., 2.))
     affine = torch.isclose(twice - once, once - none, rtol=1e-6, atol=1e-9)
-    assert affine or trainer.data.needs.labels
+    assert affine or trainer.data.requires.labels
     assert once != none
 
 
@@ -48,7 +48,7 @@ def test_what_cross_entropy_sees(tmp_path):
     assert (len(data.fit), int((data.labels >= 0).sum()), task.rarity) == (256, 26, 256/26)
     seen, total = 0, 0.
     for step, batch in enumerate(data.read(0, 0, data.per_epoch)):
-        _, taught, target, _ = task.prepare(*data.given(batch), step=step, total_steps=data.total)
+        _, taught, target, _ = task.prepare_batch(*data.given(batch), step=step, total_steps=data.total)
         has = batch["label"] >= 0
         assert torch.equal(batch["label"], data.labels[batch["index"]])
         assert torch.equal(has[::2], has[1::2]) and len(taught.tokens[0]) == len(has)
@@ -67,7 +67,7 @@ def test_labels_alone(tmp_path):
     taught = build_trainer(load_recipe("basd_cifar10", [*TINY, *FEW])[""], tmp_path/"taught", bars=False)
     assert trainer.data.per_epoch == taught.data.per_epoch and trainer.data.labels is None
     assert set(trainer.data.fit) == set((taught.data.labels >= 0).nonzero().flatten().tolist())
-    assert "256 training (26 with a label), " in in_lines(made_of(recipe, trainer.data, trainer.task))[0]
+    assert "256 training (26 with a label), " in in_lines(loader_arguments(recipe, trainer.data, trainer.task))[0]
 
 
 def gradients(folder, words):
@@ -87,7 +87,7 @@ def test_stop_and_go_on(tmp_path):
     recipe = load_recipe("basd_cifar10", [*TINY, *FEW, "train.epochs=2"])[""]
     build_trainer(recipe, tmp_path/"whole", bars=False).fit()
     half = build_trainer(recipe, tmp_path/"half", bars=False)
-    half.told_to_stop = lambda: half.step >= 5
+    half.agreed_to_stop = lambda: half.step >= 5
     assert half.fit() is None
     build_trainer(recipe, tmp_path/"half", resume=True, bars=False).fit()
     assert state_of(tmp_path/"half") == state_of(tmp_path/"whole")
@@ -98,10 +98,10 @@ def test_replay(tmp_path):
     recipe = load_recipe("basd_cifar10", [*TINY, *FEW])[""]
     trainer = build_trainer(recipe, tmp_path/"run", bars=False)
     trainer.task.train()
-    found = look_again(trainer, {}, {}) | dict(recipe=as_tree(recipe), names=trainer.data.names)
-    save(found, tmp_path/"run"/"nonfinite.pt")
+    found = diagnose_nonfinite(trainer, {}, {}) | dict(recipe=to_dict(recipe), names=trainer.data.names)
+    save_checkpoint(found, tmp_path/"run"/"nonfinite.pt")
     trainer.task.load_state_dict(found["task"])
     set_rng_state(found["rng"])
     assert (found["batch"]["label"] < 0).any() and found["rarity"] == trainer.task.rarity
-    here = repeat(trainer.task, *trainer.data.given(found["batch"]), **{k: found[k] for k in ("step", "total_steps", "epoch", "micro")})
+    here = rerun_step(trainer.task, *trainer.data.given(found["batch"]), **{k: found[k] for k in ("step", "total_steps", "epoch", "micro")})
     assert replay(tmp_path/"run", trust=True)["parts"] == here["parts"]

@@ -9,15 +9,15 @@ import timm
 import torch
 from pydantic import TypeAdapter
 
-from basd.data.mixing import Blend, draw_blend
+from basd.data.mixing import MixParams, sample_mix
 from basd.core.features import Features
-from basd.core.registry import LOSSES, METHODS, SELECTORS, options_of
+from basd.core.registry import LOSSES, METHODS, SELECTORS, options_from
 from basd.core.sampling import step_generator
-from basd.losses.base import told
+from basd.losses.base import SHAPE_ARGUMENTS
 from basd.methods.basd import selector_options
-from basd.methods.base import Progress, Shapes, Target
-from basd.models.taps import Tapped
-from basd.runs.recipes import resolve
+from basd.methods.base import StepState, FeatureShapes, Target
+from basd.models.taps import TappedModel
+from basd.runs.recipes import build_recipe
 
 B, C, STEPS = 8, 6, 6
 NO = object()
@@ -109,21 +109,21 @@ def lesson(name, words):
     cls = METHODS.get(name)
     options = TypeAdapter(cls.Options).validate_python(words)
     needs = cls.needs(options)
-    (plain_s, plain_t), out = models(), [float(v) for v in (needs.attention, needs.views)]
+    (plain_s, plain_t), out = models(), [float(v) for v in (needs.attention, needs.views_per_image)]
     at = {"default": "all", None: []}
     layers = lambda l: at.get(l, l) if not isinstance(l, list) else l
-    student, teacher = Tapped(plain_s, layers(needs.points)), Tapped(plain_t, layers(needs.layers))
+    student, teacher = TappedModel(plain_s, layers(needs.student_layers)), TappedModel(plain_t, layers(needs.teacher_layers))
     g = torch.Generator().manual_seed(1)
     x = torch.randn(STEPS, B, 3, 16, 16, generator=g)
     f = student(x[0]), teacher(x[0])
-    of_two = lambda t: Features(t.tokens, t.attention, t.logits, t.grids, members=[t, Features(
-        [y.flip(1) for y in t.tokens], t.attention, -t.logits, t.grids)])
+    of_two = lambda t: Features(t.tokens, t.attention, t.logits, t.grid_sizes, per_teacher=[t, Features(
+        [y.flip(1) for y in t.tokens], t.attention, -t.logits, t.grid_sizes)])
     if name in ("amtml", "diverse"): f = f[0], of_two(f[1])
     torch.manual_seed(2)
-    objective = cls(options, Shapes.of(f[0]), Shapes.of(f[1]) if needs.teacher else None, C)
+    objective = cls(options, FeatureShapes.from_features(f[0]), FeatureShapes.from_features(f[1]) if needs.teacher else None, C)
     second = getattr(options, "head", None) == "distillation"
     if second: student.model.head_dist, student.model.set_distilled_training = torch.nn.Identity(), lambda on: None
-    objective.train(); objective.meet(student, teacher if needs.teacher else None)
+    objective.train(); objective.setup(student, teacher if needs.teacher else None)
     params = [p for m in (student, objective) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.SGD(params, lr=.3)
     labels = torch.nn.functional.one_hot(torch.arange(B) % C, C).float()
@@ -133,13 +133,13 @@ def lesson(name, words):
         if hasattr(objective, "plan"): out += seen(objective.plan(step, STEPS, lambda: said))
         torch.manual_seed(10 + step)
         s = student(x[step])
-        if second: s.distilled = s.logits.roll(1, 1) + .1*s.logits
+        if second: s.dist_logits = s.logits.roll(1, 1) + .1*s.logits
         with torch.no_grad(): t = teacher(x[step]) if needs.teacher else None
         if name in ("amtml", "diverse"): t = of_two(t)
-        blend = draw_blend(step_generator(0, step), B, prob=.7)
-        result = objective(s, t, Target(labels, blend), Progress(2*step, 60, 0, epoch=step/2, observe=True))
+        blend = sample_mix(step_generator(0, step), B, prob=.7)
+        result = objective(s, t, Target(labels, blend), StepState(2*step, 60, 0, epoch=step/2, should_log=True))
         opt.zero_grad(); result["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); objective.after_step(); objective.renew()
+        torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); objective.after_update(); objective.refresh()
         out += [v for told in (result["parts"], result["report"]) for k in sorted(told) for v in seen(told[k])]
         out += [p.grad.double().norm().item() for p in params if p.grad is not None]
     out += [p.detach().double().abs().sum().item() for p in params] + [float(len(objective.no_weight_decay()))]
@@ -179,7 +179,7 @@ def test_every_option(name, base):
     own = list(leaves(options))
     if "losses" in base:
         loss, = base["losses"]
-        own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_of(LOSSES.get(loss), *told))] + (
+        own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_from(LOSSES.get(loss), *SHAPE_ARGUMENTS))] + (
             own if "logits" in base else [])
     if "selector" in base: own = of_selector(base["selector"]["name"])
     silent = []
@@ -209,7 +209,7 @@ def test_every_option(name, base):
 def test_no_number_is_negative(name):
     "A recipe with a negative weight, temperature or count is refused in a sentence that names the key"
     cases = [((), METHODS.get(name).Options)]
-    if name == "match": cases = [(("losses", n), options_of(f, *told)) for n, f in sorted(LOSSES.load().items())] + cases
+    if name == "match": cases = [(("losses", n), options_from(f, *SHAPE_ARGUMENTS)) for n, f in sorted(LOSSES.load().items())] + cases
     if name == "basd": cases += [(("selector", n), selector_options(n)) for n in SELECTORS]
     for at, cls in cases:
         for path, hint, _ in leaves(cls):
@@ -218,7 +218,7 @@ def test_no_number_is_negative(name):
             if at[:1] == ("selector",): words = dict(name=name, selector=dict(name=at[1]) | {path[-1]: -1})
             else:
                 words = put(put(dict(losses=dict(cka={})) if name == "match" else {}, path, -1), ("name",), name)
-            with pytest.raises(ValueError, match=path[-1]) as e: resolve(dict(method=words))
+            with pytest.raises(ValueError, match=path[-1]) as e: build_recipe(dict(method=words))
             assert "Traceback" not in str(e.value), e.value
 
 
@@ -227,7 +227,7 @@ def test_what_a_rule_leaves_unread():
     rule = dict(name="basd", rule="uniform")
     for path, hint, default in of_selector("nearest"):
         for v in values(path, hint, default):
-            with pytest.raises(ValueError, match=f"selector.{path[-1]}"): resolve(dict(method=put(rule, path, v)))
+            with pytest.raises(ValueError, match=f"selector.{path[-1]}"): build_recipe(dict(method=put(rule, path, v)))
 
 
 @pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", [v["selector"]["name"]] if "selector" in v else [])))
@@ -236,7 +236,7 @@ def test_what_is_refused_is_named(name, base):
     own = list(leaves(METHODS.get(name).Options))
     if "losses" in base:
         loss, = base["losses"]
-        own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_of(LOSSES.get(loss), *told))] + own
+        own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_from(LOSSES.get(loss), *SHAPE_ARGUMENTS))] + own
     if "selector" in base: own = of_selector(base["selector"]["name"])
     moved = [put(base, p, v) for p,h,d in own for v in values(p, h, d)]
     pairs = [put(put(base, p, v), q, w) for p,h,d in own for v in choices(p, h, d) for q,k,e in own for w in values(q, k, e)
@@ -244,7 +244,7 @@ def test_what_is_refused_is_named(name, base):
     wrong = [put(base, p, "no such word") for p,h,d in own]
     known, odd = {".".join(p[:i + 1]) for p,_,_ in own for i in range(len(p))}, set()
     for words in moved + pairs + wrong:
-        try: resolve(dict(method=words | dict(name=name)))
+        try: build_recipe(dict(method=words | dict(name=name)))
         except ValueError as e:
             key = re.match(r"(?:unknown key )?method\.([\w.]+)(?<!\.)", str(e))
             if not key or key[1] not in known: odd.add(str(e)[:160])
@@ -261,14 +261,14 @@ def test_every_loss_in_both_methods(method, loss):
     options = TypeAdapter(cls.Options).validate_python(dict(losses=words))
     needs, (plain_s, plain_t) = cls.needs(options), models()
     layers = lambda l: "all" if l == "default" else l
-    student, teacher = Tapped(plain_s, layers(needs.points)), Tapped(plain_t, layers(needs.layers))
+    student, teacher = TappedModel(plain_s, layers(needs.student_layers)), TappedModel(plain_t, layers(needs.teacher_layers))
     x, pairs = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(B) ^ 1
     s, t = student(x), teacher(x.flip(0))
-    objective = cls(options, Shapes.of(s), Shapes.of(t), C)
-    objective.meet(student, teacher)
+    objective = cls(options, FeatureShapes.from_features(s), FeatureShapes.from_features(t), C)
+    objective.setup(student, teacher)
     labels = torch.nn.functional.one_hot(torch.arange(B) % C, C).float()
-    for blend in (None, Blend(pairs, torch.tensor(.7)), Blend(pairs, torch.tensor(.75), torch.tensor([0., 0., .5, .5]))):
-        part = objective(s, t, Target(labels, blend), Progress(59, 60))["parts"][loss]
+    for blend in (None, MixParams(pairs, torch.tensor(.7)), MixParams(pairs, torch.tensor(.75), torch.tensor([0., 0., .5, .5]))):
+        part = objective(s, t, Target(labels, blend), StepState(59, 60))["parts"][loss]
         gradients = torch.autograd.grad(part, list(student.parameters()), retain_graph=True, allow_unused=True)
         reach = sum(g.abs().sum() for g in gradients if g is not None)
         assert part.isfinite() and reach.isfinite()

@@ -19,27 +19,27 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from basd.data.mixing import blend_labels, draw_blend
-from basd.geometry.alignment import HeadAligner, InterpAligner, TokenAligner, target_health
-from basd.core.features import Attention, Features, FormedAttention
+from basd.data.mixing import mix_labels, sample_mix
+from basd.geometry.alignment import HeadAligner, InterpolationAligner, TokenAligner, target_statistics
+from basd.core.features import Attention, Features, AttentionMap
 from basd.geometry.layer_maps import FixedSelector
 from basd.geometry.frequency_selector import FrequencySelector
 from basd.core.registry import LOSSES, METHODS, SELECTORS
 from basd.core.sampling import step_generator
-from basd.losses.attention import AttentionKL, cut_attention, pseudo_attention
-from basd.losses.balance import Balance
-from basd.losses.fourier import Fourier
-from basd.losses.base import Layers, made_for
+from basd.losses.attention import AttentionKLLoss, cutmix_attention, self_similarity
+from basd.losses.balance import LossBalancer
+from basd.losses.fourier import FourierLoss
+from basd.losses.base import Layers, build_loss
 from basd.losses.mixed_targets import mixed_loss
-from basd.losses.token_relations import Relational
-from basd.losses.rsd import RSD
-from basd.losses.spectral import Spectral
-from basd.losses.temperature import Temperature
+from basd.losses.token_relations import TokenRelationLoss
+from basd.losses.rsd import RSDLoss
+from basd.losses.spectral import SpectralLoss
+from basd.losses.temperature import LearnedTemperature
 from basd.methods.basd import selector_options
-from basd.methods.logit_distillation import LogitLoss, LogitOptions
-from basd.methods.early_exits import ofa
-from basd.methods.dual_head import binary_kl
-from basd.methods.base import Progress, Shapes, Target
+from basd.methods.logit_distillation import LogitDistillationLoss, LogitOptions
+from basd.methods.early_exits import ofa_loss
+from basd.methods.dual_head import bce_kl
+from basd.methods.base import StepState, FeatureShapes, Target
 
 COMMON = dict(deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
               suppress_health_check=list(HealthCheck))
@@ -136,8 +136,8 @@ class Batch:
             self.logits_s = again(self.logits_t)
         self.distilled = leaf(self.logits_s.detach(), case)
         labels = torch.randint(CLASSES, (case.B,), generator=g)
-        self.blend = draw_blend(step_generator(case.seed, 0), case.B, prob=.7)
-        self.target = Target(blend_labels(labels, CLASSES, self.blend, .1), self.blend)
+        self.blend = sample_mix(step_generator(case.seed, 0), case.B, prob=.7)
+        self.target = Target(mix_labels(labels, CLASSES, self.blend, .1), self.blend)
 
     def features(self, side, images=None):
         "`Features` of one side"
@@ -237,9 +237,9 @@ def loss_of(name, given, batch):
     L = len(batch.teacher) if cls.inputs == "all_layers" else P
     torch.manual_seed(0)
     shapes = dict(widths_s=[WIDTH_S]*P, widths_t=[batch.width_t]*L, heads_s=[HEADS_S]*P, heads_t=[batch.heads_t]*L)
-    loss = settled(lambda: made_for(cls, given, shapes), given.pop)
+    loss = settled(lambda: build_loss(cls, given, shapes), given.pop)
     teacher = tapped(batch.width_t, batch.case)
-    loss.meet(teacher if batch.case.same else tapped(WIDTH_S, batch.case), teacher)
+    loss.setup(teacher if batch.case.same else tapped(WIDTH_S, batch.case), teacher)
     return loss
 
 
@@ -250,8 +250,8 @@ def of_pairs(loss, student, teacher):
     "A registered loss on the features of both sides"
     L = len(teacher.tokens if loss.inputs == "all_layers" else student.tokens)
     kind = "attention" if loss.inputs == "attention" else "tokens"
-    xs, ys = Layers(getattr(student, kind), student.grids), Layers(getattr(teacher, kind)[:L], teacher.grids[:L])
-    if loss.superposed: ys = Layers([y.detach() for y in ys], ys.grids)     # a method may train such targets
+    xs, ys = Layers(getattr(student, kind), student.grid_sizes), Layers(getattr(teacher, kind)[:L], teacher.grid_sizes[:L])
+    if loss.superposed: ys = Layers([y.detach() for y in ys], ys.grid_sizes) # a method may train such targets
     tokens = [x.shape[1] for x in student.tokens]
     return mixed_loss(loss, xs, ys, None, loss.sample(tokens, len(student.tokens[0]), step_generator(0, 0)))
 
@@ -304,7 +304,7 @@ def test_order_and_layout(name):
     holds()
 
 
-STRUCTURE = dict(rsd=RSD, rel=Relational, attn=AttentionKL, spectral=Spectral)
+STRUCTURE = dict(rsd=RSDLoss, rel=TokenRelationLoss, attn=AttentionKLLoss, spectral=SpectralLoss)
 
 
 def structural(name, given, batch, order=None):
@@ -317,7 +317,7 @@ def structural(name, given, batch, order=None):
                 attn=([HEADS_S]*len(xs),
                       [batch.heads_t]*len(ys) if given.get("scope") == "all_layers" else batch.heads_t)).get(name, ())
     loss, g, blend = (settled(lambda: STRUCTURE[name](*told, **given), given.pop).to(xs[0].dtype),
-                      step_generator(0, 0), batch.blend if order is None else None)
+                      step_generator(0, 0), batch.mix if order is None else None)
     aligned = [values(batch.case.kind_t, x.shape, batch.case.size_t, g).to(x.dtype) for x in xs]
     if order is not None: aligned, ys = [y[order] for y in aligned], [y[order] for y in ys]
     blended = lambda t: t if blend is None else t.lerp(t[blend.partner], 1 - blend.lam)
@@ -329,10 +329,10 @@ def structural(name, given, batch, order=None):
             return loss(s.tokens, [blended(u) for u in loss.relations_of(aligned, pairs)], pairs)
         if name == "attn":
             rows = loss.draw(n[0], g)
-            if batch.case.seed % 2: t.attention = [FormedAttention(a.weights()) for a in t.attention]
-            maps = loss.maps(t.attention, mixed, n, t.grids, s.grids, rows)
+            if batch.case.seed % 2: t.attention = [AttentionMap(a.probs()) for a in t.attention]
+            maps = loss.maps(t.attention, mixed, n, t.grid_sizes, s.grid_sizes, rows)
             if blend is not None and blend.box is not None:
-                maps = [cut_attention(A, A[blend.partner], blend.keep(m, a), rows) for A, m, a in zip(maps, n, s.grids)]
+                maps = [cutmix_attention(A, A[blend.partner], blend.own_fraction(m, a), rows) for A, m, a in zip(maps, n, s.grid_sizes)]
             return loss(s.attention, maps, rows)
         images = loss.draw(batch.case.B, g)
         source = [y.detach() if images is None else y.detach()[images] for y in ys]
@@ -400,11 +400,11 @@ def logit_cases(draw):
 
 def of_logits(name, given, case):
     "A loss on logits, with what it learns"
-    if name == "ofa": return lambda s, t, target, epoch: ofa(s, t.softmax(-1), target.labels), []
-    if name == "dual_head": return lambda s, t, target, epoch: binary_kl(s, t), []
+    if name == "ofa": return lambda s, t, target, epoch: ofa_loss(s, t.softmax(-1), target.labels), []
+    if name == "dual_head": return lambda s, t, target, epoch: bce_kl(s, t), []
     torch.manual_seed(0)
     forget = lambda n: given.pop(n) if n in given else delattr(given["temperature"], n)
-    loss = settled(lambda: LogitLoss(LogitOptions(**given), CLASSES), forget)
+    loss = settled(lambda: LogitDistillationLoss(LogitOptions(**given), CLASSES), forget)
     def run(s, t, target, epoch):
         raw, tau, anchor = loss(s, t, target, epoch)
         return raw if tau is None else raw + anchor
@@ -417,7 +417,7 @@ def logit_losses(draw):
     given = dict(loss="kl" if name == "temperature" else name,
                  direction=draw(st.sampled_from(("forward", "reverse")))) if name not in ("ofa", "dual_head") else {}
     if name == "temperature":
-        words = draw(options(Temperature, "classes"))
+        words = draw(options(LearnedTemperature, "classes"))
         given["temperature"] = SimpleNamespace(**words | dict(
             kind=draw(st.sampled_from(("global", "sample"))), anchor=draw(st.sampled_from((0., .1)))))
     return name, given
@@ -431,8 +431,8 @@ def test_losses_on_logits():
         g = torch.Generator().manual_seed(case.seed)
         t = leaf(predictions(case.kind_t, case.B, case.size_t, g), case)
         s = leaf(t.detach() if case.same else predictions(case.kind_s, case.B, case.size_s, g), case)
-        blend = draw_blend(step_generator(case.seed, 0), case.B, prob=.5)
-        target = Target(blend_labels(torch.arange(case.B) % CLASSES, CLASSES, blend, .1*(case.seed % 2)), blend)
+        blend = sample_mix(step_generator(case.seed, 0), case.B, prob=.5)
+        target = Target(mix_labels(torch.arange(case.B) % CLASSES, CLASSES, blend, .1*(case.seed % 2)), blend)
         run, learners = of_logits(*named, case)
         def value():
             with autocast(case): return run(as_model(s, case), as_model(t, case), target, torch.tensor(epoch))
@@ -469,27 +469,27 @@ def test_selectors(name):
         def run():
             s, t = batch.features("student"), batch.features("teacher")
             n = [x.shape[1] for x in s.tokens]
-            places = selector.draw(n, s.grids, case.B, step_generator(0, 0) if drawn else None)
+            places = selector.sample(n, s.grid_sizes, case.B, step_generator(0, 0) if drawn else None)
             with autocast(case):
-                mix = selector(s.tokens, t.tokens, s.grids, t.grids, places, time=torch.tensor(step/2))
-                return mix, selector.mix(mix.weights, t.tokens, n, t.grids, s.grids)
+                mix = selector(s.tokens, t.tokens, s.grid_sizes, t.grid_sizes, places, time=torch.tensor(step/2))
+                return mix, selector.mix(mix.weights, t.tokens, n, t.grid_sizes, s.grid_sizes)
         for step in range(2):                                             # the second after an update
             out = attempt(run, tally)
             if out is None: return
             mix, mixed = out
             assert mix.weights.shape == (P, L) and (mix.weights >= 0).all()
             assert_close(mix.weights.float().sum(-1), torch.ones(P), rtol=1e-5, atol=1e-5)
-            for k, v in mix.report.items(): finite(v, f"report of {k}")
-            assert all((v >= 0).all() for k, v in mix.report.items() if k in ("distances", "temperatures", "entropy"))
-            assert name not in ("nearest", "learning_progress") or (mix.report["entropy"] <= 1.0001).all()
+            for k, v in mix.metrics.items(): finite(v, f"report of {k}")
+            assert all((v >= 0).all() for k, v in mix.metrics.items() if k in ("distances", "temperatures", "entropy"))
+            assert name not in ("nearest", "learning_progress") or (mix.metrics["entropy"] <= 1.0001).all()
             for x in mixed: finite(x, "mixed tokens")
             selector.zero_grad()
-            sound(mix.regulariser, case, selector.parameters(), [*batch.of_student, *batch.of_teacher])
+            sound(mix.regularizer, case, selector.parameters(), [*batch.of_student, *batch.of_teacher])
             with torch.no_grad():
                 for q in selector.parameters():
                     if q.grad is not None: q -= 1e-3*q.grad/case.scale/max(1., (q.grad/case.scale).norm())
-            selector.after_step()
-            getattr(selector, "renew", int)()
+            selector.after_update()
+            getattr(selector, "refresh", int)()
             assert 1 <= selector.depth <= L and (mix.weights[:, selector.depth:] == 0).all() or "tau" in known
             for q in selector.parameters(): finite(q, "a parameter after a step")
     holds()
@@ -498,7 +498,7 @@ def test_selectors(name):
 
 def test_aligners():
     tally = Counter()
-    @given(case=cases(points=(1, 1), layers=(1, 1)), kind=st.sampled_from((TokenAligner, InterpAligner)),
+    @given(case=cases(points=(1, 1), layers=(1, 1)), kind=st.sampled_from((TokenAligner, InterpolationAligner)),
            codes=st.booleans(), blank=st.booleans())
     def holds(case, kind, codes, blank):
         batch = Batch(case)
@@ -515,7 +515,7 @@ def test_aligners():
                 return y, aligner.reconstruction(y, as_model(x, case), grid_of(x.shape[1], case))
         y, loss = run()
         assert y.shape == (case.B, n, WIDTH_S)
-        for k, v in target_health(y).items(): finite(v, k)
+        for k, v in target_statistics(y).items(): finite(v, k)
         finite(y, "the target")
         sound(loss, case, aligner.parameters(), least=0)
         again = aligner(x[:1], grid_of(x.shape[1], case))
@@ -536,7 +536,7 @@ def test_maps_of_heads():
         with autocast(case): y = aligner(as_model(scores, case))
         sound(finite(y, "scores").softmax(-1).square().sum(), case, [scores, *aligner.parameters()])
         x = leaf(values(case.kind_t, (case.B, case.tokens_t[0], WIDTH_T), case.size_t, g), case)
-        with autocast(case): A = pseudo_attention(as_model(x, case), tau).weights()
+        with autocast(case): A = self_similarity(as_model(x, case), tau).probs()
         assert_close(A.sum(-1), torch.ones_like(A[..., 0]), rtol=1e-4, atol=1e-4)
         sound(A.square().sum(), case, [x])
     holds()
@@ -546,12 +546,12 @@ def test_balance():
     "Weights that sum to one over what is active, whatever the losses are: zero, all alike, or twelve orders apart"
     @given(losses=st.lists(st.lists(st.one_of(st.just(0.), st.floats(-8, 4).map(lambda e: 10**e)),
                                     min_size=4, max_size=4), min_size=1, max_size=5),
-           words=options(Balance, "names", "starts"),
+           words=options(LossBalancer, "names", "starts"),
            starts=st.lists(st.sampled_from((0., .25, .9)), min_size=4, max_size=4), step=st.integers(0, 20),
            bad=st.sampled_from((None, None, math.nan, math.inf)))
     def holds(losses, words, starts, step, bad):
         names = list("abcd")
-        balance = Balance(names, dict(zip(names, starts)), **words | dict(fraction=.5))
+        balance = LossBalancer(names, dict(zip(names, starts)), **words | dict(fraction=.5))
         case = Case(1, [], [], False, "", "", 0, 0, False, "float32", 0)
         number = lambda v: torch.tensor(float(v))
         for i, row in enumerate(losses):
@@ -572,7 +572,7 @@ def test_balance():
 
 # whom to ask about an option that is a word
 SAID = {f"{c.__name__}Options": c
-        for c in (*ALL_SELECTORS.values(), Balance, Fourier, Temperature, *STRUCTURE.values())}
+        for c in (*ALL_SELECTORS.values(), LossBalancer, FourierLoss, LearnedTemperature, *STRUCTURE.values())}
 SMALL = dict(rank=2, dim=8, max_rows=32, settle=1, start_from_teacher=False)
 LACKING = dict(match=lambda: st.lists(st.sampled_from(list(LOSSES)), min_size=1, max_size=3, unique=True).map(
                    lambda names: dict(losses={n: {} for n in names})))     # what a method's options cannot be without
@@ -625,21 +625,21 @@ def test_methods(name):
         def taught():
             one = batch.features("teacher")
             return one if teachers == 1 or name not in ("amtml", "diverse") else Features(
-                one.tokens, one.attention, one.logits, one.grids, members=[one, one])
+                one.tokens, one.attention, one.logits, one.grid_sizes, per_teacher=[one, one])
         def make():
-            objective = cls(drawn(), Shapes.of(batch.features("student")), Shapes.of(taught()), CLASSES)
+            objective = cls(drawn(), FeatureShapes.from_features(batch.features("student")), FeatureShapes.from_features(taught()), CLASSES)
             student = tapped(WIDTH_S, case)
             if getattr(objective.options, "head", None) == "distillation":
                 vars(student.model).update(head_dist=student.model.head, set_distilled_training=lambda on: None)
-            objective.meet(student, tapped(batch.width_t, case))
+            objective.setup(student, tapped(batch.width_t, case))
             return objective
         objective = attempt(lambda: settled(make, drawn.forget), tally, "options")
         if objective is None: return
         def run(i):
             with autocast(case):
-                progress = Progress(step + i, 100, case.seed, (step + i)/10, True)
+                progress = StepState(step + i, 100, case.seed, (step + i)/10, True)
                 return objective(batch.features("student"), taught(), batch.target,
-                                 objective.prepare(progress, case.B, "cpu"))
+                                 objective.sample(progress, case.B, "cpu"))
         for i in range(2):                                                # the second with what the first has left
             out = attempt(lambda: run(i), tally)
             if out is None: return
@@ -652,7 +652,7 @@ def test_methods(name):
             with torch.no_grad():
                 for q in objective.parameters():
                     if q.grad is not None: q -= 1e-3*q.grad/case.scale/max(1., (q.grad/case.scale).norm())
-            objective.after_step()
+            objective.after_update()
             for k, v in objective.state_dict().items():
                 if isinstance(v, torch.Tensor) and v.is_floating_point() and k != "best": finite(v, k)
     holds()

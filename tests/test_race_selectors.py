@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from basd.models.students import create_student, save_student
-from basd.runs.builders import teacher_from_run
+from basd.runs.builders import load_teacher_run
 
 root = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("race_selectors", root/"experiments"/"race_selectors.py")
@@ -51,7 +51,7 @@ def test_copied_layers_change_nothing(tmp_path):
     order = [0, 1, 1, 1, 2]
     copied = race.with_copies(tmp_path/"a", order)
     x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    one, many = (teacher_from_run(p)(x) for p in (tmp_path/"a", copied))
+    one, many = (load_teacher_run(p)(x) for p in (tmp_path/"a", copied))
     assert torch.equal(one.logits, many.logits) and len(many.tokens) == 5
     assert all(torch.equal(many.tokens[i], one.tokens[o]) for i,o in enumerate(order))
     assert not torch.equal(one.tokens[1], one.tokens[2])
@@ -66,7 +66,7 @@ def test_weights_are_thinned_and_filled_up():
 
 def test_rows_replace_their_elders(tmp_path, monkeypatch):
     monkeypatch.setattr(race, "RESULTS", tmp_path)
-    keep = lambda entry, seed, key, top1: race.keep(dict(entry=entry, seed=seed, key=key, top1=top1), "x", dict(teacher={str(seed): 90.}))
+    keep = lambda entry, seed, key, top1: race.own_fraction(dict(entry=entry, seed=seed, key=key, top1=top1), "x", dict(teacher={str(seed): 90.}))
     for row in [("a", 0, "k", 1.), ("a", 1, "k", 2.), ("b", 0, "k", 3.), ("a", 1, "k", 4.)]: keep(*row)
     read = lambda: json.loads((tmp_path/"selectors_x.json").read_text())
     assert [(r["entry"], r["seed"], r["top1"]) for r in read()["runs"]] == [("a", 0, 1.), ("b", 0, 3.), ("a", 1, 4.)]

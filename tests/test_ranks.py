@@ -10,25 +10,25 @@ from conftest import TINY
 from forks import end, on_ranks, start
 from torch.testing import assert_close
 
-from basd.geometry.alignment import InterpAligner, target_health
-from basd.core.features import Features, FormedAttention
+from basd.geometry.alignment import InterpolationAligner, target_statistics
+from basd.core.features import Features, AttentionMap
 from basd.geometry.frequency_selector import FrequencySelector
-from basd.geometry.grassmann import orthonormal_scores, overlap, scores, subspace
-from basd.geometry.projections import reconstruction
-from basd.geometry.selector import GrassmannSelector, draw_places
-from basd.core.distributed import global_mean, rank, world
-from basd.core.numerics import centre, covariance, effective_rank
-from basd.core.sampling import draw_images, step_generator
-from basd.losses.balance import Balance
-from basd.losses.cka import CKA
-from basd.losses.gram import PooledCorrelation
-from basd.losses.instance_relations import CRD, RKD, VRM
-from basd.losses.rsd import RSD
-from basd.losses.spectral import Spectral
-from basd.runs.run_directory import load
+from basd.geometry.grassmann import orthonormal_scores, mean_squared_cca, whitened_scores, principal_subspace
+from basd.geometry.projections import reconstruction_loss
+from basd.geometry.selector import GrassmannSelector, sample_positions
+from basd.core.distributed import all_reduce_mean, rank, world_size
+from basd.core.numerics import center, covariance, effective_rank
+from basd.core.sampling import sample_images, step_generator
+from basd.losses.balance import LossBalancer
+from basd.losses.cka import CKALoss
+from basd.losses.gram import BatchSimilarityLoss
+from basd.losses.instance_relations import CRDLoss, RKDLoss, VRMLoss
+from basd.losses.rsd import RSDLoss
+from basd.losses.spectral import SpectralLoss
+from basd.runs.run_directory import load_checkpoint
 from basd.cli import main
-from basd.core.distributed import everyone
-from basd.runs.builders import open_data
+from basd.core.distributed import gather_objects
+from basd.runs.builders import build_datasets
 from basd.runs.recipes import load_recipe
 from basd.training import build
 from basd.training.build import TrainingData, build_trainer, replay
@@ -49,7 +49,7 @@ def parts_and_gradients(trainer, batch):
     result["loss"].backward()
     said = result["parts"] | {k: v for k, v in result["report"].items()
                               if k.split("/")[0] in ("raw", "mixing", "distance", "leap", "reached")}
-    return ({k: global_mean(v.detach()) for k, v in said.items()},
+    return ({k: all_reduce_mean(v.detach()) for k, v in said.items()},
             {n: p.grad for n, p in trainer.task.named_parameters() if p.grad is not None})
 
 
@@ -88,13 +88,13 @@ def test_a_hole_on_one_rank(tmp_path):
     status = end(start(main_with_a_hole, ["train", "basd_cifar10", *words, "--run-dir", str(run)], out=out, ranks=2))
     said = out.read_text()
     assert status == [2, 2], said
-    found = load(run/"nonfinite.pt")
+    found = load_checkpoint(run/"nonfinite.pt")
     assert (f"loss 'ce' was not finite at step {found['step']}, first in the images on rank {found['rank']}; "
             "the weights before it") in said, said
     shares = found["batch"]["index"].tensor_split(2)
     assert ([len(i) for i in shares] == [8, 8]
-            and open_data(load_recipe("basd_cifar10", words)[""])[1][7] in shares[found["rank"]])
-    assert all(v.isfinite().all() for v in load(run/"last.pt")["task"].values())
+            and build_datasets(load_recipe("basd_cifar10", words)[""])[1][7] in shares[found["rank"]])
+    assert all(v.isfinite().all() for v in load_checkpoint(run/"last.pt")["task"].values())
     repeated = replay(run)                                              # without the hole
     assert not repeated["term"] and all(math.isfinite(v) for v in repeated["parts"].values())
 
@@ -106,29 +106,29 @@ def pieces(x, y, b):
     rows_x, rows_y = x.flatten(0, 1), y.flatten(0, 1)
     made = lambda cls, *words, **more: (torch.manual_seed(0), cls(*words, **more).double())[1]
     def whitened(z, k=3):
-        z = centre(z)
-        return scores(z, *subspace(covariance(z), k))[None]
-    along = lambda z, k=3: orthonormal_scores(centre(z), torch.eye(z.shape[-1], k, dtype=z.dtype))[None]
-    interp = made(InterpAligner, 9, E, 4)
+        z = center(z)
+        return whitened_scores(z, *principal_subspace(covariance(z), k))[None]
+    along = lambda z, k=3: orthonormal_scores(center(z), torch.eye(z.shape[-1], k, dtype=z.dtype))[None]
+    interp = made(InterpolationAligner, 9, E, 4)
     selectors = dict(eigh={}, tracked=dict(solver="track"), turned=dict(space="channel", procrustes=True), channel=dict(space="channel"))
     selectors = {k: made(GrassmannSelector, [D], [E, E], rank=3, dim=8, **v) for k, v in selectors.items()}
-    frequency, balances = made(FrequencySelector, [D], [E, E], bins=2), {f: Balance(["a", "b"], form=f) for f in ("reference", "paper", "original")}
-    mixed = lambda s: (m := s([x], [y, y.square()], *([[(3, 3)], [(3, 3)]*2] if s is frequency else []))).weights.sum(0)*n + m.regulariser
-    rsd = {f"{norm} {center} {pooled}": made(RSD, [D], [E], norm=norm, center=center, pooled=pooled)
+    frequency, balances = made(FrequencySelector, [D], [E, E], bins=2), {f: LossBalancer(["a", "b"], form=f) for f in ("reference", "paper", "original")}
+    mixed = lambda s: (m := s([x], [y, y.square()], *([[(3, 3)], [(3, 3)]*2] if s is frequency else []))).weights.sum(0)*n + m.regularizer
+    rsd = {f"{norm} {center} {pooled}": made(RSDLoss, [D], [E], norm=norm, center=center, pooled=pooled)
            for norm in ("layer", "batch") for center in (True, False) for pooled in (True, False)}
-    spectral = {f"{center}": Spectral("batch", center=center) for center in (True, False)}
-    cka = {f"{rows} {debias}": CKA(rows=rows, debias=debias) for rows in ("token", "image", "within") for debias in (True, False, None)
+    spectral = {f"{center}": SpectralLoss("batch", center=center) for center in (True, False)}
+    cka = {f"{rows} {debias}": CKALoss(rows=rows, debias=debias) for rows in ("token", "image", "within") for debias in (True, False, None)
            if rows == "token" or debias is not None}
     near = {k: made(c, **o) for k, (c, o) in dict(
-        rkd=(RKD, dict(images=None)), correlation=(PooledCorrelation, {}), centered=(PooledCorrelation, dict(center=True)),
-        crd=(CRD, dict(widths_s=[D], widths_t=[E]))).items()}
+        rkd=(RKDLoss, dict(images=None)), correlation=(BatchSimilarityLoss, {}), centered=(BatchSimilarityLoss, dict(center=True)),
+        crd=(CRDLoss, dict(widths_s=[D], widths_t=[E]))).items()}
     statistics = dict(
-        centre=(None, lambda: centre(rows_x).square().mean() if world() == 1 else global_mean(centre(rows_x).square().mean())),
-        covariance=(None, lambda: covariance(rows_x)), cross=(None, lambda: covariance(centre(rows_x), centre(rows_y))),
-        effective_rank=(None, lambda: effective_rank(rows_x)), health=(None, lambda: torch.stack(list(target_health(x).values()))),
-        scores=(None, lambda: overlap(whitened(rows_x), whitened(rows_y))), along=(None, lambda: overlap(along(rows_x), along(rows_y))),
+        centre=(None, lambda: center(rows_x).square().mean() if world_size() == 1 else all_reduce_mean(center(rows_x).square().mean())),
+        covariance=(None, lambda: covariance(rows_x)), cross=(None, lambda: covariance(center(rows_x), center(rows_y))),
+        effective_rank=(None, lambda: effective_rank(rows_x)), health=(None, lambda: torch.stack(list(target_statistics(x).values()))),
+        scores=(None, lambda: mean_squared_cca(whitened(rows_x), whitened(rows_y))), along=(None, lambda: mean_squared_cca(along(rows_x), along(rows_y))),
         interp=(None, lambda: (interp.fit(y), interp.projection @ interp.projection.mT + interp.mean)[1]),
-        tokens=(None, lambda: reconstruction(rows_y, rows_x[:, :10])), mean=(None, lambda: reconstruction(rows_y, rows_x[:, :10], "mean")),
+        tokens=(None, lambda: reconstruction_loss(rows_y, rows_x[:, :10])), mean=(None, lambda: reconstruction_loss(rows_y, rows_x[:, :10], "mean")),
         frequency=(frequency, lambda: mixed(frequency)),
         **{f"selector {k}": (s, lambda s=s: mixed(s)) for k, s in selectors.items()},
         **{f"rsd {k}": (l, lambda l=l: l([x], [y])) for k, l in rsd.items()},
@@ -136,7 +136,7 @@ def pieces(x, y, b):
         **{f"cka {k}": (None, lambda l=l: l([x], [y])) for k, l in cka.items() if not k.startswith("within")},
         **{f"balance {k}": (None, lambda l=l: l(torch.stack([x.square().mean(), y.square().mean()]), n, n)[1]["weights"]) for k, l in balances.items()})
     means = {**{k: (l, lambda l=l: l([x], [y])) for k, l in near.items()},
-             "vrm": (None, lambda: VRM()(x[:, 0], y[:, 0].new_zeros(b, D).index_add(1, torch.arange(E), y[:, 0]), None)),
+             "vrm": (None, lambda: VRMLoss()(x[:, 0], y[:, 0].new_zeros(b, D).index_add(1, torch.arange(E), y[:, 0]), None)),
              **{f"cka {k}": (None, lambda l=l: l([x], [y])) for k, l in cka.items() if k.startswith("within")}}
     return statistics, means
 
@@ -147,7 +147,7 @@ def every_piece():
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     loud = 1 + torch.arange(16.).double()[:, None, None]/8                   # ranks see images of other size and mean
     whole = draw(16, 9, 12)*loud + loud, draw(16, 9, 10)*loud + draw(16, 1, 10) + loud
-    x, y = (z.chunk(world())[rank()] for z in whole)
+    x, y = (z.chunk(world_size())[rank()] for z in whole)
     scale, values, gradients = torch.ones(12, dtype=torch.float64, requires_grad=True), {}, {}
     for average, found in zip((False, True), pieces(x*scale, y, len(x))):
         for name, (module, f) in found.items():
@@ -155,12 +155,12 @@ def every_piece():
             leaves = [scale, *(p for p in (module.parameters() if module is not None else ()) if p.requires_grad)]
             grads = (torch.autograd.grad((value*torch.linspace(1, 2, value.numel()).view_as(value)).sum(), leaves, retain_graph=True,
                                          allow_unused=True, materialize_grads=True) if value.requires_grad else [])
-            values[name] = global_mean(value.detach()) if average else value.detach()
-            for i, d in enumerate(grads): gradients[f"{name}, {i}"] = global_mean(d)
-    total = lambda places, images=len(x): torch.tensor(images*world()*len(places))
-    drawn = torch.zeros(16).index_add(0, draw_images(len(x), 8, step_generator(0, 0)) + rank()*len(x), torch.ones(8//world()))
-    values |= dict(images=global_mean(drawn)*world(), places=total(draw_places(9, len(x), 2, 64)),
-                   rsd=total(RSD([12], [10], max_rows=64).draw(9, len(x))), cka=total(CKA(max_rows=64).draw(9, len(x))))
+            values[name] = all_reduce_mean(value.detach()) if average else value.detach()
+            for i, d in enumerate(grads): gradients[f"{name}, {i}"] = all_reduce_mean(d)
+    total = lambda places, images=len(x): torch.tensor(images*world_size()*len(places))
+    drawn = torch.zeros(16).index_add(0, sample_images(len(x), 8, step_generator(0, 0)) + rank()*len(x), torch.ones(8//world_size()))
+    values |= dict(images=all_reduce_mean(drawn)*world_size(), places=total(sample_positions(9, len(x), 2, 64)),
+                   rsd=total(RSDLoss([12], [10], max_rows=64).draw(9, len(x))), cka=total(CKALoss(max_rows=64).draw(9, len(x))))
     return values, gradients
 
 
@@ -229,15 +229,15 @@ def test_every_method_on_several_ranks(blend, tmp_path, record_property):
 
 def cached_method(words, run):
     "Of one batch with recorded views in the second epoch: which views, then what `parts_and_gradients` gives"
-    words = [*words, f"teacher.cache={run.parent/'cache'}-{world()}"]
+    words = [*words, f"teacher.cache={run.parent/'cache'}-{world_size()}"]
     trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
     def kept_in_double(asked, view, kept=trainer.task.cache, **upto):
         f = kept(asked, view, **upto)
-        return Features([x.double() for x in f.tokens], [FormedAttention(a.map.double()) for a in f.attention],
-                        f.logits if f.logits is None else f.logits.double(), f.grids)
+        return Features([x.double() for x in f.tokens], [AttentionMap(a.map.double()) for a in f.attention],
+                        f.logits if f.logits is None else f.logits.double(), f.grid_sizes)
     trainer.task.cache = kept_in_double
     batch = next(iter(trainer.data.read(1, trainer.data.per_epoch, trainer.data.per_epoch + 1)))
-    return everyone([*zip(batch["asked"].tolist(), batch["view"].tolist())]), *parts_and_gradients(trainer, batch)
+    return gather_objects([*zip(batch["asked"].tolist(), batch["view"].tolist())]), *parts_and_gradients(trainer, batch)
 
 
 def test_two_ranks_share_recorded_views(tmp_path):

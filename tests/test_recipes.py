@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from basd.cli import main, train
-from basd.runs.recipe_files import merged, packaged, read_recipe, recipe_names
+from basd.runs.recipe_files import merge_override, RECIPES_DIR, read_recipe, recipe_names
 
 CIFAR10 = os.environ.get("BASD_CIFAR10")
 SHORT = ["data.batch_size=32", "data.workers=0", "data.train_size=96", "data.val_size=64", "train.epochs=1",
@@ -32,13 +32,13 @@ DIGITS = [n for n in recipe_names() if read_recipe(n).get("stages") and n not in
 
 def test_names_are_found_by_folder_or_alone():
     "A recipe's name is unique over all folders, each folder's frame is only extended, and no recipe deletes what it inherits but a teacher"
-    files = sorted(packaged.rglob("*.yaml"))
+    files = sorted(RECIPES_DIR.rglob("*.yaml"))
     assert recipe_names() == sorted(p.stem for p in files if p.stem != "_frame") and len({*recipe_names()}) == len(recipe_names())
-    assert [p.name for p in packaged.glob("*.yaml")] == ["quickstart.yaml"]
+    assert [p.name for p in RECIPES_DIR.glob("*.yaml")] == ["quickstart.yaml"]
     for p in files:
-        folder, written = p.parent.relative_to(packaged).as_posix(), yaml.safe_load(p.read_text())
-        assert read_recipe(f"{folder}/{p.stem}".removeprefix("./")) == merged(str(p))[0]
-        if p.stem != "_frame": assert read_recipe(p.stem) == merged(str(p))[0]
+        folder, written = p.parent.relative_to(RECIPES_DIR).as_posix(), yaml.safe_load(p.read_text())
+        assert read_recipe(f"{folder}/{p.stem}".removeprefix("./")) == merge_override(str(p))[0]
+        if p.stem != "_frame": assert read_recipe(p.stem) == merge_override(str(p))[0]
         assert {k for k, v in (written.get("stages") or {}).items() if v is None} <= {"teacher"}, p
 
 

@@ -11,10 +11,10 @@ from conftest import TINY
 from forks import ENVIRONMENT, state_of
 from PIL import Image, ImageOps
 
-from basd.data.sources import Images, open_source
+from basd.data.sources import ImageDataset, open_source
 from basd.cli import main
-from basd.runs.metrics import read_log
-from basd.runs.recipes import as_tree, load_recipe
+from basd.runs.metrics import read_metrics
+from basd.runs.recipes import to_dict, load_recipe
 
 WORDS = [*TINY, "data.train_size=128", "train.epochs=2", "train.warmup_epochs=1", "train.seed=7", "data.split_seed=3"]
 METHODS = {"basd": [], "labels": ["method.name=ce"],
@@ -24,7 +24,7 @@ METHODS = {"basd": [], "labels": ["method.name=ce"],
            "two readers": ["data.workers=2", "data.memory=false"]}
 
 
-def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_log(run)]
+def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(run)]
 
 
 def results(run): return {k: v for k, v in json.loads((run/"result.json").read_text()).items() if k != "seconds"}
@@ -108,12 +108,12 @@ def test_what_is_recorded(run):
         commit.returncode or about["git"]["commit"] == commit.stdout.strip())
     stored = load_recipe(str(run/"recipe.yaml"))[""]
     assert ((stored.train.seed, stored.data.split_seed) == (7, 3)
-            and as_tree(stored) == as_tree(load_recipe("basd_cifar10", WORDS)[""]))
+            and to_dict(stored) == to_dict(load_recipe("basd_cifar10", WORDS)[""]))
 
 
 def test_the_images_are_recorded(run):
     about = json.loads((run/"environment.json").read_text())
-    assert about["data"] == {split: Images(open_source("digits", split)).fingerprint() for split in ("train", "test")}
+    assert about["data"] == {split: ImageDataset(open_source("digits", split)).fingerprint() for split in ("train", "test")}
 
 
 def test_other_images(tmp_path, capsys):

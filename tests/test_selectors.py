@@ -8,7 +8,7 @@ from test_ranks import in_double
 from torch.testing import assert_close
 
 from basd.core.registry import SELECTORS
-from basd.runs.metrics import read_log
+from basd.runs.metrics import read_metrics
 from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
 
@@ -28,7 +28,7 @@ def words_of(name):
     return [*WORDS, "method.selector={" + ", ".join(f"{k}: {v}" for k,v in options.items()) + "}"]
 
 
-def moved(run): return [(r["step"], r["mixing"], r.get("frontier")) for r in read_log(run) if r["kind"] == "step"]
+def moved(run): return [(r["step"], r["mixing"], r.get("frontier")) for r in read_metrics(run) if r["kind"] == "step"]
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -38,14 +38,14 @@ def test_stop_and_go_on(name, tmp_path):
     build_trainer(recipe, tmp_path/"whole", bars=False).fit()
     for stop in (5, 6, 11):             # the second right behind a row of the log
         half = build_trainer(recipe, tmp_path/f"half-{stop}", bars=False)
-        half.told_to_stop = lambda: half.step >= stop
+        half.agreed_to_stop = lambda: half.step >= stop
         assert half.fit() is None
         again = build_trainer(recipe, tmp_path/f"half-{stop}", resume=True, bars=False)
         assert again.step == stop and again.task.method.selector.depth == half.task.method.selector.depth
         again.fit()
         assert state_of(tmp_path/f"half-{stop}") == state_of(tmp_path/"whole")
         assert moved(tmp_path/f"half-{stop}") == moved(tmp_path/"whole")
-    row = next(r for r in read_log(tmp_path/"whole") if r["kind"] == "step")
+    row = next(r for r in read_metrics(tmp_path/"whole") if r["kind"] == "step")
     assert [c in row for c in ("distance", "temperature", "entropy")] == LOGGED.get(name, [True, True, True])
     if name in OWN: # the test can fail: something has moved
         first, *_, last = moved(tmp_path/"whole")
@@ -57,7 +57,7 @@ def whole_run(words, run):
     trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
     trainer.step = 0
     trainer.fit()
-    return torch.tensor([r["mixing"] for r in read_log(run) if r["kind"] == "step"]), trainer.task.method.selector.depth
+    return torch.tensor([r["mixing"] for r in read_metrics(run) if r["kind"] == "step"]), trainer.task.method.selector.depth
 
 
 @pytest.mark.parametrize("name", SELECTORS)

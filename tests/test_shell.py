@@ -52,12 +52,12 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
 def test_non_finite_loss_is_named(tmp_path, capsys):
     assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0") == 2
     err = capsys.readouterr().err
-    from basd.runs.run_directory import load
+    from basd.runs.run_directory import load_checkpoint
     from basd.training.build import replay
-    found = load(tmp_path/"run"/"nonfinite.pt")
+    found = load_checkpoint(tmp_path/"run"/"nonfinite.pt")
     assert (f"loss {found['term']!r} was not finite at step {found['step']}, first in the student's blocks." in err
             and "Traceback" not in err)
-    assert all(v.isfinite().all() for v in load(tmp_path/"run"/"last.pt")["task"].values())
+    assert all(v.isfinite().all() for v in load_checkpoint(tmp_path/"run"/"last.pt")["task"].values())
     assert {k: found[k] for k in ("term", "of", "layer")}.items() <= replay(tmp_path/"run").items()
     assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0", "--resume") == 2
     assert capsys.readouterr().err == err

@@ -80,7 +80,7 @@ def test_a_first_step_that_is_refused(tmp_path, monkeypatch, capsys):
                                         "student: {img_size: 16, patch_size: 4, depth: 2, width: 32, heads: 2}\n"
                                         "train: {epochs: 1, warmup_epochs: 0}")
         monkeypatch.setattr(Trainer, "run_step", refuse)
-        monkeypatch.setattr("basd.cli.ours", lambda e: True)
+        monkeypatch.setattr("basd.cli.is_user_error", lambda e: True)
         assert main(["train", *words, "--run-dir", "run"]) == 2 and "refused" in capsys.readouterr().err
         assert not (tmp_path/"run").exists()
     monkeypatch.setattr(Trainer, "run_step", well)

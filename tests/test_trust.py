@@ -13,7 +13,7 @@ from conftest import NO_MODEL, TINY
 from forks import ENVIRONMENT
 
 from basd.core import registry
-from basd.runs.run_directory import load, save
+from basd.runs.run_directory import load_checkpoint, save_checkpoint
 from basd.cli import main
 from basd.training.build import replay
 
@@ -103,8 +103,8 @@ def test_a_race_with_a_hostile_run_in_its_folder(finished, here, capsys):
 
 def test_replay(finished, here):
     run = hostile(finished, here, HOSTILE["method"])
-    state = load(run/"last.pt")
-    save(dict(recipe=yaml.safe_load((run/"recipe.yaml").read_text()), step=0, classes=10, epoch=0., total_steps=1, micro=0, names=None,
+    state = load_checkpoint(run/"last.pt")
+    save_checkpoint(dict(recipe=yaml.safe_load((run/"recipe.yaml").read_text()), step=0, classes=10, epoch=0., total_steps=1, micro=0, names=None,
               rarity=1., task=state["task"], rng=state["rng"][0], batch={}), run/"nonfinite.pt")
     with pytest.raises(ValueError, match="would import code"): replay(run)
     assert not (here/"mark").exists()

@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from basd.runs.metrics import read_log
+from basd.runs.metrics import read_metrics
 from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
 
@@ -81,7 +81,7 @@ def train(recipe, run, stop=None):
     "A run to its end, stopped and taken up again after step `stop`"
     if stop is not None:
         half = build_trainer(recipe, run, bars=False)
-        half.told_to_stop = lambda: half.step >= stop
+        half.agreed_to_stop = lambda: half.step >= stop
         assert half.fit() is None and half.step == stop
     t = build_trainer(recipe, run, resume=stop is not None, bars=False)
     t.fit()
@@ -100,7 +100,7 @@ def fingerprint(case, run, stop=None):
     assert t.step == STEPS, t.step
     h, timeless = hashlib.sha256(), lambda row: [v for k,v in row.items() if k not in ("seconds", "offset")]
     for x in (t.task.state_dict(), average(t), t.optimizer.state_dict()): digest(x, h)
-    digest([timeless(r) for r in read_log(run/"run")], h)
+    digest([timeless(r) for r in read_metrics(run/"run")], h)
     digest(timeless(json.loads((run/"run"/"result.json").read_text())), h)
     return h.hexdigest()[:16]
 

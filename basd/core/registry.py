@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'LOSSES', 'SELECTORS', 'DIFFICULTIES', 'suggestion', 'trusting', 'trusted', 'imported', 'Registry',
-           'settings', 'options_of', 'belongs']
+           'options_dataclass', 'options_from', 'refuse_unread']
 
 # %% ../../nbs/core/06_registry.ipynb #f3e41eaf
 import difflib
@@ -120,7 +120,7 @@ SELECTORS = Registry('selector', 'basd.geometry', 'basd.losses')
 DIFFICULTIES = Registry('score', 'basd.methods')
 
 # %% ../../nbs/core/06_registry.ipynb #9fe2684d
-def settings(
+def options_dataclass(
     cls, # class with annotated attributes and defaults
 ):
     "Make `cls` a dataclass which, filled from a recipe, refuses unknown keys and wrong types"
@@ -128,21 +128,21 @@ def settings(
     return dataclass(cls)
 
 # %% ../../nbs/core/06_registry.ipynb #51c00232
-def options_of(
+def options_from(
     target,         # class or function whose keyword arguments are the options
     *skip:str,      # arguments that the method itself supplies
     **defaults,     # defaults that differ from the signature's
 ):
-    "A `settings` dataclass with one field for each argument of `target` that has a default"
+    "A `options_dataclass` dataclass with one field for each argument of `target` that has a default"
     given = [p for n,p in inspect.signature(target).parameters.items() if n not in skip and p.default is not p.empty]
     fields = [(p.name, Any if p.annotation is p.empty else p.annotation, field(default=defaults.get(p.name, p.default)))
               for p in given]
-    made = settings(make_dataclass(f'{target.__name__}Options', fields))
+    made = options_dataclass(make_dataclass(f'{target.__name__}Options', fields))
     made.reads = target                                      # where the meaning of each option is written
     return made
 
 # %% ../../nbs/core/06_registry.ipynb #33649be9
-def belongs(
+def refuse_unread(
     of,       # class whose options they are
     to:str,   # where they are read, in words: "form='svd'"
     here:str, # what was chosen instead, in words

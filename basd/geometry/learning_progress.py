@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.registry import SELECTORS
-from .selector import GrassmannSelector, depth_prior, mixing_weights
+from .selector import GrassmannSelector, depth_prior, layer_weights
 
 # %% ../../nbs/geometry/19_learning_progress.ipynb #d7f55241
 @SELECTORS.register('learning_progress')
@@ -49,5 +49,5 @@ class LearningProgressSelector(GrassmannSelector):
             new = torch.where(dist.isfinite().all(), dist, self.quick).to(self.quick.dtype)
             self.quick.lerp_(new, 1 - self.fast); self.lasting.lerp_(new, 1 - self.slow)
             self.seen.add_(1)
-        w = mixing_weights(-self.progress().to(dist.dtype), self.temperatures.to(dist.dtype), floor=self.floor)
+        w = layer_weights(-self.progress().to(dist.dtype), self.temperatures.to(dist.dtype), floor=self.floor)
         return w if self.band is None else depth_prior(w, self.band)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .schedule import Frontier, hat
 from ..core.registry import SELECTORS
-from .selector import GrassmannSelector, Mix
+from .schedule import Frontier, hat_weights
+from .selector import GrassmannSelector, Selection
 
 # %% ../../nbs/geometry/17_progressive.ipynb #3975d7a2
 @torch.no_grad()
@@ -54,14 +54,14 @@ class ProgressiveSelector(Frontier, GrassmannSelector):
     def weigh(self, dist:Tensor, gram:Tensor, time:Tensor|None=None)->Tensor:
         "Measure where each point stands, move, and weigh the layers around the new place"
         if self.training and time is not None:
-            r = share_reached(dist, gram/self.rank, hat(self.frontier, dist.shape[-1]))
+            r = share_reached(dist, gram/self.rank, hat_weights(self.frontier, dist.shape[-1]))
             r = torch.where(r.isfinite(), r, self.reached).to(self.reached.dtype)
             self.reached.lerp_(r, 1 - self.memory)
             self.advance(time, self.reached >= self.share)
-        return hat(self.frontier, dist.shape[-1]).to(dist.dtype)
+        return hat_weights(self.frontier, dist.shape[-1]).to(dist.dtype)
 
-    def forward(self, *args, **kwargs)->Mix:
+    def forward(self, *args, **kwargs)->Selection:
         "As `GrassmannSelector`'s; the report also has each point's frontier and the share it has reached"
         mix = super().forward(*args, **kwargs)
-        told = {k: v for k,v in mix.report.items() if k not in ('temperatures', 'entropy')} # no temperature decides
-        return mix._replace(report=told | dict(frontier=self.frontier.clone(), reached=self.reached.clone()))
+        told = {k: v for k,v in mix.metrics.items() if k not in ('temperatures', 'entropy')} # no temperature decides
+        return mix._replace(metrics=told | dict(frontier=self.frontier.clone(), reached=self.reached.clone()))

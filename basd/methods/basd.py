@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RSDOptions', 'RelationalOptions', 'AttentionOptions', 'SpectralOptions', 'BalanceOptions', 'default_selector',
-           'SelectorOptions', 'AlignerOptions', 'LossOptions', 'checked_losses', 'selector_options', 'checked_selector',
-           'BASDOptions', 'BASD', 'learned', 'grids_of_mixed']
+           'SelectorOptions', 'AlignerOptions', 'LossOptions', 'selector_options', 'BASDOptions', 'BASD',
+           'align_and_reconstruct', 'mixed_grid_sizes']
 
 # %% ../../nbs/methods/51_basd.ipynb #a8aa2210
 import warnings
@@ -19,24 +19,24 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from ..core.chunking import images_at_once, in_pieces
+from ..core.chunking import chunk_size, chunked_mean
 from ..core.features import Features
-from ..core.registry import LOSSES, METHODS, SELECTORS, belongs, options_of, settings, suggestion
-from ..core.sampling import draw_images, step_generator
-from ..geometry.alignment import InterpAligner, TokenAligner, target_health
-from ..geometry.layer_maps import FixedSelector, pairs_of
-from ..geometry.selector import selected
-from ..losses.attention import AttentionKL
-from ..losses.balance import Balance
-from ..losses.base import Layers, made_for, told
-from ..losses.mixed_targets import divisible, mixed_loss
-from ..losses.rsd import RSD
-from ..losses.spectral import Spectral
-from ..losses.token_relations import Relational
-from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, seeded
+from ..core.registry import LOSSES, METHODS, SELECTORS, refuse_unread, options_from, options_dataclass, suggestion
+from ..core.sampling import sample_images, step_generator
+from ..geometry.alignment import InterpolationAligner, TokenAligner, target_statistics
+from ..geometry.layer_maps import FixedSelector, layer_pairs
+from ..geometry.selector import selection_metrics
+from ..losses.attention import AttentionKLLoss
+from ..losses.balance import LossBalancer
+from ..losses.base import Layers, build_loss, SHAPE_ARGUMENTS
+from ..losses.mixed_targets import can_slice, mixed_loss
+from ..losses.rsd import RSDLoss
+from ..losses.spectral import SpectralLoss
+from ..losses.token_relations import TokenRelationLoss
+from .base import Requires, Method, StepState, FeatureShapes, Target, cross_entropy, method_output, seeded
 
 # %% ../../nbs/methods/51_basd.ipynb #a9c4a281
-@settings
+@options_dataclass
 class AlignerOptions:
     "How teacher tokens are brought to the student's places and width"
     kind:Literal['cross', 'interp'] = 'cross'       # cross-attention, or resampling and a fixed projection
@@ -48,14 +48,14 @@ class AlignerOptions:
     def __post_init__(self):
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples={self.samples} images of the aligner; give at least 2, or null for all")
-        if self.kind == 'interp': belongs(AlignerOptions, "kind='cross'", "'interp'", codes=self.codes, samples=self.samples)
+        if self.kind == 'interp': refuse_unread(AlignerOptions, "kind='cross'", "'interp'", codes=self.codes, samples=self.samples)
 
 # %% ../../nbs/methods/51_basd.ipynb #5dda4869
-RSDOptions, RelationalOptions = options_of(RSD, 'widths_s', 'widths_t', 'pooled', 'norm'), options_of(Relational)
-AttentionOptions, SpectralOptions = options_of(AttentionKL, 'heads_s', 'heads_t'), options_of(Spectral)
+RSDOptions, RelationalOptions = options_from(RSDLoss, 'widths_s', 'widths_t', 'pooled', 'norm'), options_from(TokenRelationLoss)
+AttentionOptions, SpectralOptions = options_from(AttentionKLLoss, 'heads_s', 'heads_t'), options_from(SpectralLoss)
 
 # %% ../../nbs/methods/51_basd.ipynb #4b9e0256
-@settings
+@options_dataclass
 class LossOptions:
     "The four structural losses, null leaves one out; any other registered loss joins them by its name"
     # content: redundancy suppression between student channels and aligned teacher channels; null: leave it out
@@ -70,12 +70,12 @@ class LossOptions:
 # %% ../../nbs/methods/51_basd.ipynb #db74ba35
 @cache
 def _loss_section(more):
-    made = settings(make_dataclass('LossOptions', [(n, options_of(LOSSES.get(n), *told)|None, field(default=None)) for n in more],
+    made = options_dataclass(make_dataclass('LossOptions', [(n, options_from(LOSSES.get(n), *SHAPE_ARGUMENTS)|None, field(default=None)) for n in more],
                                    bases=(LossOptions,)))
     made.__doc__, made.reads = LossOptions.__doc__, LossOptions
     return made
 
-def checked_losses(
+def _checked_losses(
     given, # name → options, or filled in before
 ):         # `LossOptions`, with a field more for each further loss
     "The options of all losses, or a sentence about what is wrong"
@@ -90,19 +90,19 @@ def checked_losses(
         raise ValueError(f"losses.{'.'.join(map(str, first['loc'][:2]))}: {first['msg'].lower()}") from None
 
 # %% ../../nbs/methods/51_basd.ipynb #5b97dfe7
-BalanceOptions = options_of(Balance, 'names', 'starts')
+BalanceOptions = options_from(LossBalancer, 'names', 'starts')
 
 # %% ../../nbs/methods/51_basd.ipynb #57940c98
 @cache
 def _selector_options(cls, name):
-    own = options_of(cls, 'widths_s', 'widths_t', 'procrustes')    # samples need no turning
-    made = settings(make_dataclass(own.__name__, [('name', Literal[name], field(default=name))], bases=(own,), kw_only=True))
+    own = options_from(cls, 'widths_s', 'widths_t', 'procrustes')  # samples need no turning
+    made = options_dataclass(make_dataclass(own.__name__, [('name', Literal[name], field(default=name))], bases=(own,), kw_only=True))
     made.__doc__, made.reads = cls.__doc__, cls
     return made
 
 def selector_options(
     name:str, # of a selector
-):            # a `settings` dataclass with `name` and one field for each option
+):            # a `options_dataclass` dataclass with `name` and one field for each option
     "What a recipe may say about a selector"
     return _selector_options(SELECTORS.get(name), name)
 
@@ -110,7 +110,7 @@ def selector_options(
 default_selector = 'nearest' # of BASD, where a recipe names none
 
 # %% ../../nbs/methods/51_basd.ipynb #ea53f189
-def checked_selector(
+def _checked_selector(
     given, # its options with its name, None for the default one, or options filled in before
 ):         # of `selector_options`
     "The options of a selector, filled in, or a sentence about what is wrong"
@@ -130,7 +130,7 @@ def checked_selector(
 SelectorOptions = selector_options('nearest')
 
 # %% ../../nbs/methods/51_basd.ipynb #54c2ff14
-@settings
+@options_dataclass
 class BASDOptions:
     "Everything that a recipe may say about BASD"
     # extraction points, student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
@@ -145,7 +145,7 @@ class BASDOptions:
     # how mixed teacher tokens are brought to the student's places and width
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
     # the four structural losses, and others
-    losses:Annotated[LossOptions, BeforeValidator(checked_losses)] = field(default_factory=LossOptions)
+    losses:Annotated[LossOptions, BeforeValidator(_checked_losses)] = field(default_factory=LossOptions)
     # how losses of different size become one, and over which share of the run they come in
     balance:BalanceOptions = field(default_factory=BalanceOptions)
     # loss → where its ramp starts, as a share of the warm-up `balance.fraction`; 0 where it is not named
@@ -157,9 +157,9 @@ class BASDOptions:
         names = [f.name for f in fields(self.losses)]
         if wrong := set(self.starts) - set(names):
             raise ValueError(f"starts names {min(wrong)!r}, which is no loss; the losses are {', '.join(names)}")
-        self.selector = checked_selector(self.selector)
+        self.selector = _checked_selector(self.selector)
         if self.rule is not None:
-            usual = checked_selector(None)
+            usual = _checked_selector(None)
             for name,given in vars(self.selector).items():
                 if given != getattr(usual, name, None):
                     raise ValueError(f"selector.{name}={given!r} belongs to learned weights, not to rule={self.rule!r}; leave "
@@ -167,14 +167,14 @@ class BASDOptions:
 
 # %% ../../nbs/methods/51_basd.ipynb #4bfc7c96
 @METHODS.register('basd')
-class BASD(Objective):
+class BASD(Method):
     "Select, align, compare, balance: the objective of bias-aware structural distillation"
     Options = BASDOptions
 
     def __init__(self,
         options:BASDOptions,
-        student:Shapes,      # of the extraction points
-        teacher:Shapes,      # of the teacher layers
+        student:FeatureShapes, # of the extraction points
+        teacher:FeatureShapes, # of the teacher layers
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)
@@ -190,7 +190,7 @@ class BASD(Objective):
             raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral, or name another")
         if hasattr(self.selector, 'common') and not self.selector.recon:    # nothing trains the projections
             self.selector.common.requires_grad_(False)
-        self.balance = Balance(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses},
+        self.balance = LossBalancer(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses},
                                **vars(options.balance))
 
     def make_selector(self, options):
@@ -208,8 +208,8 @@ class BASD(Objective):
         return None if None in depths else max(depths)
 
     @classmethod
-    def needs(cls, options):
-        return Needs(points=options.points, layers=options.layers,
+    def requires(cls, options):
+        return Requires(student_layers=options.points, teacher_layers=options.layers,
                      attention=any(o is not None and LOSSES.get(n).inputs == 'attention'
                                    for n,o in vars(options.losses).items()), teacher=True)
 
@@ -222,8 +222,8 @@ def make_aligner(self:BASD,
     o, s = self.options.aligner, self.student
     d_in = self.selector.mixed_width
     d_out = s.widths[p] if o.width == 'student' else d_in
-    make = TokenAligner if o.kind == 'cross' else InterpAligner
-    return make(s.tokens[p], d_in, d_out, grid_out=s.grids[p], **({'codes': o.codes} if o.kind == 'cross' else {}))
+    make = TokenAligner if o.kind == 'cross' else InterpolationAligner
+    return make(s.tokens[p], d_in, d_out, grid_out=s.grid_sizes[p], **({'codes': o.codes} if o.kind == 'cross' else {}))
 
 # %% ../../nbs/methods/51_basd.ipynb #fa58f915
 @patch
@@ -231,8 +231,8 @@ def loss_makers(self:BASD)->dict: # name → function that makes the module
     "The losses that the options ask for and the two models allow"
     o, s, t = self.options.losses, self.student, self.teacher
     widths = s.widths if self.options.aligner.width == 'student' else [self.selector.mixed_width]*len(s.widths)
-    make = dict(rsd=lambda: RSD(s.widths, widths, **vars(o.rsd)), rel=lambda: Relational(**vars(o.rel)),
-                attn=lambda: AttentionKL(s.heads, t.heads, **vars(o.attn)), spectral=lambda: Spectral(**vars(o.spectral)))
+    make = dict(rsd=lambda: RSDLoss(s.widths, widths, **vars(o.rsd)), rel=lambda: TokenRelationLoss(**vars(o.rel)),
+                attn=lambda: AttentionKLLoss(s.heads, t.heads, **vars(o.attn)), spectral=lambda: SpectralLoss(**vars(o.spectral)))
     make |= {n: partial(self.make_loss, n, widths) for n in vars(o) if n not in make}
     missing = o.attn and self.attention_missing()
     if missing: warnings.warn(f"L_attn is left out: {missing}")
@@ -252,12 +252,12 @@ def make_loss(self:BASD,
         raise ValueError(f"losses.{name} compares attention, and a layer of the {'student' if None in s.heads else 'teacher'} "
                          "has none; leave it out")
     given = dict(widths_s=s.widths, heads_s=s.heads, heads_t=heads, widths_t=t.widths if cls.inputs == 'all_layers' else widths)
-    return made_for(cls, vars(getattr(self.options.losses, name)), given)
+    return build_loss(cls, vars(getattr(self.options.losses, name)), given)
 
 @patch
 def uniform(self:BASD)->list: # one per student layer
     "Teacher layers of losses that need one real layer each"
-    return [l for _,l in pairs_of('uniform', len(self.student.widths), len(self.teacher.widths))]
+    return [l for _,l in layer_pairs('uniform', len(self.student.widths), len(self.teacher.widths))]
 
 # %% ../../nbs/methods/51_basd.ipynb #595a9b2d
 @patch
@@ -275,7 +275,7 @@ def attention_missing(self:BASD)->str: # '' if nothing is
     return ''
 
 # %% ../../nbs/methods/51_basd.ipynb #d762d675
-def learned(
+def align_and_reconstruct(
     aligner,     # of one extraction point
     x:Tensor,    # mixed teacher tokens, (B, N_t, D_t)
     grid,        # of these tokens, or None
@@ -284,25 +284,25 @@ def learned(
     "Align, and learn from it, a few images at a time"
     if not any(p.requires_grad for p in aligner.parameters()):
         return (y := aligner(x, grid)).detach(), aligner.reconstruction(y, x, grid)
-    usual, ys, some = aligner.usual(x, grid), [], x if images is None else x[images]
+    usual, ys, some = aligner.mean_prediction(x, grid), [], x if images is None else x[images]
     def share(_, part):
         y = aligner(part, grid)
         if images is None: ys.append(y.detach())
         return aligner.reconstruction(y, part, grid, usual) * (len(part)/len(some))
     width = max(x.shape[-1], 2*aligner.queries.shape[-1])
-    loss = in_pieces(share, [some], list(aligner.parameters()),
-                     images_at_once(4*x.shape[1]*width, len(some), x.device))
+    loss = chunked_mean(share, [some], list(aligner.parameters()),
+                     chunk_size(4*x.shape[1]*width, len(some), x.device))
     if images is None: return torch.cat(ys), loss
     with torch.no_grad(): return aligner(x, grid), loss
 
 # %% ../../nbs/methods/51_basd.ipynb #64340455
-def grids_of_mixed(
+def mixed_grid_sizes(
     student:Features,
     teacher:Features,
 )->list: # (height, width) or None, one an extraction point
     "Where mixed tokens lie: at the teacher's places if its layers agree on them, else at the student's"
-    places = {(x.shape[1], g) for x,g in zip(teacher.tokens, teacher.grids)}
-    return teacher.grids[:1]*len(student.tokens) if len(places) == 1 else student.grids
+    places = {(x.shape[1], g) for x,g in zip(teacher.tokens, teacher.grid_sizes)}
+    return teacher.grid_sizes[:1]*len(student.tokens) if len(places) == 1 else student.grid_sizes
 
 # %% ../../nbs/methods/51_basd.ipynb #a07276ad
 @patch
@@ -313,24 +313,24 @@ def align(self:BASD,
     images:Tensor|None=None, # which of them train the aligner; None: all
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, ()
     "Teacher tokens, mixed and brought to the student's places and width"
-    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids, student.grids)
+    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grid_sizes, student.grid_sizes)
     mixed = [x.detach() for x in mixed]
-    ys, losses = zip(*(learned(a, x, g, images)
-                       for a,x,g in zip(self.aligners, mixed, grids_of_mixed(student, teacher))))
+    ys, losses = zip(*(align_and_reconstruct(a, x, g, images)
+                       for a,x,g in zip(self.aligners, mixed, mixed_grid_sizes(student, teacher))))
     return mixed, list(ys), torch.stack(losses).mean()
 
 # %% ../../nbs/methods/51_basd.ipynb #f051da74
 @patch
-def prepare(self:BASD, progress:Progress, batch:int, device)->Progress:
+def sample(self:BASD, progress:StepState, batch:int, device)->StepState:
     "Draw what each part samples at this step"
     generator = lambda i: step_generator(progress.seed*31 + i, progress.step, device)
     n, s, own, others = self.student.tokens, self.student, dict(rsd=1, rel=2, attn=3, spectral=4), generator(7)
-    drawn = dict(selector=self.selector.draw(n, s.grids, batch, generator(0), device),
-                 align=draw_images(batch, self.options.aligner.samples, generator(5), device),
+    drawn = dict(selector=self.selector.sample(n, s.grid_sizes, batch, generator(0), device),
+                 align=sample_images(batch, self.options.aligner.samples, generator(5), device),
                  losses={k: loss.sample(n, batch, generator(own[k]) if k in own else others, device)
                          for k,loss in self.losses.items()})
     number = lambda v: torch.full((), float(v), device=device)
-    return progress._replace(drawn=drawn | dict(step=number(progress.step), total=number(progress.total),
+    return progress._replace(samples=drawn | dict(step=number(progress.step), total=number(progress.total_steps),
                                                 epoch=number(progress.epoch)))
 
 # %% ../../nbs/methods/51_basd.ipynb #e1564fa4
@@ -357,11 +357,11 @@ def compare(self:BASD,
 def sides(self:BASD, name:str, loss, student:Features, teacher:Features, weights:Tensor, mixed:list, ys:list)->tuple:
     "Layers of the student, layers of the teacher, and what else the target of a loss is made of"
     attends = loss.inputs == 'attention'
-    xs = Layers(student.attention if attends else student.tokens, student.grids)
-    if name == 'attn': return xs, Layers([a.detach() for a in teacher.attention], teacher.grids), dict(weights=weights)
+    xs = Layers(student.attention if attends else student.tokens, student.grid_sizes)
+    if name == 'attn': return xs, Layers([a.detach() for a in teacher.attention], teacher.grid_sizes), dict(weights=weights)
     if name == 'spectral': return xs, Layers(mixed), {}
-    if attends: return xs, Layers(*zip(*[(teacher.attention[l].detach(), teacher.grids[l]) for l in self.uniform()])), {}
-    return xs, (Layers(teacher.tokens, teacher.grids) if loss.inputs == 'all_layers' else Layers(ys, student.grids)), {}
+    if attends: return xs, Layers(*zip(*[(teacher.attention[l].detach(), teacher.grid_sizes[l]) for l in self.uniform()])), {}
+    return xs, (Layers(teacher.tokens, teacher.grid_sizes) if loss.inputs == 'all_layers' else Layers(ys, student.grid_sizes)), {}
 
 # %% ../../nbs/methods/51_basd.ipynb #9a7936ed
 @patch
@@ -369,7 +369,7 @@ def in_parts(self:BASD,
     blend, # record of MixUp or CutMix, or None
 )->bool:
     "May relations and attention be compared for a few images at a time"
-    return divisible(blend)
+    return can_slice(blend)
 
 # %% ../../nbs/methods/51_basd.ipynb #ca4f3d44
 @patch
@@ -380,7 +380,7 @@ def select(self:BASD,
     drawn:dict, # of `prepare`
 ):              # `Mix` of the selector
     "Layer weights, and the selector's own loss"
-    return self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, drawn['selector'], blend,
+    return self.selector(student.tokens, teacher.tokens, student.grid_sizes, teacher.grid_sizes, drawn['selector'], blend,
                          drawn['step']/drawn['total'])
 
 # %% ../../nbs/methods/51_basd.ipynb #1db58f7e
@@ -396,7 +396,7 @@ def factors(self:BASD,
     drawn:dict, # of `prepare`
 )->dict:        # name → number, or 0-d tensor
     "Factor of each balanced loss"
-    return {n: self.options.weight*loss.fade(drawn['epoch']) for n,loss in self.losses.items()}
+    return {n: self.options.weight*loss.decay(drawn['epoch']) for n,loss in self.losses.items()}
 
 # %% ../../nbs/methods/51_basd.ipynb #4c4d5a34
 @patch
@@ -405,39 +405,39 @@ def own_losses(self:BASD,
     recon:Tensor, # L_align, ()
 )->dict:          # name → 0-d tensor
     "Losses of selector and aligner, which nothing else trains"
-    return dict(selector=mix.regulariser, align=self.options.align*recon)
+    return dict(selector=mix.regularizer, align=self.options.align*recon)
 
 # %% ../../nbs/methods/51_basd.ipynb #e6a3be25
 @patch
-def forward(self:BASD, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
+def forward(self:BASD, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
     "One evaluation of the objective"
-    drawn = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None
-             else progress).drawn
-    with record_function('part/selector'): mix = self.select(student, teacher, target.blend, drawn)
+    drawn = (self.sample(progress, len(student.logits), student.logits.device) if progress.samples is None
+             else progress).samples
+    with record_function('part/selector'): mix = self.select(student, teacher, target.mix, drawn)
     weights = self.constant(mix.weights)
     with record_function('part/align'): mixed, ys, recon = self.align(weights, student, teacher, drawn['align'])
-    raw = self.compare(student, teacher, weights, mixed, ys, target.blend, drawn)
+    raw = self.compare(student, teacher, weights, mixed, ys, target.mix, drawn)
     losses = torch.stack([raw[n] for n in self.losses])
     total, balanced = self.balance(losses, drawn['step'], drawn['total'])
-    factors = self.factors(target.blend, drawn)
+    factors = self.factors(target.mix, drawn)
     parts = (dict(ce=cross_entropy(student.logits, target.labels))
              | {n: factors[n]*p for n,p in zip(self.losses, balanced['parts'])} | self.own_losses(mix, recon))
-    return outcome(student.logits, parts,
-                   self.report(raw, balanced, mix) | (self.health(ys) if progress.observe else {}))
+    return method_output(student.logits, parts,
+                   self.metrics(raw, balanced, mix) | (self.health(ys) if progress.should_log else {}))
 
 # %% ../../nbs/methods/51_basd.ipynb #f8b3127f
 @patch
-def report(self:BASD,
+def metrics(self:BASD,
     raw:dict,      # name → loss
-    balanced:dict, # of `Balance`
+    balanced:dict, # of `LossBalancer`
     mix,           # of the selector
 )->dict:
     "What the log is told at each step"
     each = {f'{kind}/{n}': v
             for kind,key in dict(normalised='normalised', weight='weights', ramp='ramps', weighted='weighted').items()
             for n,v in zip(self.losses, balanced[key])}
-    noted = {f'{n}/{k}': v for n,l in self.losses.items() for k,v in l.noted().items()}
-    return {f'raw/{n}': v for n,v in raw.items()} | each | noted | selected(mix, len(self.teacher.widths))
+    noted = {f'{n}/{k}': v for n,l in self.losses.items() for k,v in l.metrics().items()}
+    return {f'raw/{n}': v for n,v in raw.items()} | each | noted | selection_metrics(mix, len(self.teacher.widths))
 
 # %% ../../nbs/methods/51_basd.ipynb #c81ada02
 @patch
@@ -446,25 +446,25 @@ def health(self:BASD,
     ys:list, # targets, P × (B, N_s, D)
 )->dict:
     "Spread over the batch, cosine and effective rank of the aligned targets, one number an extraction point"
-    each = [target_health(y) for y in ys]
+    each = [target_statistics(y) for y in ys]
     return {f'target/{k}': torch.stack([h[k] for h in each]) for k in each[0]}
 
 # %% ../../nbs/methods/51_basd.ipynb #9c4f6134
 @patch
-def meet(self:BASD, student, teacher):
+def setup(self:BASD, student, teacher):
     "Introduce the models to the losses that want to know them"
-    for loss in self.losses.values(): loss.meet(student, teacher)
+    for loss in self.losses.values(): loss.setup(student, teacher)
 
 # %% ../../nbs/methods/51_basd.ipynb #a73fa688
 @patch
-def after_step(self:BASD): self.selector.after_step()
+def after_update(self:BASD): self.selector.after_update()
 
 # %% ../../nbs/methods/51_basd.ipynb #5b7626b8
 @patch
-def renew(self:BASD):
+def refresh(self:BASD):
     "Let selectors and losses that move tell the host how far they got"
-    getattr(self.selector, 'renew', int)()
-    for loss in self.losses.values(): loss.renew()
+    getattr(self.selector, 'refresh', int)()
+    for loss in self.losses.values(): loss.refresh()
 
 # %% ../../nbs/methods/51_basd.ipynb #ea90c508
 @patch

@@ -14,23 +14,23 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.features import Features
-from ..core.registry import METHODS, options_of, settings
-from ..core.sampling import draw_images, step_generator
-from ..geometry.alignment import InterpAligner, TokenAligner, target_health
+from ..core.registry import METHODS, options_from, options_dataclass
+from ..core.sampling import sample_images, step_generator
+from ..geometry.alignment import InterpolationAligner, TokenAligner, target_statistics
 from ..geometry.frequency_selector import FrequencySelector
-from ..geometry.selector import selected
+from ..geometry.selector import selection_metrics
 from ..losses.base import Layers
-from ..losses.fourier import Fourier
+from ..losses.fourier import FourierLoss
 from ..losses.mixed_targets import mixed_loss
-from .basd import AlignerOptions, grids_of_mixed, learned
-from .base import Needs, Objective, Progress, Shapes, Target, cross_entropy, outcome, seeded
+from .basd import AlignerOptions, mixed_grid_sizes, align_and_reconstruct
+from .base import Requires, Method, StepState, FeatureShapes, Target, cross_entropy, method_output, seeded
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #7ac78d76
-SelectorOptions = options_of(FrequencySelector, 'widths_s', 'widths_t')
-FourierOptions = options_of(Fourier, 'widths_s', 'widths_t')
+SelectorOptions = options_from(FrequencySelector, 'widths_s', 'widths_t')
+FourierOptions = options_from(FourierLoss, 'widths_s', 'widths_t')
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #10097459
-@settings
+@options_dataclass
 class BASDFourierOptions:
     "Everything that a recipe may say about the earlier form"
     # extraction points, student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
@@ -52,33 +52,33 @@ class BASDFourierOptions:
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #0212d746
 @METHODS.register('basd_fourier')
-class BASDFourier(Objective):
+class BASDFourier(Method):
     "The earlier form: layers by spatial frequency, a loss on Fourier transforms"
     Options = BASDFourierOptions
 
     def __init__(self,
         options:BASDFourierOptions,
-        student:Shapes,      # of the extraction points
-        teacher:Shapes,      # of the teacher layers
+        student:FeatureShapes, # of the extraction points
+        teacher:FeatureShapes, # of the teacher layers
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)
         for who,shapes in dict(student=student, teacher=teacher).items():
-            if None in shapes.grids:
-                raise ValueError(f"method basd_fourier compares maps, but layer {shapes.grids.index(None)} of the "
+            if None in shapes.grid_sizes:
+                raise ValueError(f"method basd_fourier compares maps, but layer {shapes.grid_sizes.index(None)} of the "
                                  f"{who}'s tapped layers has no grid; tap others, or use method basd")
         with seeded('selector'):
             self.selector = FrequencySelector(student.widths, teacher.widths, **vars(options.selector))
         o, width = options.aligner, self.selector.mixed_width
         widths = student.widths if o.width == 'student' else [width]*len(student.widths)
-        make = (lambda *a, **k: TokenAligner(*a, codes=o.codes, **k)) if o.kind == 'cross' else InterpAligner
+        make = (lambda *a, **k: TokenAligner(*a, codes=o.codes, **k)) if o.kind == 'cross' else InterpolationAligner
         self.aligners = nn.ModuleList()
-        for p,(n,d,g) in enumerate(zip(student.tokens, widths, student.grids)):
+        for p,(n,d,g) in enumerate(zip(student.tokens, widths, student.grid_sizes)):
             with seeded(f'aligners.{p}'): self.aligners.append(make(n, width, d, grid_out=g))
-        with seeded('loss'): self.loss = Fourier(student.widths, widths, **vars(options.fourier))
+        with seeded('loss'): self.loss = FourierLoss(student.widths, widths, **vars(options.fourier))
 
     @classmethod
-    def needs(cls, options): return Needs(points=options.points, layers=options.layers, teacher=True)
+    def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=options.layers, teacher=True)
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #d00164a6
 @patch
@@ -90,33 +90,33 @@ def targets(self:BASDFourier,
 )->tuple:             # teacher tokens at the student's places, P × (B, N_s, D); the aligner's loss, ()
     "Mix and align"
     mixed = [x.detach() for x in self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens],
-                                                   teacher.grids, student.grids)]
-    ys, losses = zip(*(learned(a, x, g, images) for a,x,g in zip(self.aligners, mixed, grids_of_mixed(student, teacher))))
+                                                   teacher.grid_sizes, student.grid_sizes)]
+    ys, losses = zip(*(align_and_reconstruct(a, x, g, images) for a,x,g in zip(self.aligners, mixed, mixed_grid_sizes(student, teacher))))
     return list(ys), torch.stack(losses).mean()
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #693668a5
 @patch
-def prepare(self:BASDFourier, progress:Progress, batch:int, device)->Progress:
+def sample(self:BASDFourier, progress:StepState, batch:int, device)->StepState:
     "Draw the images that train the aligner at this step"
     generator = step_generator(progress.seed, progress.step, device)
-    return progress._replace(drawn=draw_images(batch, self.options.aligner.samples, generator, device))
+    return progress._replace(samples=sample_images(batch, self.options.aligner.samples, generator, device))
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #43003756
 @patch
-def forward(self:BASDFourier, student:Features, teacher:Features, target:Target, progress:Progress)->dict:
+def forward(self:BASDFourier, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
     "One evaluation of the objective"
-    mix = self.selector(student.tokens, teacher.tokens, student.grids, teacher.grids, blend=target.blend)
-    images = (self.prepare(progress, len(student.logits), student.logits.device) if progress.drawn is None
-              else progress).drawn
+    mix = self.selector(student.tokens, teacher.tokens, student.grid_sizes, teacher.grid_sizes, blend=target.mix)
+    images = (self.sample(progress, len(student.logits), student.logits.device) if progress.samples is None
+              else progress).samples
     ys, align = self.targets(mix.weights.detach(), student, teacher, images)
-    raw = mixed_loss(self.loss, Layers(student.tokens, student.grids), Layers(ys, student.grids), target.blend)
+    raw = mixed_loss(self.loss, Layers(student.tokens, student.grid_sizes), Layers(ys, student.grid_sizes), target.mix)
     parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.weight*raw,
-                 selector=mix.regulariser, align=self.options.align*align)
-    health = {f'target/{k}': torch.stack([target_health(y)[k] for y in ys])
-              for k in ('batch_std', 'effective_rank', 'cosine')} if progress.observe else {}
-    return outcome(student.logits, parts,
+                 selector=mix.regularizer, align=self.options.align*align)
+    health = {f'target/{k}': torch.stack([target_statistics(y)[k] for y in ys])
+              for k in ('batch_std', 'effective_rank', 'cosine')} if progress.should_log else {}
+    return method_output(student.logits, parts,
                    {'raw/fourier': raw}
-                   | selected(mix, mix.weights.shape[1]) | health)
+                   | selection_metrics(mix, mix.weights.shape[1]) | health)
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #0549f261
 @patch

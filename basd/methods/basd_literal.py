@@ -12,12 +12,12 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.features import Features
-from ..core.registry import METHODS, belongs, settings
-from .base import Shapes
-from .basd import BASD, BASDOptions, grids_of_mixed
+from ..core.registry import METHODS, refuse_unread, options_dataclass
+from .basd import BASD, BASDOptions, mixed_grid_sizes
+from .base import FeatureShapes
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #0dae2a47
-@settings
+@options_dataclass
 class LiteralBASDOptions(BASDOptions):
     "Everything that a recipe may say about BASD's literal form"
     # "live": the losses also train aligner and temperatures; "constant": they train neither
@@ -31,7 +31,7 @@ class LiteralBASDOptions(BASDOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.targets == 'live':
-            belongs(LiteralBASDOptions, "targets='constant'", "'live'", align=self.align)
+            refuse_unread(LiteralBASDOptions, "targets='constant'", "'live'", align=self.align)
             if self.aligner.samples is not None:
                 raise ValueError(f"aligner.samples={self.aligner.samples} belongs to targets='constant', not to 'live'; "
                                  "leave one of them out")
@@ -44,14 +44,14 @@ class LiteralBASD(BASD):
 
     def __init__(self,
         options:LiteralBASDOptions,
-        student:Shapes,      # of the student layers
-        teacher:Shapes,      # of the teacher layers
+        student:FeatureShapes, # of the student layers
+        teacher:FeatureShapes, # of the teacher layers
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)
         self.live = options.targets == 'live'
         if not self.live: return
-        for a in self.aligners: getattr(a, 'back', nn.Identity()).requires_grad_(False)
+        for a in self.aligners: getattr(a, 'decoder', nn.Identity()).requires_grad_(False)
         if options.rule is None and options.selector.name == 'nearest': self.selector.rho.requires_grad_()
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #6898d4fe
@@ -70,15 +70,15 @@ def align(self:LiteralBASD,
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, () or None
     "Teacher tokens, mixed and brought to the student's places and width"
     if not self.live: return BASD.align(self, weights, student, teacher, images)
-    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grids,
-                              student.grids, constant=False)
-    return mixed, [a(x, g) for a,x,g in zip(self.aligners, mixed, grids_of_mixed(student, teacher))], None
+    mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grid_sizes,
+                              student.grid_sizes, constant=False)
+    return mixed, [a(x, g) for a,x,g in zip(self.aligners, mixed, mixed_grid_sizes(student, teacher))], None
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #f67b3f0a
 @patch
 def own_losses(self:LiteralBASD, mix, recon:Tensor|None)->dict:
     "Losses of selector and aligner; live targets leave the aligner none"
-    return dict(selector=mix.regulariser) if self.live else BASD.own_losses(self, mix, recon)
+    return dict(selector=mix.regularizer) if self.live else BASD.own_losses(self, mix, recon)
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #8c635bf4
 @patch

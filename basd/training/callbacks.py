@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MetricsLog', 'GradientNorms', 'StepRecorder', 'NonFiniteGuard', 'Constraints', 'LRSchedule', 'EMA', 'Stopped',
-           'on_stop', 'StopRequests', 'print_row', 'Validation', 'Diagnostics', 'by_name', 'Checkpoint', 'moved_to',
-           'Test', 'lasting', 'Progress', 'Refusals', 'taken_back']
+           'on_stop', 'StopRequests', 'Validation', 'Diagnostics', 'Checkpoint', 'Test', 'Progress', 'Refusals']
 
 # %% ../../nbs/training/74_callbacks.ipynb #e0196dbb
 import json
@@ -19,17 +18,18 @@ import torch.distributed as dist
 from fastprogress.fastprogress import master_bar, progress_bar
 from timm.utils import distribute_bn
 
-from ..core.distributed import everyone, rank, world
-from ..core.files import sync, write_atomic
+from ..core.distributed import gather_objects, rank, world_size
+from ..core.files import fsync, write_atomic
 from ..methods.base import Callback
 from ..models.students import save_student
-from ..runs.diagnostics import symptoms
+from ..runs.diagnostics import diagnose
 from ..runs.figures import plot_run
-from ..runs.metrics import Log, Sentinel
-from ..runs.recipes import as_tree
-from ..runs.run_directory import best_weights, forget_start, last_state, load, note, rng_state, save, set_rng_state
-from .nonfinite import NonFiniteLoss, in_a_sentence, in_words, look_again
-from .task import part_gradients, pulls
+from ..runs.metrics import MetricsLogger, NonFiniteTracker
+from ..runs.recipes import to_dict
+from ..runs.run_directory import (
+    load_best_student, forget_start, load_last, load_checkpoint, add_note, rng_state, save_checkpoint, set_rng_state)
+from .nonfinite import NonFiniteError, nonfinite_message, explain_errors, diagnose_nonfinite
+from .task import loss_gradients, gradient_metrics
 
 # %% ../../nbs/training/74_callbacks.ipynb #09793619
 class MetricsLog(Callback):
@@ -47,7 +47,7 @@ class MetricsLog(Callback):
     ):
         "Begin to write, on the first rank"
         self.clock = self.began = time.perf_counter()
-        if rank() == 0: self.log = Log(self.run, offset, step)
+        if rank() == 0: self.log = MetricsLogger(self.run, offset, step)
 
     def elapsed(self)->float: # seconds
         return self.before + time.perf_counter() - self.began
@@ -59,7 +59,7 @@ class MetricsLog(Callback):
         t.meter.add({'loss': t.out['loss']} | {f'part/{k}': v for k,v in t.out['parts'].items()} | t.out['report'])
 
     def after_step(self, t):
-        t.meter.add({f'grad_norm/{k}': n for k,n in zip(('student', 'objective'), t.norms)})
+        t.meter.add({f'grad_norm/{k}': n for k,n in zip(('student', 'objective'), t.grad_norms)})
         if not t.should_log: return
         row, now = t.meter.read(), time.perf_counter()
         row |= dict(kind='step', step=t.step, epoch=t.step/t.data.per_epoch, lr=t.optimizer.param_groups[-1]['lr'],
@@ -69,7 +69,7 @@ class MetricsLog(Callback):
         self.write(row)
 
     def state_dict(self):
-        sync(self.log.path)             # rows before the checkpoint that counts on them
+        fsync(self.log.path)            # rows before the checkpoint that counts on them
         return dict(offset=self.log.offset, elapsed=self.elapsed())
 
     def load_state_dict(self, state): self.before, self.offset = state['elapsed'], state['offset']
@@ -79,7 +79,7 @@ class GradientNorms(Callback):
     "How hard each part of the loss pulls on the student"
     order = 10
     def after_loss(self, t):
-        if t.should_log and t.micro == len(t.batches) - 1: t.meter.add(pulls(part_gradients(t.out['parts'], t.groups[0])))
+        if t.should_log and t.micro == len(t.batches) - 1: t.meter.add(gradient_metrics(loss_gradients(t.out['parts'], t.groups[0])))
 
 # %% ../../nbs/training/74_callbacks.ipynb #886dd262
 class StepRecorder(Callback):
@@ -100,7 +100,7 @@ class NonFiniteGuard(Callback):
         averages=(), # modules whose buffers are put back, besides the task's
     ):
         self.recipe, self.checkpoint, self.recorder, self.averages = recipe, checkpoint, recorder, averages
-        self.allowed, self.sentinel, self.buffers = recipe.train.skip_nonfinite, Sentinel(), None
+        self.allowed, self.sentinel, self.buffers = recipe.train.skip_nonfinite, NonFiniteTracker(), None
         self.skipped, self.fatal = torch.tensor([0, -1])        # bad steps; the one too many, or -1
 
     def before_fit(self, t):
@@ -116,10 +116,10 @@ class NonFiniteGuard(Callback):
     def after_backward(self, t): self.sentinel.watch(t.out['parts'], t.step)
 
     def before_update(self, t):
-        t.skipped = self.skipped = self.skipped.to(t.found.device) + t.found.long()
+        t.skipped = self.skipped = self.skipped.to(t.nonfinite.device) + t.nonfinite.long()
         over = self.skipped > self.allowed
         self.fatal = torch.where(over & (self.fatal.to(over.device) < 0), t.step, self.fatal.to(over.device))
-        t.optimizer.found_inf = torch.maximum(t.found, over.float())
+        t.optimizer.found_inf = torch.maximum(t.nonfinite, over.float())
 
     def after_log(self, t):
         if self.fatal.item() >= 0: self.give_up(t)
@@ -130,18 +130,18 @@ class NonFiniteGuard(Callback):
     ):
         "Save the weights before the bad step and what repeats it, and say what it was"
         path = self.checkpoint.run/'nonfinite.pt'
-        in_short = lambda found: in_a_sentence(found, path.parent, self.allowed)
-        words = everyone(in_short(load(path)) if saved and rank() == 0 and path.is_file() else None)[0]
+        in_short = lambda found: nonfinite_message(found, path.parent, self.allowed)
+        words = gather_objects(in_short(load_checkpoint(path)) if saved and rank() == 0 and path.is_file() else None)[0]
         if words is None:
             for b,old in self.buffers or (): b.copy_(old)
             if not saved: self.checkpoint.save(t, 'last.pt')
             now, t.step = t.step, int(self.fatal)
-            found = look_again(t, self.recorder.states, self.sentinel.read())
-            found |= dict(recipe=as_tree(self.recipe), names=t.data.names)
-            if rank() == 0: save(found, path)
-            if world() > 1: dist.barrier()
+            found = diagnose_nonfinite(t, self.recorder.states, self.sentinel.read())
+            found |= dict(recipe=to_dict(self.recipe), names=t.data.names)
+            if rank() == 0: save_checkpoint(found, path)
+            if world_size() > 1: dist.barrier()
             t.step, words = now, in_short(found)
-        raise NonFiniteLoss(words)
+        raise NonFiniteError(words)
 
     def state_dict(self): return dict(first=self.sentinel.first, skipped=self.skipped, fatal=self.fatal)
 
@@ -158,12 +158,12 @@ class Constraints(Callback):
     @torch.no_grad()
     def after_update(self, t):
         kept = [(p, p._version, p.clone()) for p in self.params]
-        t.task.method.after_step()
+        t.task.method.after_update()
         kept = [(p, old) for p,version,old in kept if p._version != version]
         for p,old in kept: p.copy_(torch.where(t.optimizer.found_inf > 0, old, p))
         self.params = [p for p,_ in kept]
 
-    def after_log(self, t): t.task.method.renew()
+    def after_log(self, t): t.task.method.refresh()
 
 # %% ../../nbs/training/74_callbacks.ipynb #9be6f9d5
 class LRSchedule(Callback):
@@ -215,10 +215,10 @@ class StopRequests(Callback):
     order = 75
     def around(self, t): return on_stop(lambda: setattr(t, 'stopping', True))
     def end_step(self, t):
-        if t.step < t.epoch_end: t.should_stop = t.told_to_stop()       # at the end of an epoch, validation asks
+        if t.step < t.epoch_end: t.should_stop = t.agreed_to_stop()     # at the end of an epoch, validation asks
 
 # %% ../../nbs/training/74_callbacks.ipynb #4e28f355
-def print_row(name, row, epochs):
+def _print_row(name, row, epochs):
     "One line on standard output per epoch"
     acc = ''.join(f", {k.replace('val_top1', 'val top-1').replace('_', ' ')} {v:.2f} %"
                   for k,v in row.items() if k.startswith('val_top1'))
@@ -238,14 +238,14 @@ class Validation(Callback):
 
     def validate(self, t):
         student = t.task.student
-        if world() > 1: distribute_bn(student, world(), reduce=True)
+        if world_size() > 1: distribute_bn(student, world_size(), reduce=True)
         row = dict(kind='epoch', step=t.step, epoch=t.epoch + 1, seconds=self.metrics.elapsed())
         for suffix,model in ({'': student} | self.averages).items() if t.data.val else ():
-            found = t.data.evaluate(model, 'val', t.task.precision, t.told_to_stop)
+            found = t.data.evaluate(model, 'val', t.task.precision, t.agreed_to_stop)
             if found is None: t.should_stop = True; return
             row |= {f'val_{k}{suffix}': v for k,v in found.items() if k != 'n'}
         self.metrics.write(row)
-        if rank() == 0: print_row(self.name, row, t.config.epochs)
+        if rank() == 0: _print_row(self.name, row, t.config.epochs)
         self.improved = row.get('val_top1', 0.) >= self.best['top1']
         if self.improved: self.best = dict(top1=row.get('val_top1', 0.), epoch=t.epoch + 1)
 
@@ -261,12 +261,12 @@ class Diagnostics(Callback):
     def validate(self, t):
         if rank() or t.should_stop: return
         rows = lambda kind: [r for r in self.metrics.log.rows if r['kind'] == kind]
-        for s in symptoms(rows('step'), known={r['name'] for r in rows('symptom')}):
+        for s in diagnose(rows('step'), known={r['name'] for r in rows('symptom')}):
             self.metrics.write(dict(kind='symptom', step=s.step, name=s.name, text=s.sentence))
             print(f"{self.name}: {s.sentence}", flush=True)
 
 # %% ../../nbs/training/74_callbacks.ipynb #ae9c9b50
-def by_name(
+def _by_name(
     callbacks, # in their order
 ):             # pairs of name and callback
     "Callbacks by their classes; a further one of a class has a number, so that none writes over another's state"
@@ -289,25 +289,25 @@ class Checkpoint(Callback):
     def save(self, t,
         name:str, # of the file
     ):
-        states = everyone(rng_state())
+        states = gather_objects(rng_state())
         if rank() == 0:
-            own = {name: s for name,cb in by_name(t.callbacks) if (s := cb.state_dict())}
-            save(dict(form=self.form, step=t.step, epoch=t.epoch, task=t.task.state_dict(), optimizer=t.optimizer.state_dict(),
+            own = {name: s for name,cb in _by_name(t.callbacks) if (s := cb.state_dict())}
+            save_checkpoint(dict(form=self.form, step=t.step, epoch=t.epoch, task=t.task.state_dict(), optimizer=t.optimizer.state_dict(),
                       meter=t.meter.state_dict(), rng=states, callbacks=own),
                  self.run/name, keep='previous.pt' if name == 'last.pt' else None)
 
     def restore(self, t):
         "Take up the run where `last.pt` left it, if it is there"
-        state = last_state(self.run)
+        state = load_last(self.run)
         if state is None: return
         own = self.checked(state)
         t.step, t.epoch = state['step'], state['epoch']
         t.task.load_state_dict(state['task'])
         t.optimizer.load_state_dict(state['optimizer'])
         device = next(t.task.parameters()).device
-        t.meter.load_state_dict(moved_to(device, state['meter']))
-        for name,cb in by_name(t.callbacks):
-            if name in own: cb.load_state_dict(moved_to(device, own[name]))
+        t.meter.load_state_dict(_moved_to(device, state['meter']))
+        for name,cb in _by_name(t.callbacks):
+            if name in own: cb.load_state_dict(_moved_to(device, own[name]))
             if hasattr(cb, 'after_restore'): cb.after_restore(t)
         set_rng_state(state['rng'][rank()])
 
@@ -323,13 +323,13 @@ class Checkpoint(Callback):
                              "put it back, or begin a new run")
         epoch = own['Validation']['best']['epoch']
         if epoch >= 0:
-            try: load(self.run/'best.pt')
+            try: load_checkpoint(self.run/'best.pt')
             except (ValueError, FileNotFoundError) as e:
                 raise ValueError(f"{e}; copy last.pt over best.pt in {self.run} to go on with the weights of "
                                  f"step {state['step']} in place of those of epoch {epoch}, or begin a new run") from None
-        if len(state['rng']) != world():
+        if len(state['rng']) != world_size():
             raise ValueError(f"{self.run} was trained on {len(state['rng'])} ranks and can be resumed exactly "
-                             f"on as many only, not on {world()}")
+                             f"on as many only, not on {world_size()}")
         return own
 
     def end_step(self, t):
@@ -343,11 +343,11 @@ class Checkpoint(Callback):
         self.save(t, 'last.pt')
 
 # %% ../../nbs/training/74_callbacks.ipynb #50494e6b
-def moved_to(device, x):
+def _moved_to(device, x):
     "Nested tensors on a device"
     if isinstance(x, torch.Tensor): return x.to(device)
-    if isinstance(x, dict): return {k: moved_to(device, v) for k,v in x.items()}
-    return type(x)(moved_to(device, v) for v in x) if isinstance(x, (list, tuple)) else x
+    if isinstance(x, dict): return {k: _moved_to(device, v) for k,v in x.items()}
+    return type(x)(_moved_to(device, v) for v in x) if isinstance(x, (list, tuple)) else x
 
 # %% ../../nbs/training/74_callbacks.ipynb #130a61fc
 class Test(Callback):
@@ -363,12 +363,12 @@ class Test(Callback):
 
     def after_fit(self, t):
         student, result = t.task.student, {}
-        weights = ({'last': student.model.state_dict(), 'best': best_weights(self.run)}
+        weights = ({'last': student.model.state_dict(), 'best': load_best_student(self.run)}
                    | {k: m.model.state_dict() for k,m in self.averages.items()})
         last = {k: v.clone() for k,v in weights['last'].items()}
         for name,w in weights.items():
             student.model.load_state_dict(w)
-            result[name] = t.data.evaluate(student, 'test', t.task.precision, t.told_to_stop)
+            result[name] = t.data.evaluate(student, 'test', t.task.precision, t.agreed_to_stop)
             if result[name] is None: break
         if None in result.values(): student.model.load_state_dict(last); return
         headline, best = self.headline if self.headline in weights else 'last', self.validation.best
@@ -383,10 +383,10 @@ class Test(Callback):
             # last: a run that has it has ended
             write_atomic(self.run/'result.json', lambda p: p.write_text(json.dumps(t.result, indent=1)))
         student.model.load_state_dict(last)
-        t.stopping = t.told_to_stop()                           # and the ranks meet once more
+        t.stopping = t.agreed_to_stop()                         # and the ranks meet once more
 
 # %% ../../nbs/training/74_callbacks.ipynb #439bce49
-def lasting(
+def _lasting(
     seconds:float,
 )->str:
     "A length of time in its natural unit"
@@ -424,8 +424,8 @@ class Progress(Callback):
         if t.epoch != self.first + 1 or rank(): return
         step, began = self.start
         left = (time.perf_counter() - began)/max(1, t.step - step)*(t.data.total - t.step)
-        note(self.run, expected_seconds=round(self.metrics.elapsed() + left, 1))
-        if left: print(f"{self.name}: about {lasting(left)} more at this pace", flush=True)
+        add_note(self.run, expected_seconds=round(self.metrics.elapsed() + left, 1))
+        if left: print(f"{self.name}: about {_lasting(left)} more at this pace", flush=True)
 
     def after_fit(self, t):
         if self.bars: next(self.epochs, None)
@@ -441,10 +441,10 @@ class Refusals(Callback):
 
     @contextmanager
     def around(self, t):
-        with in_words(self.run), taken_back(self.run, lambda: self.fresh and t.step == 0): yield
+        with explain_errors(self.run), _taken_back(self.run, lambda: self.fresh and t.step == 0): yield
 
 @contextmanager
-def taken_back(
+def _taken_back(
     run,    # run directory
     unused, # () → is it ours to take back
 ):
