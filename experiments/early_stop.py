@@ -1,9 +1,9 @@
-"""What a teacher that stops early saves: its pass and BASD's step to each depth, beside the same with the whole teacher.
+"""Time saved by a teacher that stops early: its forward pass and BASD's step at each depth, relative to the whole teacher.
 
     python experiments/early_stop.py [--rounds 15]
 
-The frame of race.py for two cores: a ViT-Tiny of 12 blocks at 96 pixels teaches a student of four blocks at 32 pixels, 64
-images a step. A fixed map spreads the four points over the first n teacher layers. All depths take turns in one process of
+The frame of race.py for two cores: a ViT-Tiny teacher of 12 blocks at 96 pixels and a student of four blocks at 32 pixels, 64
+images per step. A fixed map spreads the four student layers over the first n teacher layers. All depths take turns in one process of
 one thread, and it is the time of the processor that counts, which a busy machine disturbs little; reported are medians of
 the ratios of a round. Weights are random and images are noise. Written to experiments/results/early_stop.json, after each
 round anew.
@@ -28,7 +28,7 @@ STEPS = 1, 6                                # depths at which whole steps are ti
 
 
 def bench(depth):
-    "BASD with a fixed map that spreads four points over the first `depth` teacher layers"
+    "BASD with a fixed map that spreads four student layers over the first `depth` teacher layers"
     rule = [list(p) for p in layer_map("uniform", 4, depth)]
     return StepCost(build_recipe(dict(
         data=dict(batch_size=64),

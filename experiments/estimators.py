@@ -1,9 +1,9 @@
-"""Do sampled losses teach worse? The recipe `digits` over three seeds: labels alone, BASD with exact losses and with
+"""Accuracy of BASD with exact and with sampled losses. The recipe `digits` over three seeds: labels alone, BASD with exact losses and with
 sampled ones.
 
     python experiments/estimators.py [RUNS]      # resumes where it was interrupted; experiments/results/estimators.json
 
-The teacher and the student by labels alone are trained once a seed; the forms differ in nothing but the options below.
+The teacher and the student by labels alone are trained once per seed; the forms differ in nothing but the options below.
 """
 import json
 import sys
@@ -23,7 +23,7 @@ FORMS = {
 
 
 def finished(run, recipe, *overrides):
-    "Results of a run, made or taken up if need be"
+    "Results of a run, which is trained or resumed if needed"
     if not (run/"result.json").is_file():
         train(recipe, *overrides, run_dir=str(run), resume=(run/"recipe.yaml").is_file(), bars=False)
     r = json.loads((run/"result.json").read_text())

@@ -10,7 +10,7 @@ For each one result:
 - agree: the tokens of an ordinary, tapped forward pass equal timm's second implementation, `forward_intermediates`, as do grid and
   prefix (which is what the layer returned beyond the grid); every layer of `layer_names` does. Where attention is read, its map equals the
   softmax that the unfused code computes.
-- refused: `TappedModel` says in one sentence why it does not read this model.
+- refused: `TappedModel` gives the reason in one sentence.
 - no reference: it is read, and timm has no second implementation to compare with.
 - differs: neither of these. There must be none.
 """
@@ -96,7 +96,7 @@ def against_unfused(model, x, names, f):
     return worst
 
 def trial(name):
-    "What becomes of one model as a teacher"
+    "Result for one model as a teacher"
     began = time.perf_counter()
     try: model, x, kwargs = small(name)
     except Exception as e: return dict(model=name, result='not runnable', why=f'{type(e).__name__}: {e}'[:300])

@@ -2,7 +2,7 @@
 bit for bit.
 
 A run is killed again and again until it ends; then its weights, average, whole checkpoints (but for the clock), rows of
-the log, exported student and result must be those of an undisturbed run of the same words. Moments are drawn from a
+the log, exported student and result must be those of an undisturbed run with the same arguments. Moments are drawn from a
 seed: at any time, and inside what is dangerous (tests/kills.py has the list).
 
     python experiments/kill.py [--seed 0] [--minutes 12] [--out experiments/results/kill.json]
@@ -93,7 +93,7 @@ class Race:
 
 
 def attempt(words, run, row, ranks, span, chance):
-    "One start that should die; did it?"
+    "One start that should be killed; returns whether it was"
     out = run.parent/"out.txt"
     kill = None if row["kind"] == "any time" else (row["moment"], row["n"])
     wait = span*chance.uniform(.1, .6) if kill is None else None
@@ -104,7 +104,7 @@ def attempt(words, run, row, ranks, span, chance):
 
 
 def finish(words, run, ranks, whole, rows, race, but=()):
-    "Let a run come to its end, and compare"
+    "Resume a run to its end, and compare"
     status = kills.end(kills.launch([*words, "--run-dir", run, "--resume"], run.parent/"out.txt", ranks=ranks))
     assert not any(status), (run.parent/"out.txt").read_text()
     settle(run, whole, rows, race, but)
@@ -120,7 +120,7 @@ def settle(run, whole, rows, race, but=()):
               f"{'equal' if not wrong else 'NOT EQUAL: ' + ', '.join(wrong)}", flush=True)
 
 
-SIGNALS = 20            # moments a number of ranks
+SIGNALS = 20            # moments per number of ranks
 SAVED = ("previous.pt",)    # the checkpoint before the last is one that a signal made, which an undisturbed run has not
 
 
@@ -199,7 +199,7 @@ def main():
 
 
 def told(race):
-    "Print the outcome; is it not as it should be?"
+    "Print the outcome; returns whether it is wrong"
     found = race.write()
     print(f"{found['kills']} kills of {found['asked']} in {found['seconds']} s, {found['equal']} of them followed by "
           "an end equal to the undisturbed one")

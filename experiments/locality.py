@@ -1,11 +1,11 @@
-"""The locality curse at the scale of two processor cores: who teaches, and how far the student then looks.
+"""The locality curse at the scale of two processor cores: the teacher, and the attention distance of its student.
 
     HF_HUB_OFFLINE=1 python experiments/locality.py CIFAR10_FOLDER VIT_TINY.safetensors [RUNS]
 
 CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Every student has the same architecture, images,
 views, schedule and selection rule; rows differ in what is listed in ROWS and in nothing else. Resumes where it was
-interrupted; writes experiments/results/locality.json after every run. Then measures how far the students look, trained
-and untrained, and how well the ImageNet teacher's features know the classes (neighbours and a linear probe on the same
+interrupted; writes experiments/results/locality.json after every run. Then measures the attention distance of the students, trained
+and untrained, and the k-NN and linear-probe accuracy of the ImageNet teacher's features (from the same
 5,000 training images).
 """
 import json
@@ -38,7 +38,7 @@ ROWS = {
 
 
 def result(run, recipe, overrides):
-    "Results of a run, made or taken up if need be"
+    "Results of a run, which is trained or resumed if needed"
     if not (run/"result.json").is_file():
         train(recipe, *overrides, run_dir=str(run), resume=(run/"recipe.yaml").is_file(), bars=False)
     r = json.loads((run/"result.json").read_text())
@@ -55,7 +55,7 @@ def looks(run):
 
 
 def known_to_teacher(run):
-    "What neighbours and a linear probe read from the teacher's last layer"
+    "k-NN and linear-probe accuracy of the teacher's last layer"
     o = open_run(run)
     seen, said = (predict(o.teacher, images, which, input_size(o.teacher))
                   for images, which in ((o.train, o.fit), (o.test, None)))

@@ -1,11 +1,11 @@
 """Can a layer selector find a planted layer among the real features of a vision transformer?
 
 For each block `l` of a ViT-Tiny the student is that block's tokens in other channels (a random rotation) plus Gaussian
-noise. Every form of the selector then has to name `l`. One JSON holds the distances of all forms.
+noise. Every form of the selector then has to find `l`. One JSON holds the distances of all forms.
 
-The same under MixUp and CutMix, where the teacher sees the images whole. The student is then either what the targets of
-training ask for, the planted layer's tokens blended as the images are, or what a model makes of blended images, the
-planted layer's tokens of the blended images themselves. The selector blends the teacher's rows, or takes them as they are.
+The same under MixUp and CutMix, where the teacher sees the images whole. The student is then either the target of
+training, the planted layer's tokens mixed as the images are, or what a model makes of mixed images, the
+planted layer's tokens of the mixed images themselves. The selector mixes the teacher's rows, or takes them as they are.
 
     python experiments/planted_layers.py --data DIR_OF_PARQUET --weights vit_tiny_patch16_224.augreg.safetensors
 """
@@ -66,7 +66,7 @@ def turned(x, noise, generator):
 
 
 def measure(shown, xs, options, args, seed, blend=None, grid=(14, 14)):
-    "Distances (L, L) and mean entropy: one row a planted layer as `shown`, one column a teacher layer"
+    "Distances (L, L) and mean entropy: one row per planted layer as `shown`, one column per teacher layer"
     torch.manual_seed(seed)
     widths = [x.shape[-1] for x in xs]
     selector = GrassmannSelector(widths, widths, rank=args.rank, dim=args.dim, max_rows=args.rows, **options)
@@ -77,7 +77,7 @@ def measure(shown, xs, options, args, seed, blend=None, grid=(14, 14)):
 
 
 def hits(distances):
-    "How many planted layers are nearest to their own"
+    "Number of planted layers whose nearest teacher layer is their own"
     return int((distances.argmin(1) == torch.arange(len(distances))).sum())
 
 
@@ -89,8 +89,8 @@ def nearest(d):
 
 
 def blends(images, xs, args):
-    """Planted layers found under each blend, with blended rows and with those of whole images, one number a seed; of the
-    blended images also with rows of a teacher that sees them, and how near each layer is to its own and to the nearest other"""
+    """Planted layers found under each kind of mixing, with mixed rows and with those of whole images, one number per seed; of
+    the mixed images also with rows of a teacher that sees them, and the distance of each layer to its own and to the nearest other"""
     images, xs, out = as_tensor(images[:args.blended]), [x[:args.blended] for x in xs], {}
     partner = torch.arange(len(images)) ^ 1
     for name, (lam, side) in BLENDS.items():

@@ -1,4 +1,4 @@
-"""Does the quickstart keep its promise? Five seeds, on one thread and on two.
+"""Accuracy and time of the quickstart and its controls over five seeds, on one thread and on two.
 
     python experiments/quickstart.py [--seeds 0 1 2 3 4] [--threads 1 2] [--jobs 2] [--runs runs/quickstart]
 
@@ -47,7 +47,7 @@ def one(runs, part, seed, threads):
 
 
 def child(runs, part, seed, threads):
-    "The same in a process of its own, unless it has been done"
+    "The same in a process of its own, unless its result exists"
     folder = place(runs, seed, threads)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder/f"{part}.json").is_file(): return
@@ -57,7 +57,7 @@ def child(runs, part, seed, threads):
 
 
 def row(runs, seed, threads):
-    "What is there of one seed"
+    "Results of one seed so far"
     folder = place(runs, seed, threads)
     read = lambda path: json.loads((folder/path).read_text())
     done = {k: p for k,p in STAGES.items() if (folder/p/"result.json").is_file()}

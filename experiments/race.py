@@ -1,4 +1,4 @@
-"""Every packaged method in one race, on digits and on a part of CIFAR-10.
+"""Every packaged method in one benchmark, on digits and on a subset of CIFAR-10.
 
     python experiments/race.py digits [RUNS]
     HF_HUB_OFFLINE=1 python experiments/race.py cifar10 CIFAR10_FOLDER VIT_TINY.safetensors [RUNS]
@@ -6,7 +6,7 @@
 
 CIFAR10_FOLDER holds CIFAR-10 in the Hugging Face parquet layout. Three seeds, several runs at a time; goes on where
 it was interrupted. All are `basd compare` with the changes below, and write experiments/results/race_NAME.json after
-they have ended. On digits the recipe `digits` and all that extend it take part; on CIFAR-10 some of them do, with a teacher
+they have ended. On digits the entries are the recipe `digits` and all that extend it; on CIFAR-10 some of them, with a teacher
 that is a ViT-Tiny with ImageNet weights, tuned to the same images first: 4,000 images and a small student for two CPU
 cores, 10,000 and a larger one for a GPU. After them, off the clock, come the controls in experiments/NAME: BASD with
 fixed weights and in its literal form on digits; on CIFAR-10 labels alone for the time that BASD takes, BASD for as many

@@ -1,14 +1,14 @@
-"""Which teacher layers, and does choosing pay: selectors, fixed maps and rivals in the same frame.
+"""Does selecting teacher layers pay? Selectors, fixed maps and other methods in the same frame.
 
     python experiments/race_selectors.py FRAME RUNS [--jobs N] [--seeds 0 1 2] [--only NAME …] [--plan]
     HF_HUB_OFFLINE=1 python experiments/race_selectors.py cifar10_8 CIFAR10_FOLDER VIT_TINY.safetensors RUNS …
 
 FRAME is one of the names in FRAMES below, whose numbers stay what they are whatever the packaged recipes become. An
-entry is a packaged recipe: every `select_NAME`, every `map_NAME`, the rivals in RIVALS, those with other options in VARIANTS,
-and `ce`, labels alone; what a recipe says of its student's stage is laid over the frame. All seeds of a frame share one teacher where
+entry is a packaged recipe: every `select_NAME`, every `map_NAME`, the other methods in RIVALS, those with other options in VARIANTS,
+and `ce`, labels alone; the recipe's student stage is merged into the frame. All seeds of a frame share one teacher where
 `once` is set, and its outputs on eight views per image where `views` is set, so that a step costs no teacher pass.
 
-One thread a run, --jobs runs at a time, seed by seed. Each run that ends is written to
+One thread per run, --jobs runs at a time, seed by seed. Each run that ends is written to
 experiments/results/selectors_FRAME.json at once; a script that was stopped or killed goes on from the checkpoints in
 RUNS, which frames may share. A failed run stands in the file with its reason and is tried again by the next call.
 """
@@ -97,7 +97,7 @@ def entries():
     "entry → packaged recipe, in the order of work"
     names = recipe_names()
     found = {"ce": None} | {n: n for n in RIVALS if n in names} | {n.removeprefix("map_"): n for n in names if n.startswith("map_")}
-    for n in (n for n in names if n.startswith("select_")):         # a rival's rule as BASD's selector keeps its long name
+    for n in (n for n in names if n.startswith("select_")):         # another method's rule as BASD's selector keeps its long name
         found[n if n.removeprefix("select_") in found else n.removeprefix("select_")] = n
     found.setdefault("nearest", "digits")
     found |= {n: recipe for n, (recipe, _) in VARIANTS.items()}
@@ -105,7 +105,7 @@ def entries():
 
 
 def stage_of(recipe):
-    "What a packaged recipe says of its student's stage, without the teacher's place"
+    "The student stage of a packaged recipe, without the teacher's path"
     stages = {k: v for k,v in read_recipe(recipe)["stages"].items() if v is not None and k not in ("teacher", "ce")}
     if len(stages) != 1: raise ValueError(f"{recipe} has the stages {', '.join(stages)} besides its teacher; leave one")
     stage = copy.deepcopy(*stages.values())
@@ -202,19 +202,19 @@ def thinned(rows, count=40):
 
 
 def kind_of(recipe):
-    "What a recipe takes part as"
+    "Kind of entry that a recipe is"
     if recipe is None: return "labels"
     return "map" if recipe.startswith("map_") else "rival" if recipe in RIVALS else "selector"
 
 
 def commit_of(at):
-    "Of the code with which a run began"
+    "Commit of the code with which a run began"
     path = at/"environment.json"
     return (json.loads(path.read_text()).get("git") or {}).get("commit") if path.is_file() else None
 
 
 def row_of(run, folder, cpu, jobs):
-    "What is kept of a run"
+    "The recorded row of a run"
     at, (_, entry, seed) = folder/run.name, run.name.split("/")
     entry, _, key = entry.rpartition("-")
     found = result_of(at) or dict(failed="it has no result")

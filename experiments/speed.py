@@ -1,4 +1,4 @@
-"""What a BASD step costs beside its lower bound, for the settings of the page on speed.
+"""Cost of a BASD step relative to its lower bound, for the settings of the page on speed.
 
 Each row is `basd bench` with the recipe and overrides listed below: random weights, made-up images. A row with `--growth`
 is followed by the same with other batch sizes, token counts, widths, layers and student layers, one of them at a time. On two CPU cores

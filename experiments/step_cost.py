@@ -1,4 +1,4 @@
-"""What a BASD step costs in steps by labels alone, in the CIFAR-10 frame of the race: with the teacher, cached, sampled.
+"""Cost of a BASD step relative to a step by labels alone, in the CIFAR-10 frame of race.py: with the teacher, cached, sampled.
 
     python experiments/step_cost.py [REPS] [default] [sampled] [sampled_more]
 
@@ -26,7 +26,7 @@ SAMPLED = dict(
 
 
 def recipe(*options):
-    "BASD in the frame, its teacher stood in for by the model that the race tunes"
+    "BASD in the frame, with the untuned teacher model of race.py"
     r = RACES["cifar10"]
     changes = [*r["frame"], *(f"stages.teacher.{t}" for t in r["teacher"]),
                *(s for s in r["stages"] if s.startswith("stages.basd.")), *(f"stages.basd.method.{o}" for o in options)]

@@ -1,4 +1,4 @@
-"""What the tests tried, in figures: every file of tests/ and the fuzz test for longer, into \
+"""Results of the tests in numbers: every file of tests/ and the fuzz test for longer, into \
 experiments/results/tested.json.
 
     python experiments/tested.py [--only FILE …] [--fuzz 60] [--seeds 3]

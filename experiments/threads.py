@@ -1,4 +1,4 @@
-"""What waiting costs: steps with two threads on an idle machine and beside two busy processes, by how long a thread spins
+"""Cost of waiting threads: steps with two threads on an idle machine and beside two busy processes, by how long a thread spins
 before it sleeps.
 
 GNU's OpenMP, which torch's own builds use, reads GOMP_SPINCOUNT before torch is imported; the package sets it to the number
@@ -36,7 +36,7 @@ WORK = {                                # name → recipe, overrides, stage, ste
 
 
 def timed(name, steps):
-    "Seconds a step of one kind of work, in this process"
+    "Seconds per step of one kind of work, in this process"
     from basd.runs.recipes import load_recipe
     from basd.training.build import build_trainer
     recipe, overrides, stage, _ = WORK[name]
@@ -51,7 +51,7 @@ def timed(name, steps):
 
 
 def child(work, setting, steps=None):
-    "The same in a process of its own, of two threads: name → seconds a step"
+    "The same in a process of its own, of two threads: name → seconds per step"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
     env = clean | dict(OMP_NUM_THREADS="2", PYTHONPATH=str(ROOT), GOMP_SPINCOUNT=SETTINGS[setting] or "300000")
     done = subprocess.run([sys.executable, __file__, "--child", json.dumps({n: steps or WORK[n][3] for n in work})],
@@ -62,7 +62,7 @@ def child(work, setting, steps=None):
 
 @contextmanager
 def busy(n=2):
-    "Other users of the machine"
+    "`n` busy processes beside"
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try: yield
     finally:

@@ -1,10 +1,10 @@
-"""Does the selector that follows its subspaces stay with the exact ones? The largest angle between both, step by step
+"""Largest angle between the tracked and the exact subspaces of the selector, step by step
 of a real run.
 
     python experiments/tracking.py CIFAR10_FOLDER VIT_TINY.safetensors [STEPS]      # experiments/results/tracking.json
 
 A student of depth 6 and width 96 learns from an ImageNet-pretrained ViT-Tiny/16 at 128 pixels on real CIFAR-10 (folder
-in the Hugging Face parquet layout). At each step the followed basis is compared with a decomposition of the same
+in the Hugging Face parquet layout). At each step the tracked basis is compared with a decomposition of the same
 running covariance.
 """
 import json

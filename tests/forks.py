@@ -26,7 +26,7 @@ ENVIRONMENT = dict(         # of every child: this checkout first on the path, o
 
 
 def no_figures(put=setattr):
-    "Runs end without their figure, which takes a second and a half; those of the shell and of the notebooks draw it"
+    "Skip the figure at the end of a run, which takes 1.5 s; runs from the shell and the notebooks draw it"
     put(basd.training.callbacks, "plot_run", lambda run: None)
 
 
@@ -45,7 +45,7 @@ def server():
 
 
 def child(f, args, env, out, group):
-    "What a child process does"
+    "Main function of a child process"
     if group is not None: join(group)
     # as in a process of its own; readers would come from the fork server otherwise
     multiprocessing.set_start_method("fork", force=True)
@@ -57,7 +57,7 @@ def child(f, args, env, out, group):
 
 
 def join(group):
-    "Found a process group (0), or join one that is being founded; and hear SIGINT, which a background job does not"
+    "Create a process group (0) or join one being created, and restore SIGINT, which a background job ignores"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try: return os.setpgid(0, group)
@@ -65,7 +65,7 @@ def join(group):
 
 
 def start(f, *args, out, ranks=1, together=False):
-    ("Start `f(*args)`, a function of a module, on each rank: it returns its exit status; what it says goes to `out`; "
+    ("Start `f(*args)`, a function of a module, on each rank: `f` returns the exit status; its output goes to `out`; "
      "`together`: the ranks, and what they start, are a process group, which has the id of the first")
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     group = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -79,7 +79,7 @@ def start(f, *args, out, ranks=1, together=False):
 
 
 def end(started, after=None, limit=LIMIT):
-    "Exit statuses of the ranks; killed from here `after` so many seconds"
+    "Exit statuses of the ranks, which are killed `after` seconds if given"
     if after is not None:
         started[0].join(after)
         for p in started: p.kill()

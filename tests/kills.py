@@ -1,8 +1,8 @@
 """Runs that are killed at a chosen moment, and what must be equal at their end; for test_kill.py and
 experiments/kill.py.
 
-A child process changes the function in question so that it ends itself there with SIGKILL: nothing in the package knows
-of it.
+A child process changes the function in question so that it ends itself there with SIGKILL: nothing in the package depends
+on it.
 
     # rank 0, at the first start
     torchrun --nproc_per_node=2 --max-restarts=1 tests/kills.py '[["checkpoint: half written", 1, 0]]' train …
@@ -41,12 +41,12 @@ def die(number=signal.SIGKILL):
 
 
 def before(owner, name, last=None):
-    "Die before a call of `owner.name`; `last`: only where this is the beginning of the file name in its last argument"
+    "Kill this process before a call of `owner.name`; `last`: only where this is the beginning of the file name in its last argument"
     return lambda now: _change(owner, name, last, lambda call, *args, **kw: (now(), call(*args, **kw))[1])
 
 
 def after(owner, name, last=None):
-    "Die after such a call"
+    "Kill this process after such a call"
     return lambda now: _change(owner, name, last, lambda call, *args, **kw: (call(*args, **kw), now())[0])
 
 
@@ -58,9 +58,9 @@ def _change(owner, name, last, act):
 
 
 def half_saved(now):
-    "Die when half of a checkpoint is in its temporary file"
+    "Kill this process when half of a checkpoint is in its temporary file"
     def act(call, x, file, **kw):
-        if not isinstance(x, dict): return call(x, file, **kw)      # what ranks tell each other is saved, too
+        if not isinstance(x, dict): return call(x, file, **kw)      # what ranks exchange is saved, too
         call(x, whole := io.BytesIO())
         file.write(whole.getvalue()[:len(whole.getvalue())//2]); file.flush()
         now()
@@ -69,7 +69,7 @@ def half_saved(now):
 
 
 def half_a_row(now):
-    "Die when half of a row is in the log"
+    "Kill this process when half of a row is in the log"
     def act(call, log, row):
         size, line = log.offset, json.dumps(row)
         with open(log.path, "a") as f: f.write(line[:len(line)//2])
@@ -110,7 +110,7 @@ MOMENTS = {
 
 
 def arm(moment, n, number=signal.SIGKILL):
-    "Die at the `n`-th such moment, or send this process another signal"
+    "Kill this process at the `n`-th such moment, or send it another signal"
     left = iter(range(n - 1))
     MOMENTS[moment](lambda: next(left, None) is None and die(number))
 
@@ -142,14 +142,14 @@ def stop_all(processes, number, after):
 
 
 def hears(pid):
-    "Does a process catch SIGTERM, as the command does from its beginning? (Linux says so)"
+    "Whether a process catches SIGTERM, as the command does from its start (Linux only)"
     try: status = Path(f"/proc/{pid}/status").read_text()
     except OSError: return True
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> signal.SIGTERM - 1 & 1)
 
 
 def alive(group):
-    "Is anybody left in a process group?"
+    "Whether a process group still has members"
     try: os.killpg(group, 0)
     except ProcessLookupError: return False
     return True
@@ -185,13 +185,13 @@ def wait_for_training(processes, run):
 
 
 def different(run, whole):
-    "Names of what is not equal to `whole`, of `left`"
+    "Names of entries of `left` that differ from `whole`"
     found = left(run)
     return [k for k in whole if found[k] != whole[k]]
 
 
 def step(run):
-    "Where `run` would go on, or None"
+    "The step from which `run` would resume, or None"
     try: return load_checkpoint(Path(run)/"last.pt")["step"]
     except FileNotFoundError: return None
 

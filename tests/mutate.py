@@ -1,11 +1,11 @@
-"""Mutation testing of the mathematics: change one thing in a copy, run what concerns it, see red.
+"""Mutation testing of the mathematics: change one line in a copy, run the tests that concern it, expect a failure.
 
     python tests/mutate.py [--only losses.rsd methods …] [--jobs 2]
 
 `mutants.yaml` lists the changes, to geometry/, losses/, methods/ and what they stand on. Each is made in a copy of the repository, in the notebook's cell and in the module that
-the cell exports to. Then run, until the first red: for a mean over ranks, every piece on two ranks; the module's own page; the
+the cell exports to. Then run, until the first failure: for a mean over ranks, every piece on two ranks; the module's own page; the
 pages of these rooms that import it; for a selector, `test_selectors.py`; the properties of `test_properties.py`; for a mean over ranks, every method on
-several; all other pages that import the module. What turned red must be green without the change. Processes are forked from one that has imported
+several; all other pages that import the module. What failed must pass without the change. Processes are forked from one that has imported
 torch, so that a page costs what its cells cost. Results go to experiments/results/mutants.json as they come; those of
 other mutants are kept.
 """
@@ -100,7 +100,7 @@ def importers(module):
 
 
 def concerned(mutant):
-    "What is run for a mutant, in order"
+    "Checks to run for a mutant, in order"
     own, others = page(mutant["module"]), importers(mutant["module"])
     near = [p for p in others if p.split("/")[1] in ROOMS]
     ranks = RANKS if mutant["kind"] == "ranks" else []
@@ -121,7 +121,7 @@ def copy_of(root, to):
 
 
 def run_page(path):
-    "Run a notebook in this process; what went wrong, or None"
+    "Run a notebook in this process; returns the error or None"
     from execnb.shell import CaptureShell
     from nbdev.config import get_config
     from nbdev.process import NBProcessor
@@ -139,7 +139,7 @@ def run_page(path):
 
 
 def run_tests(words):
-    "Run test files in this process; what went wrong, or None"
+    "Run test files in this process; returns the failure or None"
     import pytest
     failed = []
     class Failed:
@@ -152,7 +152,7 @@ def run_tests(words):
 
 
 def child(check, tree, out):
-    "What a process does that runs one page or test file in a copy"
+    "Main function of a process that runs one page or test file in a copy"
     os.setsid()
     said = os.open(f"{out}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1); os.dup2(said, 2)
@@ -170,7 +170,7 @@ def child(check, tree, out):
 
 
 def run(check, tree, limit=LIMIT):
-    "What went wrong in a process of its own, or None; and how many seconds it took"
+    "Run a check in a process of its own; returns the failure or None, and the seconds it took"
     with tempfile.TemporaryDirectory() as tmp:
         began, out = time.time(), Path(tmp)/"out"
         p = _context.Process(target=child, args=(check, tree, out))
@@ -185,7 +185,7 @@ def run(check, tree, limit=LIMIT):
 
 
 def green(check, clean):
-    "Does a check pass without any change? Found out once"
+    "Whether a check passes without any change (cached)"
     kept = clean.parent/f"{re.sub(r'[^a-z0-9]+', '_', check.lower())}.json"
     if not kept.is_file(): kept.write_text(json.dumps(run(check, clean)))
     return json.loads(kept.read_text())[0] is None
@@ -212,7 +212,7 @@ def judge(mutant, clean, own=False):
 
 
 def score(found):
-    "Killed and all, by room and by module"
+    "Numbers of killed and of all mutants, by room and by module"
     names = dict.fromkeys(n for m in found for n in (m["module"].split(".")[0], m["module"]))
     of = lambda n: [m for m in found if m["module"] == n or m["module"].split(".")[0] == n]
     return {n: [sum(m["by"] is not None for m in of(n)), len(of(n))] for n in names}
@@ -259,7 +259,7 @@ def known(out): return json.loads(out.read_text())["mutants"] if out.is_file() e
 
 
 def keep(found, out, seconds):
-    "Write what was found, beside what is known of other mutants that are still in the list"
+    "Write the results, merged with earlier ones of mutants that are still in the list"
     if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
     from basd.runs.run_directory import environment
     key = lambda m: (m["module"], m["old"], m["new"])

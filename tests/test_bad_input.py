@@ -32,7 +32,7 @@ def tree(folder):
 
 
 def refusal(words, capsys):
-    "Run the command, which must refuse; returns its one sentence"
+    "Run the command, which must fail; returns its error sentence"
     try: status = main([str(w) for w in words])
     except SystemExit as e: status = e.code
     err = capsys.readouterr().err.strip().splitlines()
@@ -41,7 +41,7 @@ def refusal(words, capsys):
 
 
 def refuses(words, sentence, capsys, folder):
-    "... names the thing, and leaves what is there as it is"
+    "Check that the command fails with `sentence` and leaves all files as they are"
     before = tree(folder)
     said = refusal(words, capsys)
     assert sentence in said and len(said) < 1500, said
@@ -272,7 +272,7 @@ def test_arguments(words, sentence, here, capsys):
 # ----------------------------------------------------------------------------------------------------------------- data
 
 def image(size=(20, 16), seed=0):
-    "A picture of coloured squares"
+    "An image of colored squares"
     squares = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(squares).resize(size, Image.NEAREST)
 
@@ -293,7 +293,7 @@ def pets(root, per_class=2):
 
 
 def only(root, keep):
-    "... of which only the files stay that `keep` says"
+    "Remove all files from the folder but those in `keep`"
     for p in pets(root).rglob("*.png"):
         if not keep(p): p.unlink()
 
@@ -359,7 +359,7 @@ def test_folders(name, here, capsys):
 @pytest.mark.parametrize("memory", ["true", "false"])
 def test_an_image_that_breaks_later(memory, here, capsys):
     ("Found while a set is read into memory, or, in a reader process, when its turn comes; "
-     "left out where the recipe says so")
+     "left out where `data.on_bad` allows it")
     pets(here/"pets", 3)
     (here/"pets"/"train"/"dog"/"1.png").write_bytes(b"no image")
     words = [*CE, *SMALL, f"data.memory={memory}", "--run-dir"]
@@ -502,7 +502,7 @@ def holed(number):
 
 
 UNREADABLE = "cannot be read as a checkpoint of tensors"
-FILES = { # file: (content from a finished run, what is said | "works")
+FILES = { # file: (content from a finished run, the expected sentence | "works")
     "cut.safetensors": (lambda run: weights(run)[:-1000], UNREADABLE),
     "stump.safetensors": (lambda run: weights(run)[:5], UNREADABLE), "empty.safetensors": (lambda run: b"", UNREADABLE),
     "empty.pth": (lambda run: b"", UNREADABLE), "words.pth": (lambda run: b"these are no weights", UNREADABLE),
@@ -649,7 +649,7 @@ def test_no_call_that_runs_what_it_reads():
 
 
 def test_writing_stays_in_the_run_directory(here, capsys):
-    ("Whatever the words in a recipe say, it writes below --run-dir and nowhere else; "
+    ("Whatever paths a recipe holds, it writes below --run-dir and nowhere else; "
      "`teacher.cache` names one further folder")
     (here/"r.yaml").write_text("name: ../../outside\nabout: /tmp/outside\nstages: {one: {}, two: {name: ../elsewhere, "
                                "teacher: {run: 'stage:one'}, method: {name: distill}}}")

@@ -18,7 +18,7 @@ CE, LOGITS = ["deit_cifar", *WORDS, "method.name=ce"], ["deit_cifar", *WORDS, "m
 
 
 def zoo(root, per_class=16, **splits):
-    "Coloured squares: split → {name of the class: what it shows}"
+    "Folders of colored squares: split → {class name: color}"
     rng = np.random.default_rng(0)
     for split, classes in splits.items():
         for name, shows in classes.items():
@@ -33,7 +33,7 @@ def called(*names, **others): return {n: n for n in names} | others
 
 
 def run(capsys, *words, status=0):
-    "The command, in this process; what it says on its two streams"
+    "Run the command in this process; returns stdout and stderr"
     assert main([str(w) for w in words]) == status
     return capsys.readouterr()
 
@@ -61,7 +61,7 @@ def test_a_run_and_its_student_name_their_classes(trained):
 
 
 def test_other_images(trained, tmp_path, capsys):
-    "Numbered by name: fewer classes and in another order; a name of their own has no accuracy"
+    "Fewer classes in another order are matched by name; images of unknown classes have no accuracy"
     words = ["evaluate", trained/"run", "--quick", "--on"]
     said = run(capsys, *words, zoo(tmp_path/"few", Testing=called("bee", "cow"))).out
     assert "top-1 100.00 %" in said and "judged among their own 2 classes" in said
@@ -77,7 +77,7 @@ def test_other_images(trained, tmp_path, capsys):
 
 
 def test_a_run_that_is_older_than_names(trained, tmp_path, capsys):
-    "Says so, and is numbered as it was"
+    "A run without class names prints a note and keeps its numbering"
     old = shutil.copytree(trained/"run", tmp_path/"old")
     (old/"classes.json").unlink()
     student = json.loads((old/"student.json").read_text())
@@ -96,7 +96,7 @@ def test_a_run_that_is_older_than_names(trained, tmp_path, capsys):
 
 
 def test_a_teacher_of_other_classes(trained, tmp_path, capsys):
-    "Its logits are taken by name; where it has not learned one of the student's classes they are refused"
+    "Its logits are matched by class name; if it lacks one of the student's classes the run is refused"
     teacher = [f"teacher.run={trained/'run'}", "teacher.model=null"]
     two = zoo(tmp_path/"two", Training=called("cow", "ant"), Testing=called("cow", "ant"))
     run(capsys, "train", *LOGITS, *teacher, f"data.source={two}", "train.epochs=1", "--run-dir", tmp_path/"two-run")

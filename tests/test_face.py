@@ -1,4 +1,4 @@
-"What `import basd` gives: a dozen names, imported when they are used, and a task that any training loop can call"
+"The public names of `import basd`: a dozen names, imported when they are used, and a task that any training loop can call"
 import copy
 import os
 import subprocess
@@ -89,7 +89,7 @@ def test_every_method_in_a_plain_loop(method):
 
 
 def one_step(folder):
-    "The gradients of a task under DDP, of the part of the batch that is this rank's"
+    "The gradients of a task under DDP, on this rank's share of the batch"
     student, teacher = models()
     task = basd.create_task("basd", student, teacher, precision="float32", **SMALL).double()
     model = DistributedDataParallel(task) if world_size() > 1 else task
@@ -126,7 +126,7 @@ def test_compiled(how):
 
 
 def test_state_is_that_of_student_and_method():
-    "A task goes on from its state dictionary; the teacher is not in it, stays in evaluation mode and goes where the task goes"
+    "A task resumes from its state dictionary; the teacher is not in it, stays in evaluation mode and moves with the task"
     (student, teacher), (x, y) = models(), batch()
     task = basd.create_task("basd", student, teacher, **SMALL)
     assert not any("teacher" in k for k in task.state_dict())
@@ -155,7 +155,7 @@ TINY_RUN = dict(data=dict(train_size=96, val_size=64, batch_size=32, workers=0),
 
 
 def test_recipes_from_python(tmp_path):
-    "Changes as texts and as sections are the same; a run says where it is and is evaluated there"
+    "Changes as texts and as sections are the same; a run has its directory and is evaluated there"
     given = basd.load_recipe("digits/rkd", "train.epochs=1", ["data.workers=0"])
     assert isinstance(given["rkd"], basd.Recipe) and (given["rkd"].train.epochs, given["rkd"].data.workers) == (1, 0)
     found = basd.train("digits", "stages.ce=null", "stages.basd=null", run_dir=tmp_path/"run", bars=False, **TINY_RUN)

@@ -39,7 +39,7 @@ def shaken(model):
 
 @pytest.mark.parametrize('family', recorded if os.environ.get('BASD_ALL_FAMILIES') else [f for f in fast if f in recorded])
 def test_timm_family(family):
-    "Tokens, grid, prefix and attention agree with timm's second implementation, or a sentence says why it is refused"
+    "Tokens, grid, prefix and attention agree with timm's second implementation, or it is refused with a reason"
     r = families.trial(recorded[family]['model'])
     assert r['result'] == recorded[family]['result'] in ('agree', 'refused', 'no reference'), r
     for k in ('tokens', 'grids', 'prefix', 'attention'): assert r.get(k) == recorded[family].get(k), k
@@ -215,7 +215,7 @@ def test_torchvision(name, layers):
 
 @pytest.mark.parametrize('name,size', [('levit_128s', 224), ('efficientformerv2_s0', 224), ('deit_tiny_distilled_patch16_224', 32)])
 def test_two_heads_as_one_classifier(name, size):
-    "In training as in evaluation the mean of both heads, until the second is asked for"
+    "The mean of both heads in training and evaluation, unless the second is requested"
     torch.manual_seed(0)
     args = dict(num_classes=5) | (dict(img_size=32, patch_size=8, depth=1) if size == 32 else {})
     s = wrap_student(timm.create_model(name, **args).train(), layers=[])

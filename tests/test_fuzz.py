@@ -1,6 +1,6 @@
 """Recipes are mutated at random for BASD_FUZZ seconds (10 if it is not set; a minute before a release:
 BASD_FUZZ=60 pytest -s tests/test_fuzz.py, with another BASD_FUZZ_SEED each time). Each is either a recipe or refused in
-one sentence; some of the tiny ones are built, data, models and objective, with the same outcome."""
+one sentence; some of the tiny ones are built, data, models and method, with the same outcome."""
 import copy
 import datetime
 import os
@@ -86,7 +86,7 @@ def sized(x):
 
 
 def small(r):
-    "May this recipe be built here: no large model, no network, no other processes?"
+    "Whether this recipe may be built here: no large model, no network, no other processes"
     s, t = r.student, r.teacher
     sizes = [s.img_size, s.patch_size, s.depth, s.width, s.heads, t.img_size, r.data.batch_size]
     return (all(x is not None and x <= 128 for x in sizes[:5]) and (t.img_size or 999) <= 64 and s.patch_size > 1

@@ -35,7 +35,7 @@ def test_decomposition_is_replayed(shape):
 
 
 def trainer(folder, *words, device="cuda", resume=False):
-    "A trainer of digits, about to make its next step"
+    "A trainer on digits, ready for its next step"
     t = build_trainer(load_recipe("deit_cifar", [*FRAME, *words])[""], folder, device, resume, bars=False)
     t.task.train()
     return t
@@ -47,7 +47,7 @@ def test_no_step_waits(name, tmp_path):
     t = trainer(tmp_path/"run", *QUIET, "train.epochs=40", "train.precision=bf16", "views.blend_prob=0.7",
                 *METHODS[name])
     batches = [b for e in range(4) for b in t.data.read(e, e*t.data.per_epoch, (e + 1)*t.data.per_epoch)]
-    for b in batches[:12]: t.run_step([b])      # what is made once is made: codes, resamplings, state of the optimizer
+    for b in batches[:12]: t.run_step([b])      # created once: position embeddings, resampling matrices, optimizer state
     torch.cuda.set_sync_debug_mode("error")
     try:
         for b in (batches*2)[12:32]: t.run_step([b])
@@ -64,8 +64,8 @@ def moved(x, device):
 
 
 def outcome(folder, device, *words):
-    ("Parts and gradients of one step in float64, with what is sampled drawn on the CPU "
-     "(RKD draws its images itself: it takes all)")
+    ("Losses and gradients of one step in float64, with all samples drawn on the CPU "
+     "(RKD samples its images itself: it takes all)")
     t = trainer(folder, *QUIET, "train.seed=1", *(w.replace("images: 8", "") for w in words), device=device)
     t.task.double()
     prepare, t.step = t.task.method.sample, 20
@@ -79,7 +79,7 @@ def outcome(folder, device, *words):
 @pytest.mark.parametrize("blend", ["views.mixup=0", "views.cutmix=0"])
 @pytest.mark.parametrize("name", METHODS)
 def test_numbers_are_those_of_a_cpu(name, blend, tmp_path, record_property):
-    "Parts to 1e-5, gradients to 1e-4 of each parameter's largest: decompositions are made of products there"
+    "Losses agree to 1e-5, gradients to 1e-4 of each parameter's largest: decompositions are made of products there"
     parts, grads = outcome(tmp_path/"gpu", "cuda", blend, *METHODS[name])
     parts1, grads1 = outcome(tmp_path/"cpu", "cpu", blend, *METHODS[name])
     assert parts.keys() == parts1.keys() and grads.keys() == grads1.keys()
@@ -106,7 +106,7 @@ def test_a_run_from_the_shell(words, basd, tmp_path):
 
 
 def test_stop_and_go_on(tmp_path):
-    "A run that is stopped in the middle of an epoch and taken up ends close to the weights of one that is not"
+    "A run that is stopped in the middle of an epoch and resumed ends close to the weights of one that is not"
     words = "train.epochs=2", "train.warmup_epochs=0", *METHODS["basd"]
     whole = trainer(tmp_path/"whole", *words)
     whole.fit()

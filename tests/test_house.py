@@ -1,4 +1,4 @@
-"Numbers of pages are the order of imports, rooms import one way, and none of them is most of the house"
+"Pages are numbered in import order, rooms import one way, and no room holds most of the code"
 import ast
 import json
 import re
@@ -36,7 +36,7 @@ PAGE = {module(p): p for p in NUMBERED}
 
 
 def cells(path):
-    "(code, is it exported) of each cell that is run"
+    "(code, whether it is exported) of each cell that is run"
     for c in json.loads(path.read_text())["cells"]:
         s = "".join(c["source"])
         if c["cell_type"] == "code" and "eval: false" not in s:
@@ -85,7 +85,7 @@ def test_exceptions_are_needed():
 
 
 def test_the_engine_names_no_technique():
-    "What a technique asks of the loop it brings along as a callback"
+    "The trainer names no technique: a technique extends the loop by its own callback"
     for name in ("trainer", "task"):
         text = (ROOT/"basd"/"training"/f"{name}.py").read_text().lower()
         found = re.findall(r"\b(dot|pocl|vrm|deit|momenta|curriculum|twins|distilled)\b", text)

@@ -23,7 +23,7 @@ def run(tmp_path): (tmp_path/"run").mkdir(); return tmp_path/"run"
 
 
 def go(words, run, kill=None, **rest):
-    "Start, or go on with, `run`: exit statuses and what was said"
+    "Start or resume `run`; returns exit statuses and output"
     out = run.parent/"out.txt"
     out.write_text("")
     return kills.end(kills.launch([*words, "--run-dir", run, "--resume"], out, kill, **rest)), out.read_text()
@@ -31,7 +31,7 @@ def go(words, run, kill=None, **rest):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    "What runs of some words leave when nobody kills them"
+    "What undisturbed runs with the given arguments leave"
     known = {}
     def of(words, ranks=1):
         key = (*words, ranks)
@@ -107,7 +107,7 @@ def test_signals_to_the_group(run, undisturbed, ranks):
 
 
 def test_a_rank_that_dies(run, undisturbed):
-    "The other rank ends within the limit, and says what is left"
+    "The other rank ends within the limit and names the last checkpoint"
     status, said = go(TRAIN, run, ("step: between gradients and optimizer", 6), ranks=2, dies=1)
     assert status == [2, -signal.SIGKILL]
     assert "has lost another rank" in said and "last.pt holds step 4" in said and "Traceback" not in said
@@ -116,7 +116,7 @@ def test_a_rank_that_dies(run, undisturbed):
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_rank_that_is_stopped(run, asked):
-    "Its connections stay open. The other rank says for whom it waits, and ends at the limit, or when it is asked to"
+    "Its connections stay open. The other rank names the rank it waits for, and ends at the limit or on a signal"
     words = [*TRAIN, "train.epochs=100", f"train.rank_timeout={30 if asked else 6}"]
     out = run.parent/"out.txt"
     ranks = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=2)
@@ -134,7 +134,7 @@ def test_a_rank_that_is_stopped(run, asked):
 
 
 def test_torchrun_passes_a_signal_on(run, undisturbed):
-    "Its own status is that of a launcher that was stopped; each rank ends well, and nothing is lost"
+    "torchrun's status is that of a stopped launcher; each rank ends with status 0, and nothing is lost"
     out = run.parent/"out.txt"
     for number in (signal.SIGTERM, signal.SIGINT):
         with open(out, "w") as file:
@@ -176,7 +176,7 @@ def test_two_processes_in_one_run(run):
 
 
 def complained(run, status, said, words):
-    "One sentence, and nothing unfinished left behind"
+    "Check for one error sentence and no temporary files"
     last = said.strip().splitlines()[-1]
     assert (status == [2] and last.startswith("basd: ") and all(w in last for w in words)
             and "Traceback" not in said), said
@@ -219,7 +219,7 @@ def test_damaged_checkpoint(run, undisturbed):
         if flip is None: del content[len(content)//2:]
         else: content[flip//8] ^= 1 << flip % 8
         (run/"last.pt").write_bytes(content)
-        try: assert kills.state_of(run) == good                              # or it hit what nobody reads
+        try: assert kills.state_of(run) == good                              # or it hit unused bytes
         except ValueError: refused += 1
     assert refused > 30
     (run/"last.pt").write_bytes(whole[:len(whole)//2])

@@ -1,4 +1,4 @@
-"Few labels and all images: what a method may do with a label, which images its cross-entropy sees, ranks, resuming, replay"
+"Few labels and all images: how labels enter a loss, which images cross-entropy uses, ranks, resuming, replay"
 import copy
 import pytest
 import torch
@@ -20,7 +20,7 @@ def first_batch(trainer): return next(iter(trainer.data.read(0, 0, 1)))
 
 @pytest.mark.parametrize("name", METHODS)
 def test_labels_enter_by_cross_entropy(name, tmp_path):
-    "The loss is affine in the labels, or the method says that it reads them in another way"
+    "The loss is affine in the labels, or the method requires labels"
     trainer = in_double(load_recipe("basd_cifar10", [*FRAME, *METHODS[name]])[""], tmp_path/"run")
     batch, before = first_batch(trainer), copy.deepcopy(trainer.task.state_dict())
     def loss(rarity):
@@ -59,7 +59,7 @@ def test_what_cross_entropy_sees(tmp_path):
 
 
 def test_labels_alone(tmp_path):
-    "As many steps, on labeled images alone"
+    "Labels alone take as many steps, on labeled images only"
     words = [*TINY, *FEW, "teacher.model=null", "teacher.untrained=false", "teacher.img_size=null", "teacher.kwargs=null",
              "method={name: ce}"]
     recipe = load_recipe("basd_cifar10", words)[""]
@@ -94,7 +94,7 @@ def test_stop_and_go_on(tmp_path):
 
 
 def test_replay(tmp_path):
-    "The step that ended a run is repeated with the labels that it had"
+    "The step that ended a run is replayed with the same labels"
     recipe = load_recipe("basd_cifar10", [*TINY, *FEW])[""]
     trainer = build_trainer(recipe, tmp_path/"run", bars=False)
     trainer.task.train()

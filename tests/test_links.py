@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path); return tmp_path
 
 
 def outside(here, run, hard=False):
-    "Every file that a run writes becomes a link to a treasure outside; names → treasures"
+    "Replace every file that a run writes by a link to a file outside; returns names → files outside"
     names = [str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()]
     for i, name in enumerate(names):
         treasure = here/"outside"/str(i)
@@ -50,7 +50,7 @@ def test_files(words, hard, finished, here, capsys):
 
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "figures", "tensorboard"])
 def test_each(name, finished, here, capsys):
-    "... and each that is written in place or holds what is written is named; a pipe, too, which would wait for ever"
+    "Each link to a file or folder that would be written is named; a pipe, too, which would block forever"
     shutil.copytree(finished, here/"run")
     (here/"run"/"result.json").unlink()
     at, there = here/"run"/name, here/"outside"
@@ -68,7 +68,7 @@ def test_each(name, finished, here, capsys):
 
 
 def test_folders(here, capsys):
-    "A stage's folder, or that of a run in a race, that leads elsewhere is named before anything is written there"
+    "A stage's folder, or that of a run in a benchmark, that leads elsewhere is named before anything is written there"
     (here/"two.yaml").write_text("extends: basd_cifar10\nmethod: {name: ce}\nstages: {a: {}, b: {}}")
     assert main(["train", "two.yaml", *PLAIN, "--run-dir", "two"]) == 0
     elsewhere = here/"elsewhere"

@@ -1,4 +1,4 @@
-"The list of mutants is up to date with the code; whether anything turns red by them is for `mutate.py` to find out"
+"The list of mutants applies to the current code; `mutate.py` checks that tests detect them"
 from collections import Counter
 
 import mutate

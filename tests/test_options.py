@@ -22,7 +22,7 @@ from basd.runs.recipes import build_recipe
 B, C, STEPS = 8, 6, 6
 NO = object()
 
-# values to try where a type does not say; the first option path that ends like it counts
+# values to try where the type does not determine them; the first option path that ends like it counts
 TRY = {
     "points": [[0, 2]], "layers": [[1, 2]], "layer_map": ["reversed"], "rule": ["uniform"], "losses.kappa": ["1/D"],
     "kappa": [.1, "1/D"], "scores": [["margin"]], "temperatures": [(1., 3.)], "alphas": [(.5, 1.)],
@@ -35,7 +35,7 @@ WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch")
          "spectral.reduction": ("sum", "mean"), "rel.form": ("direction", "gram", "smooth_l1"),
          "spectral.form": ("svd", "batch", "moments"), "balance.form": ("reference", "equal", "paper", "original", "fixed"),
          "gram.form": ("squared", "norm"), "cka.rows": ("token", "image", "within")}
-# what rightly changes nothing in this small lesson, and why
+# options that rightly change nothing in this short training, and why
 EXPLAINED = {
     "start_from_teacher": "refused where the models differ in shape, as these do",
     ("match", "logits"): "is in the base already",
@@ -105,7 +105,7 @@ def seen(x): # numbers of anything that is reported
 
 
 def lesson(name, words):
-    "Numbers that a short training with these options gives"
+    "The numbers that a short training with these options produces"
     cls = METHODS.get(name)
     options = TypeAdapter(cls.Options).validate_python(words)
     needs = cls.needs(options)
@@ -147,14 +147,14 @@ def lesson(name, words):
 
 
 def differ(a, b):
-    "Whether two lessons gave other numbers, by more than rounding"
+    "Whether the numbers of two trainings differ by more than rounding"
     if len(a) != len(b): return True
     a, b = torch.tensor(a), torch.tensor(b)
     return bool(((a - b).abs() > 1e-5*b.abs() + 1e-7).any())
 
 
 def tried(name, words):
-    "A lesson, or the sentence that refuses it"
+    "The numbers of a training, or the sentence that refuses its options"
     try: return lesson(name, words), None
     except ValueError as e: return None, str(e)
 

@@ -1,4 +1,4 @@
-"""Whatever numbers come in, finite ones come out, or one sentence that says what is wrong. Hypothesis draws shapes,
+"""Whatever numbers come in, finite ones come out, or one sentence that states what is wrong. Hypothesis draws shapes,
 values and options of every piece that a recipe can reach; losses and methods are found by their registries, so a new
 one is tested without being named. `BASD_PROPERTIES=long` draws twenty times as many examples, and others at each run; a
 failure prints the example that shows it and how to draw it again."""
@@ -90,7 +90,7 @@ def values(kind, shape, size, g):
     "Tokens (B, N, D), or anything with images first, of one of the `KINDS`"
     x = torch.randn(shape, generator=g)
     if kind == "constant": x = x[:1, :1].expand(shape)                    # one token everywhere
-    if kind == "still": x = x[:, :1].expand(shape)                        # one token an image
+    if kind == "still": x = x[:, :1].expand(shape)                        # one token per image
     if kind == "zero": x = torch.zeros(shape)
     if kind == "duplicated": x = x[:1].expand(shape)                      # one image
     if kind == "low": x = x[..., :1] * x[:1, :1]                          # rank one
@@ -117,7 +117,7 @@ def as_model(x, case):
 
 
 class Batch:
-    "Leaves of both sides, and the features that they make; the same numbers on both if the case says so"
+    "Leaves of both sides, and the features that they make; the same numbers on both if the case sets it"
     def __init__(self, case):
         self.case, (self.width_t, self.heads_t) = case, (WIDTH_S, HEADS_S) if case.same else (WIDTH_T, HEADS_T)
         g = torch.Generator().manual_seed(case.seed)
@@ -191,7 +191,7 @@ def sound(loss, case, learners=(), constants=(), least=None, name=None):
 
 
 def choices(cls, p):
-    "What an option may be, as its annotation says, or as `cls` does when it is asked for nonsense"
+    "Allowed values of an option, from its annotation or from the error of `cls` for an invalid value"
     if get_origin(p.annotation) is Literal: return list(get_args(p.annotation))
     if isinstance(p.default, bool): return [True, False]
     if p.annotation == (int | None): return [p.default, None, 4]
@@ -226,7 +226,7 @@ def check(tally, most=.5):
 
 
 def tapped(width, case):
-    "What a loss that reads with a model's head wants to meet"
+    "A stand-in for a tapped model, with the head that a classifier readout uses"
     return SimpleNamespace(model=SimpleNamespace(head=nn.Linear(
         width, CLASSES, dtype=torch.float64 if case.precision == "float64" else torch.float32)))
 
@@ -287,7 +287,7 @@ def test_order_and_layout(name):
            given=options(cls, *TOLD))
     def holds(case, given):
         case.same, case.size_s, case.size_t, case.grid = False, 1., 1., True
-        for k in {"images", "samples"} & set(given): given[k] = None         # a draw of images knows their order
+        for k in {"images", "samples"} & set(given): given[k] = None         # sampling images depends on their order
         if cls.inputs == "attention":
             case.tokens_t, case.tokens_s = [case.tokens_s[0]]*2, case.tokens_s[:1]*len(case.tokens_s)
         batch = Batch(case)
@@ -361,14 +361,14 @@ def test_losses_of_basd(name):
 
 @pytest.mark.parametrize("name", STRUCTURE)
 def test_order_of_basd(name):
-    "The four losses do not know the order of the images"
+    "The four losses do not depend on the order of the images"
     @settings(max_examples=max(5, settings().max_examples//4))
     @given(case=cases(precisions=("float64",), kinds=("spread", "low", "still", "duplicated")),
            given=options(STRUCTURE[name], "widths_s", "widths_t", "heads_s", "heads_t"))
     def holds(case, given):
         case.size_s = case.size_t = 1.
         if name == "attn": case.tokens_t = case.tokens_t[:1]*len(case.tokens_t)
-        if "samples" in given: given["samples"] = None                      # a draw of images knows their order
+        if "samples" in given: given["samples"] = None                      # sampling images depends on their order
         batch, order = Batch(case), torch.randperm(case.B, generator=torch.Generator().manual_seed(case.seed))
         values = [attempt(lambda: structural(name, given, batch, o)[1](), Counter())
                   for o in (torch.arange(case.B), order)]
@@ -570,7 +570,7 @@ def test_balance():
     holds()
 
 
-# whom to ask about an option that is a word
+# which class checks an option that is a string
 SAID = {f"{c.__name__}Options": c
         for c in (*ALL_SELECTORS.values(), LossBalancer, FourierLoss, LearnedTemperature, *STRUCTURE.values())}
 SMALL = dict(rank=2, dim=8, max_rows=32, settle=1, start_from_teacher=False)
@@ -614,7 +614,7 @@ def settings_of(draw, cls):
 @pytest.mark.filterwarnings("ignore:L_attn is left out")
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(name):
-    "Two steps of every method, at any moment of a run, with and without a blend"
+    "Two steps of every method, at any moment of a run, with and without mixing"
     tally, cls = Counter(), METHODS.get(name)
     @given(case=cases(), drawn=settings_of(cls.Options), lacking=LACKING.get(name, lambda: st.just({}))(),
            teachers=st.integers(1, 2), step=st.sampled_from((0, 1, 50, 99)))

@@ -1,4 +1,4 @@
-"What the race of selectors lays over its frames, and what it keeps of a run"
+"Settings that the selector benchmark merges into its frames, and what it records of a run"
 import importlib.util
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every packaged recipe trains, and what it made can be judged and compared. On digits and small MNIST files made here;
+"""Every packaged recipe trains, and its runs can be evaluated and compared. On digits and small MNIST files made here;
 on real CIFAR-10 where BASD_CIFAR10 names a folder in the Hugging Face parquet layout."""
 import gzip
 import json
@@ -47,7 +47,7 @@ def result(run): return json.loads((run/"result.json").read_text())
 
 @pytest.fixture(scope="module")
 def cnn(tmp_path_factory):
-    "A CNN to be taught by"
+    "A trained CNN, used as the teacher"
     run = tmp_path_factory.mktemp("cnn")/"run"
     train("resnet18_cifar", *SHORT, *SOURCE, *RESNET, run_dir=str(run), bars=False)
     return run
@@ -101,7 +101,7 @@ def taught(tmp_path_factory):
 
 @pytest.mark.parametrize("name", DIGITS)
 def test_techniques(name, taught, tmp_path):
-    "Each technique of the digits frame, by one teacher where it can be"
+    "Each technique of the digits frame, with one teacher where possible"
     own = name if name in read_recipe(name)["stages"] else name.removesuffix("_cifar")
     # no teacher, or one of its own
     alone = name == "byot" or read_recipe(name)["stages"]["teacher"] != read_recipe("digits")["stages"]["teacher"]

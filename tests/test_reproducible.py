@@ -1,4 +1,4 @@
-"""Same recipe, same seed, same machine: the same weights, bit for bit; and a run directory says all that is needed to
+"""Same recipe, same seed, same machine: the same weights, bit for bit; and a run directory holds all that is needed to
 repeat it"""
 import json
 import os
@@ -40,7 +40,7 @@ def train(run, *words): assert main(["train", *map(str, words), "--run-dir", str
 
 @pytest.mark.parametrize("name", METHODS)
 def test_twice(name, tmp_path):
-    "Whatever was drawn before, in this process or another"
+    "Two runs are equal, whatever random numbers were drawn before, in this process or another"
     train(tmp_path/"a", "basd_cifar10", *WORDS, *METHODS[name])
     torch.manual_seed(12345); torch.rand(1000)
     train(tmp_path/"b", "basd_cifar10", *WORDS, *METHODS[name])
@@ -55,7 +55,7 @@ def run(tmp_path_factory):
 
 
 def test_another_seed(run, tmp_path):
-    "... and the test can fail: another seed gives other weights"
+    "Another seed gives other weights, so the test can fail"
     train(tmp_path/"other", "basd_cifar10", *WORDS, "train.seed=8")
     assert state_of(run) != state_of(tmp_path/"other")
 
@@ -88,7 +88,7 @@ def test_from_its_own_recipe(run, tmp_path, basd):
 
 
 def test_stages_from_their_own_recipes(tmp_path):
-    "A stage that was taught by an earlier one is repeated from its own recipe alone"
+    "A stage whose teacher is an earlier stage is repeated from its own recipe alone"
     words = ["data.train_size=128", "data.val_size=32", "data.batch_size=32", "train.epochs=1", "train.warmup_epochs=0",
              "student.depth=4", "stages.ce=null"]
     train(tmp_path/"two", "quickstart", *words)
@@ -117,7 +117,7 @@ def test_the_images_are_recorded(run):
 
 
 def test_other_images(tmp_path, capsys):
-    "A run goes on with the images that it began with, and with no others"
+    "A run is resumed with the same images only"
     digits, images = open_source("digits"), tmp_path/"images"
     for split, chosen in (("train", range(96)), ("test", range(96, 128))):
         for i in chosen:

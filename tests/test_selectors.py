@@ -1,4 +1,4 @@
-"""Selectors whose state moves in a run: stopped anywhere they go on to the last bit, two ranks equal one, and no step
+"""Selectors whose state moves in a run: stopped anywhere and resumed they are equal to the last bit, two ranks equal one, and no step
 reads a teacher layer that was not run"""
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_stop_and_go_on(name, tmp_path):
     "Stopped between two rows of the log, and between two of the teacher's depths"
     recipe = load_recipe("basd_cifar10", words_of(name))[""]
     build_trainer(recipe, tmp_path/"whole", bars=False).fit()
-    for stop in (5, 6, 11):             # the second right behind a row of the log
+    for stop in (5, 6, 11):             # the second right after a row of the log
         half = build_trainer(recipe, tmp_path/f"half-{stop}", bars=False)
         half.agreed_to_stop = lambda: half.step >= stop
         assert half.fit() is None

@@ -1,4 +1,4 @@
-"A run from end to end in the shell's words, and what a finished or failed one refuses"
+"A run from end to end by shell commands, and what a finished or failed run refuses"
 import json
 import os
 import re
@@ -20,7 +20,7 @@ def run_tiny(tmp_path, *words):
 
 @pytest.mark.figures
 def test_a_run_from_end_to_end(tmp_path, capsys):
-    "Train, evaluate, load into timm, teach; then everything that must be refused on the finished run"
+    "Train, evaluate, load into timm, use as a teacher; then everything that must be refused on the finished run"
     import timm
     assert run_tiny(tmp_path) == 0
     run = tmp_path/"run"
@@ -64,7 +64,7 @@ def test_non_finite_loss_is_named(tmp_path, capsys):
 
 
 def test_a_comparison_without_its_baseline_has_failed(tmp_path, capsys):
-    "The table is written, and the status says that it lacks what the others are compared with"
+    "The table is written, and the exit status reports that its baseline is missing"
     words = ["compare", "hinton", "--seeds", "1", "--folder", str(tmp_path), "--set", "data.train_size=128",
              "train.epochs=1", "train.warmup_epochs=0", "student.width=24", "student.depth=2"]
     assert main([*words, "train.clip=null", "train.lr=1.0e+30", "stages.teacher.train.lr=1.0e-3"]) == 1
@@ -108,7 +108,7 @@ def test_words_alone_import_nothing_heavy(words, status, said):
 
 
 def test_changes_among_the_recipes_of_a_race(tmp_path, capsys):
-    "They go to all; what one of them does not know is refused before anything is trained"
+    "Changes apply to all recipes; a key that one of them lacks is refused before anything is trained"
     race = ["compare", "hinton", "data.train_size=128", "cka", "--seeds", "1", "--folder", str(tmp_path/"race")]
     for word, sentence in (("train.epoch=1", "did you mean 'epochs'?"), ("method.T=2", "no stage has a method with this key")):
         assert main([*race, word]) == 2

@@ -52,14 +52,14 @@ def all_sizes():
 
 @pytest.mark.parametrize("ranks", (2, 3))
 def test_evaluation_by_ranks(ranks, by_hand, tmp_path):
-    "Ranks that have one image more than others, or none"
+    "Accuracy and loss are exact where ranks have one image more than others, or none"
     found = on_ranks(all_sizes, ranks=ranks, folder=tmp_path)
     for n in SIZES: assert_close(found[n], by_hand[n], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size, steps", [(70, 2), (63, 1), (32, 1)])
 def test_last_batch(size, steps, tmp_path):
-    "Every step has a full batch; what is left of an epoch comes in another one"
+    "Every step has a full batch; images left over in one epoch come in another"
     train("basd_cifar10", *TINY, f"data.train_size={size}", "data.val_size=33", "train.epochs=2", "train.log_every=1",
           run_dir=str(tmp_path/"run"), bars=False)
     rows = [r for r in read_metrics(tmp_path/"run") if r["kind"] == "step"]

@@ -1,4 +1,4 @@
-"""A run is whole where it lies: moved with its stages it is judged, repeated and resumed, however its path is spelled"""
+"""A run directory is self-contained: moved with its stages it is evaluated, repeated and resumed, however its path is spelled"""
 import json
 import shutil
 
@@ -47,7 +47,7 @@ def test_repeated(copy):
 
 @pytest.mark.parametrize("finished", ["teacher", "nothing"])
 def test_resumed(finished, copy):
-    "... from what was there when it was copied, with other readers and another name, under another spelling"
+    "A copy is resumed, with other workers and another name, under another spelling of its path"
     whole = state_of(copy/"basd")
     shutil.rmtree(copy/"basd")
     if finished == "nothing":
@@ -70,7 +70,7 @@ def test_read_only(copy, capsys, monkeypatch):
 
 
 def test_a_first_step_that_is_refused(tmp_path, monkeypatch, capsys):
-    "... leaves nothing in the way of the mended command, with stages or without"
+    "A run refused at its first step leaves nothing that blocks the corrected command, with stages or without"
     from basd.training.trainer import Trainer
     monkeypatch.chdir(tmp_path)
     well = Trainer.run_step

@@ -55,7 +55,7 @@ def recipe_with(method, path):
 
 
 def hostile(finished, here, method):
-    "A run that somebody made, with a recipe that names code beside it"
+    "A run from elsewhere, with a recipe that names code beside it"
     run = here/"runs"/"hostile"
     shutil.copytree(finished, run)
     recipe_with(method, run/"recipe.yaml")
@@ -87,7 +87,7 @@ def test_nothing_is_imported(command, kind, finished, here, capsys):
 
 
 def test_a_teacher(finished, here, capsys):
-    "A teacher is weights; how it was trained is neither here nor there"
+    "A teacher is loaded as weights only; its recipe is not run"
     hostile(finished, here, HOSTILE["method"])
     assert main([*CE, "method.name=distill", *NO_MODEL, f"teacher.run={RUN}", "--run-dir", "taught"]) == 0
     assert not (here/"mark").exists()
@@ -139,7 +139,7 @@ WORDS = [w for w in CE[2:] if not w.startswith("method")]
 
 
 def forget(monkeypatch):
-    "As in a process that has not imported it"
+    "Undo the import, as in a process that has not made it"
     monkeypatch.setattr(registry, "_admitted", set())
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "mine" not in p])
     sys.modules.pop("my_method")
@@ -149,7 +149,7 @@ def test_a_module_of_ones_own(elsewhere, capsys, monkeypatch):
     "A recipe that is named finds a module beside it, or in the working directory; what it made is looked at with --trust"
     assert main(["train", "mine/mine.yaml", *WORDS, "--run-dir", "run"]) == 0
     assert (elsewhere/"mark").exists()
-    for more, said in (([], "would import code"), (["--trust"], "cannot be imported")):    # it is not to be found here
+    for more, said in (([], "would import code"), (["--trust"], "cannot be imported")):    # not on the import path here
         forget(monkeypatch) if "my_method" in sys.modules else None
         assert main(["evaluate", "run", "--quick", *more]) == 2
         assert said in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_a_module_of_ones_own(elsewhere, capsys, monkeypatch):
 
 
 def test_a_race_of_ones_own(elsewhere, capsys):
-    "... and so do the processes of a race"
+    "A benchmark's processes find such a module, too"
     assert main(["compare", "mine/mine.yaml", "--seeds", "1", "--folder", "race", "--jobs", "2", "--set", *WORDS]) == 0
     rows = json.loads((elsewhere/"race"/"results.json").read_text())["rows"]
     assert {r["name"] for r in rows if r["n"] == 1} == {"ce", "mine"}, (elsewhere/"race"/"mine-0"/"failed.txt").read_text()
@@ -175,7 +175,7 @@ FETCH = {"teacher": dict(teacher=dict(model="vit_tiny_patch16_224.augreg_in21k_f
 
 @pytest.mark.parametrize("kind", FETCH)
 def test_nothing_is_fetched(kind, finished, here, capsys, monkeypatch):
-    "Neither by judging nor by repeating what was found; no socket is opened, no name looked up"
+    "Neither evaluating nor repeating a run from elsewhere opens a socket or looks up a name"
     import socket
 
     import huggingface_hub.constants as hub

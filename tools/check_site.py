@@ -1,4 +1,4 @@
-"""Open every built page in headless Chromium at the width of a desk and of a phone, and fail on what a reader would see.
+"""Open every built page in headless Chromium at the width of a desktop and of a phone, and fail on what a reader would see.
 
     python tools/docs.py && python tools/check_site.py       # the pages that pandoc made, in _docs/check
     python tools/check_site.py _docs                         # the site that Quarto made
@@ -6,7 +6,7 @@
 
 Trouble is: a block of code, an output or a table cut off at its column, a page wider than a phone, a picture without alternative
 text, `](http` inside code, a signature that is but `*args, **kwargs`, a link that leads nowhere, an error in the console.
-Needs a Chromium or Chrome (BROWSER names another one); without one it says so and checks nothing.
+Needs a Chromium or Chrome (BROWSER names another one); without one it prints that and checks nothing.
 """
 import argparse
 import base64
@@ -29,10 +29,10 @@ root = Path(__file__).resolve().parents[1]
 site = "https://basd-project.github.io/basd/"           # where links to ourselves lead
 browsers = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 desk, phone = (1440, 900), (390, 844)
-patience = 60                                           # seconds without a word from the browser
+patience = 60                                           # seconds without a message from the browser
 kinds = "cut off", "wide on a phone", "no alternative text", "link in code", "*args, **kwargs", "broken link", "console error"
 
-# what a page holds, asked at the width of a desk
+# what a page holds, measured at the width of a desktop
 at_desk = r"""(() => {
   const main = document.querySelector('main') || document.body, start = text => text.trim().split('\n')[0].slice(0, 70);
   const tables = [...main.querySelectorAll('table')].filter(table => table.offsetParent);
@@ -51,7 +51,7 @@ at_desk = r"""(() => {
     links: [...document.querySelectorAll('a[href], img[src]')].map(e => e.getAttribute('href') || e.getAttribute('src')),
   };
 })()"""
-# how wide the page is, and the outermost elements that make it so, asked at the width of a phone
+# how wide the page is, and the outermost elements that make it so, measured at the width of a phone
 at_phone = r"""(() => {
   const width = Math.max(document.documentElement.scrollWidth, window.innerWidth);
   const inside = e => { for (let p = e.parentElement; p; p = p.parentElement)
@@ -67,7 +67,7 @@ def found_browser(): return next(filter(None, map(shutil.which, filter(None, (os
 
 
 class Browser:
-    "Chromium without a window, spoken to in its own protocol over two pipes"
+    "Headless Chromium, controlled by its DevTools protocol over two pipes"
     def __init__(self, binary):
         self.folder = tempfile.mkdtemp()
         ours_in, theirs_out = os.pipe()
@@ -105,7 +105,7 @@ class Browser:
         return said
 
     def ask(self, method, **params):
-        "What the browser answers to a command"
+        "Send a command; returns the browser's result"
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         if self.session: message["sessionId"] = self.session
@@ -195,7 +195,7 @@ def check(folder, pages, browser, shots=None):
 
 
 def table(held):
-    "How often which trouble is on which page, and all of it in a last line"
+    "Table of the number of problems of each kind per page, with their sum in the last line"
     rows = [[page, *(len(found[kind]) for kind in kinds)] for page, found in held.items()]
     total = [f"{len(held)} pages", *(sum(column) for column in list(zip(*rows))[1:])]
     lines = [["page", *kinds], *[row for row in rows if any(row[1:])], total]

@@ -40,7 +40,7 @@ def output_markdown(output, alt, figures, name):
 
 
 def cell_options(source):
-    "What a code cell says to Quarto: {option: value}"
+    "Quarto options of a code cell: {option: value}"
     return yaml.safe_load("\n".join(line[2:].strip() for line in source.splitlines() if re.match(r"#\|\s*[\w-]+:", line))) or {}
 
 
@@ -70,7 +70,7 @@ def page_markdown(path, figures, divs=True):
 
 
 def front_matter(path):
-    "What stands at the head of a processed page: title, description, name of the page"
+    "Front matter of a processed page: title, description, name of the page"
     if path.suffix == ".qmd": said = yaml.safe_load(path.read_text().split("---\n", 2)[1])
     else:
         first = json.loads(path.read_text())["cells"][0]
@@ -90,7 +90,7 @@ class Anchors(HTMLParser):
 
 
 def to_pages(html, path, target):
-    "Links to notebooks lead to their pages, as Quarto makes them; `target` says which page each became"
+    "Links to notebooks lead to their pages, as Quarto makes them; `target` maps each notebook to its page"
     def page(found):
         made = target.get((path.parent/found[1]).resolve())
         return f'href="{os.path.relpath(made, target[path].parent)}' if made else found[0]
@@ -132,7 +132,7 @@ def write_readme(markdown, front):
 
 
 def write_page(path, target, front, quarto):
-    "A processed page as HTML where `target` says; returns what pandoc found wrong, '' if nothing"
+    "Write a processed page as HTML to `target`; returns pandoc's warnings, '' if none"
     page = target[path]
     page.parent.mkdir(parents=True, exist_ok=True)
     style = "../"*len(page.relative_to(out).parts[1:]) + quarto["format"]["html"]["css"]

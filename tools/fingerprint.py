@@ -1,6 +1,6 @@
 """Do the numbers stay what they are? Tiny runs of every part of the engine, hashed value by value
 
-    python tools/fingerprint.py [CASE …] > before.txt       # and again after a change: diff must say nothing
+    python tools/fingerprint.py [CASE …] > before.txt       # and again after a change: diff must print nothing
     python tools/fingerprint.py --stopped                   # each stopped after its third step and resumed: the same
 
 Hashed are the weights of student and method, the averaged weights, the state of the optimizer, the rows of the log and
@@ -78,7 +78,7 @@ def digest(x, h):
 
 
 def train(recipe, run, stop=None):
-    "A run to its end, stopped and taken up again after step `stop`"
+    "Train a run to its end, stopped and resumed after step `stop` if given"
     if stop is not None:
         half = build_trainer(recipe, run, bars=False)
         half.agreed_to_stop = lambda: half.step >= stop
@@ -94,7 +94,7 @@ def average(t):
 
 
 def fingerprint(case, run, stop=None):
-    "Of all numbers that a run leaves behind"
+    "Hash of all numbers that a run leaves behind"
     name, words = CASES[case]
     t = train(load_recipe(name, [w.replace("CACHE", str(run/"cache")) for w in words])[""], run/"run", stop)
     assert t.step == STEPS, t.step

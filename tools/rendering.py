@@ -18,7 +18,7 @@ from nbdev.processors import _default_exp
 kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 by_hand = re.compile(r"^show_doc\(([\w.]+)\)\s*$", re.M)
 public = re.compile(r"(.*\.)?(?!_(?!_))\w+")            # no private name; `__call__` is public
-in_colab = "'google.colab' in str(get_ipython())"       # asked by the first cell of a page that runs alone
+in_colab = "'google.colab' in str(get_ipython())"       # checked by the first cell of a page that runs alone
 
 
 def first_line(node): return min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])])
@@ -73,7 +73,7 @@ def entry(module, definition, anchor):
 
 
 def anchors(names):
-    "{name: anchor} of definitions in their order: in lower case, as nbdev links them; `-1` if only case tells two apart"
+    "{name: anchor} of definitions in their order: in lower case, as nbdev links them; `-1` if two differ only in case"
     seen, made = Counter(), {}
     for name in names:
         made[name] = name.lower() + (f"-{seen[name.lower()]}" if seen[name.lower()] else "")
@@ -154,7 +154,7 @@ class Links(Processor):
 
 
 class Doors(Processor):
-    "A line at the head of each page: its notebook, and Colab where the page runs alone"
+    "A line at the top of each page with links to its notebook, and to Colab where the page runs alone"
     def __init__(self, nb):
         super().__init__(nb)
         self.alone = any(cell.cell_type == "code" and in_colab in cell.source for cell in nb.cells)

@@ -5,7 +5,7 @@
 
 The docs show the outputs saved here; run a page again whenever its code changes. Each page gets a home and a temporary
 folder of its own. Status 1 if a page ends in a traceback (its outputs are not saved), 2 if one shows a warning or a
-path of this machine, leaves files behind, or has a figure without alternative text; the last lines say which. Figures
+path of this machine, leaves files behind, or has a figure without alternative text; the last lines name them. Figures
 are saved with twice the pixels of `basd/page.mplstyle` and shown at its size.
 """
 import argparse
@@ -30,7 +30,7 @@ kernel_options = ["--HistoryManager.enabled=False", "--InlineBackend.figure_form
 
 
 def skipped(cell, flags):
-    "Does `nbdev_test` skip `cell` when it leaves out the cells marked with `flags`?"
+    "Whether `nbdev_test` skips `cell` when it leaves out the cells marked with `flags`"
     directives = getattr(cell, "directives_", None) or {}
     return (cell.cell_type != "code" or "nbdev_export" + "(" in cell.source
             or directives.get("eval:", [""])[0].lower() == "false" or bool(flags & directives.keys()))
@@ -65,7 +65,7 @@ def diary(output):
 
 
 def execute(nb, skip, folder):
-    "Run the cells of `nb` in `folder` in a fresh kernel; `skip` says which are left as they are. The traceback, if there is one"
+    "Run the cells of `nb` in `folder` in a fresh kernel; cells that `skip` selects are left as they are. Returns the traceback, if any"
     class Client(nbclient.NotebookClient):
         async def async_execute_cell(self, cell, cell_index, **kwargs):
             if skip(cell_index): return cell
@@ -77,7 +77,7 @@ def execute(nb, skip, folder):
 
 
 def complaints(nb):
-    "What a reader should not see in the outputs of `nb`, one sentence each"
+    "Problems in the outputs of `nb`, one sentence each"
     said = []
     for cell in nb["cells"]:
         source, outputs = "".join(cell["source"]), cell.get("outputs", [])
@@ -97,7 +97,7 @@ def complaints(nb):
 
 
 def run(path, flags, save=True):
-    "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs. Its traceback, and what is wrong with it"
+    "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs. Returns its traceback and its problems"
     nb, cells, before = nbformat.read(path, 4), NBProcessor(path, rm_directives=False).nb.cells, untracked()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:
         home, own = Path(tmp)/"home", dict(os.environ)
