@@ -34,7 +34,7 @@ def uniform_distance(
     h:int, # rows of the grid
     w:int, # its columns
 )->float:  # patches
-    "Attention distance of a layer that looks everywhere alike"
+    "Attention distance of uniform attention"
     return patch_distances(h, w, dtype=torch.float64).mean().item()
 
 # %% ../../nbs/analysis/79_attention_distance.ipynb #e3e9e0bb
@@ -42,7 +42,7 @@ def mean_distance(
     A:Tensor,     # attention among patches, rows sum to one, (..., N, N)
     delta:Tensor, # of `patch_distances`, (N, N)
 )->Tensor:        # patches, (...)
-    "How far a map looks, on average over its queries"
+    "Attention distance of a map, averaged over its queries"
     if A.shape[-2:] != delta.shape:
         raise ValueError(f"a map of shape {tuple(A.shape[-2:])} and distances between {len(delta)} patches; "
                          "give the grid on which the tokens lie")
@@ -56,7 +56,7 @@ def mean_distance(
 def attention_entropy(
     A:Tensor, # attention among patches, rows sum to one, (..., N, N)
 )->Tensor:    # mean over rows, a share of log N: 0 looks at one patch, 1 at all alike, (...)
-    "How unselective a map is"
+    "Entropy of a map's rows relative to log N, averaged over its queries"
     return torch.special.entr(A).sum(-1).mean(-1)/math.log(A.shape[-1])
 
 # %% ../../nbs/analysis/79_attention_distance.ipynb #6be55cad
@@ -87,7 +87,7 @@ def _readable(
 def prefix_attention(
     attention, # `Attention` of one layer
 )->Tensor:     # share in [0, 1], mean over patch queries, (B, H)
-    "How much of their attention patches pay to class and register tokens"
+    "Share of the patches' attention on class and register tokens"
     p = attention.num_prefix_tokens
     return attention.full_map()[:, :, p:, :p].sum(-1).mean(-1)
 
@@ -97,7 +97,7 @@ def _layer_sums(
     delta:Tensor, # of `patch_distances`, (N, N)
     n:int,        # images of the batch
 )->Tensor:        # distance, entropy and prefix share of each head, summed over images, float64, (3, H)
-    "What one batch adds"
+    "Sums over the images of one batch"
     total, size = 0., chunk_size(attention.num_heads*delta.numel(), n, delta.device)
     for i in range(0, n, size):
         some = attention[i:i+size]
@@ -114,7 +114,7 @@ def attention_distance(
     # layers [L]; distance (patches), ratio (to uniform), entropy (share of log N), prefix (share), each [L][H];
     # grid [h, w]; uniform; n images
 )->dict:
-    "How far each head of each layer looks, on average over queries and images"
+    "Attention distance and entropy of each head of each layer, averaged over queries and images"
     have, grid, sums, n = None, None, None, 0
     with torch.no_grad(), eval_mode(model):
         for x in batches:

@@ -34,9 +34,9 @@ class OpenedRun:
     run:Path
     recipe:Any
     weights:dict    # state dict
-    train:Any       # training `Images`
+    train:Any       # training `ImageDataset`
     fit:list        # which of them the run learned from
-    test:Any        # test `Images`
+    test:Any        # test `ImageDataset`
     images:int      # how many are shown
     device:Any
 
@@ -47,7 +47,7 @@ class OpenedRun:
     def teacher(self): return run_teacher(self.recipe, device=self.device)
 
     def untrained(self):
-        "The student as it was before it learned anything"
+        "The student with its initial weights"
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.train.seed)
             return run_student(self.recipe, self.test.num_classes, device=self.device)
@@ -87,7 +87,7 @@ def open_run(
 def _attempt(
     f,     # () → a result
 )->dict:   # it, or {skipped: why}
-    "A measurement that may be refused"
+    "A result, or `{skipped: reason}` for an error"
     try: return f()
     except (ValueError, OSError) as e: return dict(skipped=str(e))
 

@@ -38,7 +38,7 @@ def _check_setting(
     name:str,     # of a corruption
     severity:int, # 1 to 5
 ):
-    "Refuse a corruption that does not exist"
+    "Raise an error for an unknown corruption or severity"
     if name not in corruptions:
         raise ValueError(f"there is no corruption {name!r}; choose from {', '.join(corruptions)}")
     if not isinstance(severity, int) or severity not in range(1, 6):
@@ -49,7 +49,7 @@ def _check_images(
     x:Tensor,   # uint8, or float in [0, 1], (B, 3, h, w)
     generators, # one per image
 ):
-    "Refuse what is not a batch of images"
+    "Raise an error for anything but a batch of images"
     if x.dim() != 4 or x.shape[1] != 3 or not len(x):
         raise ValueError(f"images of shape {tuple(x.shape)}; give a batch (B, 3, h, w) with B ≥ 1")
     if min(x.shape[-2:]) < 16:
@@ -66,7 +66,7 @@ def _check_images(
 def register_corruption(
     f, # (float images (B, 3, h, w), severity, generators, one per image) → float images
 ):
-    "Enter `f` in `corruptions`, as a function of uint8 images or floats in [0, 1] that gives uint8"
+    "Register `f` in `corruptions` as a function of uint8 images or floats in [0, 1] that gives uint8"
     @wraps(f)
     def g(x, severity, generator):
         gs = [generator]*len(x) if isinstance(generator, torch.Generator) else list(generator)
@@ -81,7 +81,7 @@ def register_corruption(
 def _size_factor(
     x:Tensor, # (..., h, w)
 )->float:
-    "s: how many times larger than 32 pixels"
+    "Size factor: shorter side divided by 32 pixels"
     return min(x.shape[-2:])/32
 
 # %% ../../nbs/analysis/78_corruptions.ipynb #91b56a04
@@ -94,14 +94,14 @@ def gaussian_noise(x, severity, gs):
 # %% ../../nbs/analysis/78_corruptions.ipynb #af1c98b3
 @register_corruption
 def shot_noise(x, severity, gs):
-    "Photons are counted"
+    "Shot noise: a Poisson count per value"
     c = (500, 250, 100, 75, 50)[severity - 1]/_size_factor(x)
     return torch.stack([torch.poisson(v, g) for v,g in zip((c*x).cpu(), gs)]).to(x.device)/c
 
 # %% ../../nbs/analysis/78_corruptions.ipynb #821b1449
 @register_corruption
 def impulse_noise(x, severity, gs):
-    "Some values flip to 0 or 1, in each channel for itself"
+    "Salt and pepper: some values become 0 or 1, independently per channel"
     c = (.01, .02, .03, .05, .07)[severity - 1]*_size_factor(x)**.5
     u = _draw('rand', x.shape[1:], gs, x.device)
     return x.masked_fill(u < c/2, 0).masked_fill(u >= 1 - c/2, 1)
@@ -122,7 +122,7 @@ def _convolve(
 def _lens(
     R:float, # radius in pixels
 )->Tensor: # (k, k), sums to 1
-    "A disc of light of standard deviation R/2 along each axis"
+    "Kernel of a disc of standard deviation R/2 along each axis"
     t = torch.arange(-math.ceil(R) - 1, math.ceil(R) + 2, dtype=torch.double)
     distance, low, high = torch.hypot(t[:, None], t), 0., R + 1
     for _ in range(40):
@@ -134,7 +134,7 @@ def _lens(
 # %% ../../nbs/analysis/78_corruptions.ipynb #f2900813
 @register_corruption
 def defocus_blur(x, severity, gs):
-    "Points become discs"
+    "Defocus: convolution with a disc"
     return _convolve(x, _lens((.57, .92, 1.15, 1.26, 1.63)[severity - 1]*_size_factor(x)))
 
 # %% ../../nbs/analysis/78_corruptions.ipynb #b4d9f502
@@ -143,7 +143,7 @@ def _shuffle(
     d:int,      # no pixel moves farther, along each axis
     generators, # one per image
 )->Tensor:
-    "Pixels change places within small windows"
+    "Shuffle pixels within small windows"
     B, C, h, w = x.shape
     u = _draw('rand', (2 + h*w,), generators).double()
     di, dj = (u[:, :2]*(d + 1)).long().T[..., None, None]                                # where the grid begins
@@ -157,7 +157,7 @@ def _shuffle(
 def _gaussian(
     sigma:float, # pixels
 )->Tensor: # (k, k), sums to 1
-    "A round kernel of standard deviation `sigma`"
+    "Gaussian kernel of standard deviation `sigma`"
     t = torch.arange(-math.ceil(4*sigma), math.ceil(4*sigma) + 1.)
     k = torch.exp(-t**2/(2*sigma**2))
     return k[:, None]*k/k.sum()**2
@@ -165,7 +165,7 @@ def _gaussian(
 # %% ../../nbs/analysis/78_corruptions.ipynb #7fd84756
 @register_corruption
 def glass_blur(x, severity, gs):
-    "Seen through pebbled glass"
+    "Pebbled glass: a Gaussian blur and local shuffles of pixels"
     s = _size_factor(x)**.5
     k = _gaussian(.25*s)
     x = _convolve(x, k)
@@ -178,7 +178,7 @@ def _streak(
     reach:float, # pixels; the trail ends here
     sigma:float, # pixels
 )->Tensor: # (k, k), sums to 1
-    "The trail of a moving point"
+    "Kernel of motion blur: the trail of a moving point"
     t, at = torch.arange(0, math.floor(reach) + 1.), torch.arange(-math.ceil(reach), math.ceil(reach) + 1.)
     tent = lambda direction: (1 - (at - t[:, None]*direction).abs()).clamp(min=0)           # (T, k)
     k = (torch.exp(-t**2/(2*sigma**2))[:, None]*tent(math.sin(angle))).T @ tent(math.cos(angle))
@@ -192,7 +192,7 @@ def _drag(
     angles,      # degrees: least and largest
     generators,  # one per image
 )->Tensor:
-    "Move each image, in a random direction"
+    "Motion blur of each image in a random direction"
     reach, (low, high) = min(reach, 4*sigma, min(x.shape[-2:]) - 1), angles
     turn = low + (high - low)*_draw('rand', (1,), generators)[:, 0]
     return _convolve(x, torch.stack([_streak(math.radians(a), reach, sigma) for a in turn.tolist()]))
@@ -200,21 +200,21 @@ def _drag(
 # %% ../../nbs/analysis/78_corruptions.ipynb #7038fcf0
 @register_corruption
 def motion_blur(x, severity, gs):
-    "The camera shakes, within 45° of the horizontal"
+    "Motion blur within 45° of the horizontal"
     sigma = (1, 1.5, 2, 2.25, 2.5)[severity - 1]*_size_factor(x)
     return _drag(x, 4*sigma, sigma, (-45, 45), gs)
 
 # %% ../../nbs/analysis/78_corruptions.ipynb #3eed29d5
 @register_corruption
 def zoom_blur(x, severity, gs):
-    "Sharp in the middle, radial streaks outside"
+    "Zoom blur: the mean of the image and its enlargements"
     zooms = [1 + k/100 for k in range((6, 11, 16, 21, 26)[severity - 1])]
     return (x + sum(V.affine(x, 0., [0, 0], z, [0., 0.], V.InterpolationMode.BILINEAR) for z in zooms))/(len(zooms) + 1)
 
 # %% ../../nbs/analysis/78_corruptions.ipynb #37299627
 @register_corruption
 def snow(x, severity, gs):
-    "Flakes fall, the scene turns pale"
+    "Snow: blurred flakes over a paler scene"
     mean, std, flake, low, reach, sigma, keep = ((.1, .2, 1, .6, 8, 3, .95),
                                                  (.1, .2, 1, .5, 10, 4, .9),
                                                  (.15, .3, 1.75, .55, 10, 4, .9),
@@ -235,7 +235,7 @@ def _cloud(
     generators,  # one per image
     device='cpu',
 )->Tensor: # (B, 1, h, w), from 0 to 1
-    "Noise at all scales"
+    "Fractal noise: random grids of all sizes, enlarged and summed"
     octaves = math.ceil(math.log2(max(h, w)))
     layers = [decay**-k*F.interpolate(_draw('rand', (1, 2**k + 1, 2**k + 1), generators, device),
                                       (2**octaves, 2**octaves), mode='bilinear', align_corners=True)
@@ -247,7 +247,7 @@ def _cloud(
 # %% ../../nbs/analysis/78_corruptions.ipynb #598cc148
 @register_corruption
 def fog(x, severity, gs):
-    "A cloud is added, and the sum is as bright as the image was"
+    "Fog: a cloud is added, and the sum rescaled to the image's maximum"
     c, decay = ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))[severity - 1]
     top = x.amax((1, 2, 3), keepdim=True)
     return (x + c*_cloud(*x.shape[-2:], decay, gs, x.device))*top/(top + c)
@@ -276,14 +276,14 @@ def _ice(
     generators, # one per image
     device='cpu',
 )->Tensor: # (B, 3, h, w), from 0 to 1
-    "What grows on the window"
+    "Ice crystals on a bluish cloud"
     layer = .35 + .3*_cloud(h, w, 2, generators, device) + .6*_crystals(h, w, generators, device)
     return (layer*torch.tensor([.85, .95, 1.05], device=device)[:, None, None]).clamp(max=1)
 
 # %% ../../nbs/analysis/78_corruptions.ipynb #29f54580
 @register_corruption
 def frost(x, severity, gs):
-    "Ice on the window"
+    "Frost: computed ice crystals mixed into the image"
     keep, c = ((1, .2), (1, .3), (.9, .4), (.85, .45), (.75, .55))[severity - 1]
     return keep*x + c*_ice(*x.shape[-2:], gs, x.device)
 
@@ -298,7 +298,7 @@ def brightness(x, severity, gs):
 # %% ../../nbs/analysis/78_corruptions.ipynb #7417987f
 @register_corruption
 def contrast(x, severity, gs):
-    "All values move towards their channel's mean"
+    "Lower the contrast: values move towards their channel's mean"
     c = (.75, .5, .4, .3, .15)[severity - 1]
     # image by image: large sums depend on how they are divided
     m = torch.stack([v.mean((1, 2), keepdim=True) for v in x])
@@ -309,7 +309,7 @@ def _tilt(
     moves:Tensor, # of the three points, (B, 3, 2) as (x, y)
     h:int, w:int,
 )->Tensor: # of all pixels, (B, 2, h, w)
-    "Moves of a plane from those of three of its points"
+    "Displacements of a plane from those of three of its points"
     X, Y = (1.5*((2*torch.arange(v, device=moves.device) + 1)/v - 1) for v in (w, h))
     X, Y = X.expand(h, w), Y[:, None].expand(h, w)
     return torch.einsum('bpc,phw->bchw', moves, torch.stack([1 + Y, X - Y, 1 - X])/2)
@@ -334,7 +334,7 @@ def _bend(
 # %% ../../nbs/analysis/78_corruptions.ipynb #b976fb44
 @register_corruption
 def elastic_transform(x, severity, gs):
-    "The image is printed on rubber"
+    "Elastic transform: a random tilt and a smooth random displacement"
     wobble, spread = ((.02, .03), (.04, .04), (.06, .05), (.08, .06), (.1, .08))[severity - 1]
     return _bend(x, wobble, .04, spread, gs)
 
@@ -353,7 +353,7 @@ def _blocks(
 # %% ../../nbs/analysis/78_corruptions.ipynb #54f86425
 @register_corruption
 def pixelate(x, severity, gs):
-    "Coarse pixels"
+    "Pixelate: the mean over blocks of pixels"
     c = (.95, .9, .85, .75, .65)[severity - 1]*_size_factor(x)**-.5
     h, w = (min(v, int(c*v)) for v in x.shape[-2:])
     return _blocks(_blocks(x, w).mT, h).mT
@@ -361,7 +361,7 @@ def pixelate(x, severity, gs):
 # %% ../../nbs/analysis/78_corruptions.ipynb #7e7e406a
 @register_corruption
 def jpeg_compression(x, severity, gs):
-    "Saved with loss"
+    "JPEG compression"
     return V.jpeg((255*x).round().to(torch.uint8).cpu(), (80, 65, 58, 50, 40)[severity - 1]).to(x.device)/255
 
 # %% ../../nbs/analysis/78_corruptions.ipynb #ab335e98
@@ -372,7 +372,7 @@ def corrupt(
     seed:int=0,     # another seed, another corrupted test set
     positions=None, # of the images in the data set; None: 0, 1, …
 )->Tensor: # uint8 (B, 3, h, w)
-    "Spoil images; what is done to each depends on seed, name, severity and its position alone"
+    "Corrupted images; the result for each depends on seed, name, severity and its position alone"
     _check_setting(name, severity)
     positions = range(len(x)) if positions is None else positions
     return corruptions[name](x, severity,
@@ -381,7 +381,7 @@ def corrupt(
 
 # %% ../../nbs/analysis/78_corruptions.ipynb #7fc971e8
 def corruption_accuracy(
-    model,           # `Tapped` model with a head
+    model,           # `TappedModel` with a head
     images,          # `ImageDataset`, with their labels
     indices,         # positions in `images`; None: all
     size:int,        # pixels of the view

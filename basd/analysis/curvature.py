@@ -27,7 +27,7 @@ def _split(
     v:Tensor,    # (P,)
     params,      # tensors with P numbers in all
 )->list:         # parts of `v` in the shapes of `params`
-    "One vector as parameters"
+    "Split one vector into tensors of the parameters' shapes"
     params = list(params)
     return [w.view(p.shape) for w,p in zip(v.split([p.numel() for p in params]), params)]
 
@@ -35,7 +35,7 @@ def _split(
 def _join(
     parts, # tensors
 )->Tensor: # (P,)
-    "Parameters as one vector"
+    "Concatenate tensors into one vector"
     return torch.cat([p.reshape(-1) for p in parts])
 
 # %% ../../nbs/analysis/81_curvature.ipynb #c576950b
@@ -54,7 +54,7 @@ def hvp(
 
 # %% ../../nbs/analysis/81_curvature.ipynb #587a0458
 class Ritz(NamedTuple):
-    "Eigenvalues as Lanczos finds them, by descending magnitude"
+    "Ritz values, vectors and residuals, by descending magnitude"
     values:Tensor    # (k,), float64
     residuals:Tensor # ‖Hy − ρy‖ as measured, (k,), float64: no farther away is an eigenvalue of H
     vectors:Tensor   # of length one, (k, P)
@@ -64,7 +64,7 @@ def _gaussian(
     like:Tensor, # of the dtype and on the device wanted, (P,)
     generator:torch.Generator|None=None, # on the CPU, so that all devices draw the same; None: seed 0
 )->Tensor:       # (P,)
-    "A random direction"
+    "A random Gaussian direction"
     return torch.randn(like.shape, generator=generator or torch.Generator().manual_seed(0)).to(like)
 
 # %% ../../nbs/analysis/81_curvature.ipynb #0f59df32
@@ -105,7 +105,7 @@ def _outside(
     Q:Tensor, # orthonormal rows, (j, P)
     w:Tensor, # (P,)
 )->tuple:     # what of `w` is orthogonal to `Q`, and its length
-    "Gram–Schmidt, twice"
+    "Project out the rows of `Q` (Gram–Schmidt, twice)"
     for _ in range(2): w = w - Q.mT @ (Q @ w)
     return w, w.norm().item()
 
@@ -125,7 +125,7 @@ def hutchinson_trace(
     matvec,  # v (P,) → Hv (P,)
     probes,  # vectors with E[v vᵀ] = 1, (P,) each, two or more; `_signs` are best
 )->tuple:    # trace, and its standard error
-    "The trace of a matrix that is only known by its products"
+    "Hutchinson's estimate of the trace of a matrix from its products with vectors"
     q = [(v*matvec(v)).sum(dtype=torch.double).item() for v in probes]
     if len(q) < 2: raise ValueError(f"probes: {len(q)}, but a trace with its error takes two or more")
     q = torch.tensor(q, dtype=torch.double)
@@ -164,7 +164,7 @@ def share(self:LossSurface,
     y:Tensor,    # their labels
     params:dict|None=None, # name → tensor to use in place of the model's own
 )->Tensor:       # (); all batches' shares add up to the mean loss
-    "What one batch contributes to the mean loss"
+    "Contribution of one batch to the mean loss"
     x, y = x.to(self.weights.device), y.to(self.weights.device)
     z = (self.model(x) if params is None else functional_call(self.model, params, (x,))).logits
     if params is None: check_logits(z, y)
@@ -175,7 +175,7 @@ def share(self:LossSurface,
 def at(self:LossSurface,
     shift:Tensor|None=None, # added to the parameters, (P,); None: as they are
 )->float:
-    "The mean loss, here or elsewhere"
+    "The mean loss at the model's or at given parameters"
     names, here = self.params.keys(), self.params.values()
     there = None if shift is None else {n: p + d for n,p,d in zip(names, here, _split(shift, here))}
     with torch.no_grad(), _undisturbed(self.model, self.weights):
@@ -289,7 +289,7 @@ def plot_landscape(
     results:dict, # name → what `loss_landscape` returned
     path=None,    # where to save it as PNG
 ):
-    "Both slices, all runs in one pair of panels"
+    "Plot both slices, all runs in one pair of panels"
     import matplotlib.pyplot as plt
     if not results: raise ValueError("there is nothing to draw; give {name: result of landscape}")
     with page_style():

@@ -44,7 +44,7 @@ def eval_mode(
 # %% ../../nbs/analysis/77_evaluation.ipynb #5f329337
 @torch.no_grad()
 def predict(
-    model,            # `Tapped` model; features are of its last tapped layer
+    model,            # `TappedModel`; features are of its last tapped layer
     images,           # `ImageDataset`
     indices,          # positions in `images`; None: all
     size:int,         # pixels of the view
@@ -258,7 +258,7 @@ def knn_predict(
 def _check_features(
     *features, # (n, D) each
 ):
-    "Refuse features that are missing or not finite"
+    "Raise an error for features that are missing or not finite"
     for x in features:
         if x is None:
             raise ValueError("there are no features; tap a layer of the model (points=[-1]) "
@@ -325,7 +325,7 @@ def teacher_agreement(
 # %% ../../nbs/analysis/77_evaluation.ipynb #7fc7407c
 @torch.no_grad()
 def model_cost(
-    model,         # `Tapped` model
+    model,         # `TappedModel`
     size:int,      # pixels of its images
     batch:int=64,  # images at a time for the throughput
     device='cpu',  # where the model is
@@ -373,7 +373,7 @@ def teacher_predictions(
     said:dict|None, # a teacher's, of `predict` on test images
     seen:dict|None, # on training images
     logits:Tensor,  # the student's, (n, C)
-)->Tensor:          # the teacher's logits (n, C), or its neighbours' votes (n,)
+)->Tensor:          # the teacher's logits (n, C), or its neighbors' votes (n,)
     "A teacher's logits, if they are of the same classes; else the vote of its neighbors"
     if said is None: raise ValueError("there is no teacher to agree with; give what it says of the test images")
     if logits is None or said['logits'] is not None and said['logits'].shape[1] == logits.shape[1]:
@@ -388,7 +388,7 @@ def _plot_scores(
     result:dict, # of `evaluate_predictions`
     ax=None,
 ):
-    "Head, neighbours, probe and agreement on one scale"
+    "Bars of head, k-NN, probe and agreement on one scale"
     import matplotlib.pyplot as plt
     ax, wanted = ax or plt.subplots()[1], dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe',
                                                agreement='agreement')
@@ -409,7 +409,7 @@ def plot_robustness(
     data:dict, # types: name → top-1 in % at each of `severities`; severities; clean and mean in %
     ax=None,
 ):
-    "Corruption × severity; severity 0 is the clean image"
+    "Heat map of corruption × severity; severity 0 is the clean image"
     import matplotlib.pyplot as plt
     ax, m = ax or plt.subplots()[1], torch.tensor([[data['clean'], *row] for row in data['types'].values()])
     im = ax.imshow(m.numpy(), aspect='auto', vmin=0, vmax=100)

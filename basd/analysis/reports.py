@@ -30,7 +30,7 @@ from ..runs.run_directory import load_best_student, load_checkpoint, load_run_re
 def saved_weights(
     run, # run directory
 )->dict: # "last", and "best" and "ema" where there are such → state dict of the student
-    "All sets of weights that a run holds"
+    "All sets of weights of a run, by name"
     run, start = Path(run), 'student.model.'
     state = load_checkpoint(run/'last.pt')
     found = {'last': {k[len(start):]: v for k,v in state['task' if 'task' in state else 'lesson'].items() if k.startswith(start)}}
@@ -46,7 +46,7 @@ def weights_path(
     recipe,      # of the run
     run='',      # for the message
 )->str:          # a key of `found`
-    "Which weights are meant"
+    "Name of the set of weights that `weights` selects"
     if name == 'headline': return recipe.train.headline if recipe.train.headline in found else 'last'
     if name not in ('last', 'best', 'ema'):
         raise ValueError(f"weights={name!r}: should be 'last', 'best', 'ema', 'headline' or 'all'")
@@ -57,8 +57,8 @@ def weights_path(
 def run_student(
     recipe,           # of the run
     classes:int,      # C
-    weights=None,     # state dict; None: freshly drawn, as before training
-    layers='all',     # to tap, as of `Tapped`
+    weights=None,     # state dict; None: newly initialized, as before training
+    layers='all',     # to tap, as of `TappedModel`
     attention:bool=True,
     device='cpu',
 ):
@@ -100,7 +100,7 @@ def _others(
     classes:list|None=None, # by which to number the images; None: those of the source's training split, or its own
     whose='the run',      # they are, for the message
 )->tuple:                 # (training images or None, their indices, test images)
-    "Images that a run has not learned from"
+    "Images of another source, for evaluation"
     d = _granted_teacher(recipe)
     try: train = open_images(d, d.train_split, on, classes, whose)
     except (ValueError, OSError): train = None                               # test images alone, or classes of its own
@@ -128,7 +128,7 @@ def write_evaluation(
     found:dict, # of `evaluate_student`
     on=None,    # other images, in the words of `data.source`
 ):
-    "Keep accuracies in the run, as `evaluation.json`"
+    "Write accuracies to `evaluation.json` in the run"
     write_atomic(Path(run)/f'evaluation{_suffix(on)}.json', lambda p: p.write_text(json.dumps(found, indent=1), encoding='utf-8'))
 
 # %% ../../nbs/analysis/83_reports.ipynb #ef1f84d2
@@ -162,11 +162,11 @@ def evaluate_student(
 
 # %% ../../nbs/analysis/83_reports.ipynb #108a8447
 def _foreign(
-    images,       # `Images`
+    images,       # `ImageDataset`
     classes:list, # of a run
     run,          # its directory, for the message
 )->str:           # '' if they are numbered by the run's classes
-    "Why images have no accuracy"
+    "The reason why images have no accuracy"
     if images.classes == classes: return ''
     try: images.source.under(classes, run)
     except ClassMismatch as e: return str(e)
@@ -176,7 +176,7 @@ def _foreign(
 def _suffix(
     on, # a source, or None
 )->str: # '' or '-name', fit for a file's name
-    "How files about other images are called"
+    "Suffix of the names of files about other images"
     return '' if on is None else '-' + re.sub(r'\W+', '-', Path(on).name if on.count('/') > 1 else on).strip('-')
 
 # %% ../../nbs/analysis/83_reports.ipynb #0ed05e5c
@@ -213,10 +213,10 @@ def evaluate_run(
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     on:str|None=None,     # other images, in the words of `data.source`
     corrupted:int=1000,   # test images that are corrupted; 0: none
-    seen:int=10000,       # training images for neighbours and probe
+    seen:int=10000,       # training images for neighbors and probe
     trust:bool=False,     # the run's recipe may import code of its own and fetch what it names
     # of `evaluate_predictions`, with robustness, cost, run, weights and images;
-    # also `evaluate_predictions.json` and `evaluate_predictions.png` in the run directory
+    # also `report.json` and `report.png` in the run directory
 )->dict:
     "All metrics of a run's student; on one process"
     run = Path(run_dir)

@@ -26,7 +26,7 @@ class CovarianceMeter:
     def add(self,
         x:Tensor, # rows, (M, D)
     ):
-        "Take in one batch"
+        "Add one batch of rows"
         x, a, b = x.double(), self.rows, len(x)
         mean = x.mean(0)
         z, delta = x - mean, mean - self.mean
@@ -42,7 +42,7 @@ def explained_variance_ratio(
     G:Tensor,      # covariance or Gram matrix of centered rows, float64, (..., K, K)
     square:Tensor, # its trace, had the rows not been centered, (...)
 )->Tensor:         # non-negative, of sum one; all 0 for rows that are all alike, descending, (..., K)
-    "Shares of energy, without what is only rounding"
+    "Explained variance ratios; values at the level of rounding are zero"
     tiny = torch.finfo(G.dtype).tiny
     lam = _eigenvalues(G/square.clamp(min=tiny)[..., None, None])
     lam = torch.where(lam > 1e-12, lam, 0.)
@@ -72,7 +72,7 @@ def _by_image(
 
 # %% ../../nbs/analysis/82_spectra.ipynb #6303e6f8
 def spectra(
-    model,   # `Tapped` with its layers; attention is not needed
+    model,   # `TappedModel` with its layers; attention is not needed
     batches, # iterable of what `model` takes, on its device: as a rule uint8 images (B, 3, s, s)
     # layers [L]; pooled over images: spectrum [L][D] of unit norm, effective_rank [L];
     # means over images: image_spectrum [L][min(N, D)], image_rank [L]; tokens [L]; n images
@@ -162,7 +162,7 @@ def layer_weight_history(
     # step [T]; weights [T][P][L]; entropy [T][P] as a share of log L;
     # layer [T][P], the mean teacher layer, counted from 0
 )->dict:
-    "Mixing weights of a run over its training, as logged"
+    "Layer weights of a run over its training, as logged"
     log = Path(run_dir)/'metrics.jsonl'
     if not log.is_file():
         raise FileNotFoundError(f"{run_dir} holds no metrics.jsonl; "

@@ -44,7 +44,7 @@ def _mark_failed(
     text:str,     # one line
     trace:str='',
 ):
-    "Leave word of a failure"
+    "Write `failed.txt`"
     Path(run).mkdir(parents=True, exist_ok=True)
     write_atomic(Path(run)/'failed.txt', lambda p: p.write_text(f'{text}\n\n{trace}', encoding='utf-8'))
 
@@ -90,7 +90,7 @@ def _failed_dependency(
     run:Run,
     folder:Path,
 )->str|None:
-    "Why a run cannot begin: the failure of one on which it builds"
+    "Failure of a run on which `run` builds, or None"
     for name in run.needs:
         if (folder/name/'failed.txt').is_file():
             return f"{name}, on which it builds, failed: {(folder/name/'failed.txt').read_text(encoding='utf-8').splitlines()[0]}"
@@ -102,7 +102,7 @@ def run_sequential(
     device:str|None,
     ended,           # called with each run that has ended
 ):
-    "Settle the runs one after the other"
+    "Run to completion one after the other"
     for r in runs:
         why = _failed_dependency(r, folder)
         if why: _mark_failed(folder/r.name, why)
@@ -112,12 +112,12 @@ def run_sequential(
 
 # %% ../../nbs/benchmark/88_compare.ipynb #2fb2d27a
 def recipe_file(folder:Path, run:Run)->Path:
-    "Where the recipe of a run lies, ready for `basd train`"
+    "Path of a run's recipe, ready for `basd train`"
     return folder/'recipes'/f'{run.name}.yaml'
 
 # %% ../../nbs/benchmark/88_compare.ipynb #233d1362
 class _Worker:
-    "A process that settles runs, one after the other"
+    "A process that completes runs, one after the other"
     def __init__(self,
         run:Run,         # the first
         folder:Path,     # of the benchmark
@@ -141,7 +141,7 @@ class _Worker:
         with suppress(BrokenPipeError): print(run.name, file=self.process.stdin, flush=True)
 
     def ended(self)->Run|None: # None while it works, or has nothing to do
-        "The run that it has ended, once"
+        "The run that has ended, returned once"
         if self.run is None or self.process.poll() is None and not _has_ended(self.folder/self.run.name): return None
         run, self.run = self.run, None
         return _checked(run, self.folder, self.process.returncode)
@@ -151,7 +151,7 @@ def _log_file(
     folder:Path,
     name:str, # of a run
 )->Path:
-    "Where a worker writes what a run prints"
+    "Path of a worker's log of a run"
     path = folder/'logs'/f'{name}.txt'
     create_private_folder(folder/'logs')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _log_file(
 def _has_ended(
     run, # run directory
 )->bool:
-    "Has a run come to a result, or failed?"
+    "Whether a run has a result or has failed"
     return any((Path(run)/f).is_file() for f in ('result.json', 'failed.txt'))
 
 # %% ../../nbs/benchmark/88_compare.ipynb #233d1365
@@ -186,7 +186,7 @@ def run_parallel(
     ended,           # called with each run that has ended
     jobs:int,        # processes
 ):
-    "Settle the runs, several at a time, each after those on which it builds"
+    "Run to completion, several at a time, each after those on which it builds"
     waiting, workers, threads = list(runs), [], max(1, torch.get_num_threads()//jobs)
     try:
         while waiting or any(w.run for w in workers):
@@ -211,7 +211,7 @@ def _checked(
     folder:Path,
     status:int|None, # of its process, None if that goes on
 )->Run:
-    "A process that died without a word is a failure, too"
+    "Mark a run as failed whose process died without an error"
     at = folder/run.name
     if not _has_ended(at):
         _mark_failed(at, f'its process ended with status {status} before the run did; see {folder}/logs/{run.name}.txt')

@@ -54,7 +54,7 @@ def _staged(
     recipe:str, # name or .yaml file
     overrides=(),
 )->dict: # stage → Recipe
-    "Load a recipe with those of the changes that concern it"
+    "Load a recipe with the changes that apply to it"
     own = [k for k,v in (read_recipe(recipe).get('stages') or {}).items() if v is not None]
     fits = lambda o: not o.startswith('stages.') or o.split('.')[1].split('=')[0] in own
     return load_recipe(recipe, ['train.gradient_shares=false', *filter(fits, overrides)])

@@ -75,7 +75,7 @@ def against_baseline(
 def step_seconds(
     rows:list, # of kind "step"
 )->float|None:
-    "Seconds a step: the median over rows of the log with nothing but steps between them"
+    "Seconds per step: the median over rows of the log with nothing but steps between them"
     spans = [(a['step'], b['step'], b['seconds'], round(b['step']/b['epoch']))
              for a,b in zip([dict(step=0), *rows], rows)]
     inside = [s/(b - a) for a,b,s,per in spans if a % per and a//per == (b - 1)//per]
@@ -87,7 +87,7 @@ def result_of(
     run,   # run directory
     extra=(), # directories of stages whose time is counted
 )->dict|None: # top1, val_top1, best_epoch, seconds, step, extra, images; or failed; None if it is not there yet
-    "What is known of a run"
+    "Result of a run, or its failure"
     run = Path(run)
     if (run/'failed.txt').is_file(): return dict(failed=(run/'failed.txt').read_text(encoding='utf-8').splitlines()[0])
     if not (run/'result.json').is_file(): return None
@@ -148,7 +148,7 @@ def summarize(
 def _cells(
     results:dict, # of `collect`
 )->list: # rows of strings, the heading first
-    "The table as text"
+    "Cells of the table as text"
     base, of = results['baseline'], len(results['seeds'])
     show = lambda x, form: '–' if x is None else form(x)
     out = [['method', 'test top-1 (%)', f'minus {base}', 'p', 'ms/step', f'÷ {base}', 'extra parameters',
@@ -174,7 +174,7 @@ def _cells(
 def footnotes(
     results:dict, # of `collect`
 )->list: # sentences
-    "What must be read with the table"
+    "Sentences that qualify the table"
     n, base = len(results['seeds']), results['baseline']
     spread = ("mean ± standard deviation over seeds (weights, order and augmentation; the split stays)" if n > 1
               else "one seed: no spread, no test")
@@ -227,7 +227,7 @@ def markdown(
 def as_csv(
     results:dict, # of `collect`
 )->str:
-    "The rows with all their digits"
+    "The rows as CSV with all digits"
     out = io.StringIO()
     w = csv.DictWriter(out, [*results['rows'][0]], lineterminator='\n')
     w.writeheader()

@@ -19,7 +19,7 @@ def _weights_of(
     results:dict, # of a frame
     entry:str,
 )->list: # of (step, weights as P lists of L); empty if no run has kept them
-    "Mixing weights over a run, of the first seed that has them"
+    "Layer weights over a run, of the first seed that has them"
     runs = sorted((r for r in results['runs'] if r['entry'] == entry and r.get('weights')), key=lambda r: r['seed'])
     return runs[0]['weights'] if runs else []
 
@@ -64,7 +64,7 @@ def _told_apart(
     results:dict,  # of a frame
     other:str,     # what the selectors are compared with
 )->tuple: # rows of selectors with a test; names ahead, names behind, both after correction
-    "Which selectors that measure differ from another entry beyond chance"
+    "Selectors that measure whose difference from another entry is significant"
     rows = [r for r in choices(results, other) if r['name'] in _measured and r['holm'] is not None]
     sure = [r for r in rows if r['holm'] < .05]
     return rows, [r['name'] for r in sure if r['difference'] > 0], [r['name'] for r in sure if r['difference'] < 0]
@@ -175,7 +175,7 @@ def _choice_table(
 def remarks_on(
     results:dict, # of a frame
 )->list: # sentences
-    "What must be read with the table of a frame"
+    "Sentences that qualify the table of a frame"
     runs = [r for r in results['runs'] if 'top1' in r]
     cpus, seeds = {r['cpu'] for r in runs}, len({r['seed'] for r in runs})
     out = [f"processor{'s' if len(cpus) > 1 else ''}: {'; '.join(sorted(cpus))}; runs of different ones are not paired"*bool(runs),
@@ -218,7 +218,7 @@ def goal(
     results:dict, # of a frame
     points:float=1.,
 )->list: # of (selector, [difference and half of the interval from uniform, final and ramp, or None], reached)
-    "How far each selector that measures is from three things that measure nothing"
+    "Differences of each selector that measures from three entries that do not"
     over = [{r['name']: r for r in choices(results, other)} for other in ('uniform', 'final', 'ramp')]
     out = []
     for name in (n for n in _measured if any(n in o for o in over)):
@@ -247,7 +247,7 @@ def goal_words(
 def readme_lines(
     frames:dict, # name → results
 )->str:
-    "Three lines about choosing, in Markdown"
+    "Three lines about selecting, in Markdown"
     photos = next((n for n in ('cifar10_34', 'cifar10_8') if n in frames and _told_apart(frames[n], 'uniform')[0]), None)
     others = [n for n in frames if n.startswith('digits_') and _told_apart(frames[n], 'uniform')[0]]
     lines = [first_words(frames)]

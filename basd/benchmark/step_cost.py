@@ -41,7 +41,7 @@ from ..training.optimizers import DOT, create_optimizer
 from ..training.trainer import Trainer
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #5e0c9d31
-# or the profiler keeps a diary on stderr
+# or the profiler logs to stderr
 os.environ.update(KINETO_LOG_LEVEL=os.environ.get('KINETO_LOG_LEVEL', '99'))
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #43aaf2b0
@@ -54,14 +54,14 @@ def _without_weights(
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #23ded8df
 def _members(
-    teacher, # `Tapped`, `Several` or None
+    teacher, # `TappedModel`, `TeacherEnsemble` or None
 )->list:
-    "The models of which a teacher consists"
+    "The models of a teacher"
     return [] if teacher is None else [*getattr(teacher, 'members', [teacher])]
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #c18e46ef
 class SyntheticImages:
-    "Batches that are there already, and a run without end"
+    "An endless loader of fixed batches"
     total, per_epoch = 2*10**6, 10**12
     def __init__(self, bench): self.bench = bench
     def given(self, batch): return self.bench.x, self.bench.y, self.bench.clean, self.bench.asked
@@ -79,7 +79,7 @@ def _listeners(
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #7d62723d
 class StepCost:
-    "One recipe's models on made-up images, ready to make two kinds of steps"
+    "A recipe's models on random images, for steps of the method and of its lower bound"
     def __init__(self,
         recipe:Recipe,
         device='cpu',
@@ -112,7 +112,7 @@ class StepCost:
 # %% ../../nbs/benchmark/85_step_cost.ipynb #53c1cbdc
 @patch
 def made_up(self:StepCost):
-    "Noise for images, and labels"
+    "Random images and labels"
     draw = lambda size: torch.randint(256, (self.B, 3, size, size), dtype=torch.uint8, device=self.device)
     self.x, self.y = draw(input_size(self.task.student)), torch.randint(self.classes, (self.B,), device=self.device)
     self.clean = None if self.teacher is None else draw(input_size(self.teacher))
@@ -121,7 +121,7 @@ def made_up(self:StepCost):
 # %% ../../nbs/benchmark/85_step_cost.ipynb #a5ac33c7
 @patch
 def compile(self:StepCost):
-    "Compile both kinds of steps alike"
+    "Compile both kinds of steps"
     compile_model(self.trainer, self.device)
     for m in (self.plain, *_members(self.plain_teacher)): m.model = torch.compile(m.model)
 
@@ -130,7 +130,7 @@ def compile(self:StepCost):
 def bound(self:StepCost,
     taught:bool=True, # False: a step by labels alone
 ):
-    "The least: plain teacher, plain student, optimizer"
+    "A step of the lower bound: plain teacher, plain student, optimizer"
     with autocast(self.device, self.recipe.train.precision):
         if taught and self.teacher is not None:
             with record_function('bound/teacher'), torch.no_grad():
@@ -175,7 +175,7 @@ def _seconds(
     f,       # called without arguments
     device,
 )->float:
-    "How long one call takes"
+    "Seconds of one call"
     if torch.device(device).type != 'cuda':
         start = time.perf_counter(); f()
         return time.perf_counter() - start
@@ -192,7 +192,7 @@ def time_pairs(
     reps:int=7,    # pairs
     warm:int=2,    # pairs before the clock counts
 )->dict: # seconds of both (median), ratio of pairs: median and quartiles
-    "Time two functions in turns"
+    "Time two functions in alternation"
     pairs = [(_seconds(bound, device), _seconds(full, device)) for _ in range(warm + reps)][warm:]
     ratios = sorted(b/a for a,b in pairs)
     low, mid, high = statistics.quantiles(ratios, n=4) if reps > 1 else ratios*3
@@ -204,7 +204,7 @@ def time_pairs(
 def beside_labels(self:StepCost,
     reps:int=7,   # pairs of steps
 )->dict: # "full" and, where one teacher could be cached, "cached" → dict of `time_pairs`
-    "Time steps beside those by labels alone, with the teacher present and with its outputs from a disk"
+    "Time steps against those by labels alone, with the teacher run and with its outputs read from disk"
     labels = lambda: self.bound(taught=False)
     out = dict(full=time_pairs(labels, self.full, self.device, reps))
     if self.task.cache is None and len(_members(self.teacher)) == 1:
@@ -218,7 +218,7 @@ def beside_labels(self:StepCost,
 def parts(self:StepCost,
     steps:int=2, # of each kind
 )->dict: # label → seconds per step
-    "Time under each label"
+    "Seconds per step under each profiler label"
     gpu = self.device.type == 'cuda'
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*gpu
     with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as p:
@@ -232,7 +232,7 @@ def parts(self:StepCost,
 def overhead(
     parts:dict, # of `StepCost.parts`
 )->dict: # name → seconds that a full step takes beyond the bound
-    "Where the difference between a full step and its bound goes"
+    "Difference between a full step and its bound, by part"
     over = lambda k: max(0., parts.get(f'full/{k}', 0.) - parts.get(f'bound/{k}', 0.))
     named = {k.removeprefix('part/'): v for k,v in parts.items() if k.startswith('part/')}
     return {'taps': over('teacher')} | named | {'backward': over('backward'), 'optimizer': over('optimizer')}
@@ -243,7 +243,7 @@ def by_depth(self:StepCost,
     depths:list|None=None, # layers after which the pass is ended; None: a quarter, half and three quarters of them
     reps:int=3,            # rounds
 )->dict: # depth → time as a share of the whole pass, median of the rounds
-    "How long the teacher takes to each of some layers"
+    "Time of the teacher's pass to each of some layers, relative to the whole pass"
     L = max(len(t.names) for t in _members(self.teacher))
     depths = depths or sorted({max(1, L*i//4) for i in (1, 2, 3)})
     with autocast(self.device, self.recipe.train.precision):
@@ -255,7 +255,7 @@ def by_depth(self:StepCost,
 def saved(self:StepCost,
     reps:int=7, # pairs
 )->dict: # of `time_pairs`: the step with the whole teacher as its bound
-    "The step of the recipe beside the same step with the whole teacher"
+    "Time the recipe's step against the same step with the whole teacher"
     def whole():
         self.task.method.teacher_depth = lambda: None
         try: self.full()
@@ -317,7 +317,7 @@ def peak_memory(
     f,       # called without arguments
     device,
 )->int: # bytes beyond what was there before
-    "The most that one call holds at any moment"
+    "Peak memory of one call, in bytes"
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -380,7 +380,7 @@ def _stand_in(
     s:StudentRecipe,
     classes:int=10,
 )->TeacherRecipe:
-    "The teacher that a stage trains, before it has learned anything"
+    "An untrained stand-in for the teacher that a stage trains"
     sizes = dict(patch_size=s.patch_size, depth=s.depth, embed_dim=s.width, num_heads=s.heads)
     return TeacherRecipe(s.model, untrained=True, img_size=s.img_size, mean=s.mean, std=s.std,
                          kwargs={k: v for k,v in sizes.items() if v} | s.kwargs | dict(num_classes=classes))
@@ -410,7 +410,7 @@ def bench(
     trust:bool=False,     # a recipe that was found in a run may import code of its own and fetch what it names
     gpu_checks:bool=True, # on a GPU: name the largest kernels, and make 20 steps in which waiting for it is an error
 )->dict:
-    "Measure a recipe's step beside its lower bound"
+    "Measure a recipe's step relative to its lower bound"
     stage, r = last_stage(load_recipe(recipe, *overrides, trust=trust))
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     b = StepCost(r, device, cached=cached, hold=hold)
@@ -427,13 +427,13 @@ def bench(
     return result
 
 def _early(b, reps):
-    "How far the teacher is run, and what that saves"
+    "Layers of the teacher that are run, and the time saved"
     depth, layers = b.task.method.teacher_depth(), max(len(t.names) for t in _members(b.teacher))
     return dict(layers=layers, depth=depth, teacher=b.by_depth() if layers > 1 else {},
                 step=b.saved(reps) if depth is not None and depth < layers else None)
 
 def _checked(b):
-    "True, or what the host waited for"
+    "True, or the error that names the waiting operation"
     settle = getattr(getattr(b.task.method, 'selector', None), 'settle', 0)
     for _ in range(settle): b.full()
     try: return b.without_waiting()
@@ -473,9 +473,9 @@ def part_colors(
 def plot_bench(
     results:list,     # of `bench`
     ax=None,
-    labels:list|None=None, # one a bar; recipe and overrides if None
+    labels:list|None=None, # one per bar; recipe and overrides if None
 ):
-    "Stacked bars: what a step takes beyond its lower bound, in units of that bound"
+    "Stacked bars: time of a step beyond its lower bound, in units of that bound"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7, 1 + .4*len(results)))[1]
     labels = labels or ['\n'.join([r['recipe'], *r['overrides'][:2]]) for r in results]
@@ -499,7 +499,7 @@ def plot_bench(
 def bench_table(
     result:dict, # of `bench`
 )->str:
-    "The numbers as lines of text"
+    "A result as lines of text"
     t, m, i = result['time'], result['memory'], result['images_per_s']
     rows = [('stage', result['stage'])] if result.get('stage') else []
     rows += [('lower bound', f"{t['bound']:.3f} s"),
