@@ -1,5 +1,5 @@
-"""Accuracy of BASD with exact and with sampled losses. The recipe `digits` over three seeds: labels alone, BASD with exact losses and with
-sampled ones.
+"""Accuracy of BASD with exact and with sampled losses. The recipe `digits` over three seeds: labels alone, BASD with exact
+losses and with sampled ones.
 
     python experiments/estimators.py [RUNS]      # resumes where it was interrupted; experiments/results/estimators.json
 

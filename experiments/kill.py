@@ -7,9 +7,9 @@ seed: at any time, and inside what is dangerous (tests/kills.py has the list).
 
     python experiments/kill.py [--seed 0] [--minutes 12] [--out experiments/results/kill.json]
 
-With `--signals` it sends SIGTERM and SIGINT in turns to the whole process group of a run, its ranks and two readers each, at
+With `--signals` it sends SIGTERM and SIGINT in turns to the whole process group of a run, its ranks and two workers each, at
 twenty random moments on one rank and as many on two. Each time all ranks must end with status 0, having finished their step
-and saved; the readers must be gone; and what is left in the end must be equal, too.
+and saved; the workers must be gone; and what is left in the end must be equal, too.
 
     python experiments/kill.py --signals [--minutes 15] [--out experiments/results/signals.json]
 """

@@ -47,7 +47,7 @@ def server():
 def child(f, args, env, out, group):
     "Main function of a child process"
     if group is not None: join(group)
-    # as in a process of its own; readers would come from the fork server otherwise
+    # as in a process of its own; workers would come from the fork server otherwise
     multiprocessing.set_start_method("fork", force=True)
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1); os.dup2(file, 2)

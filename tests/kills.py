@@ -41,7 +41,7 @@ def die(number=signal.SIGKILL):
 
 
 def before(owner, name, last=None):
-    "Kill this process before a call of `owner.name`; `last`: only where this is the beginning of the file name in its last argument"
+    "Kill this process before a call of `owner.name`; `last`: only where the file name in its last argument begins so"
     return lambda now: _change(owner, name, last, lambda call, *args, **kw: (now(), call(*args, **kw))[1])
 
 
@@ -128,7 +128,7 @@ def launch(words, out, kill=None, ranks=1, dies=0, room=None, together=False):
 
 
 def stop_all(processes, number, after):
-    ("Signal all ranks and their readers, as a scheduler or Ctrl-C does, so many seconds after all have begun; "
+    ("Signal all ranks and their workers, as a scheduler or Ctrl-C does, so many seconds after all have begun; "
      "the exit statuses, once nobody is left")
     group, began = processes[0].pid, time.time()
     while not all(p.exitcode is not None or hears(p.pid) for p in processes) and time.time() - began < LIMIT: time.sleep(.02)

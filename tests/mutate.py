@@ -3,7 +3,7 @@
     python tests/mutate.py [--only losses.rsd methods …] [--jobs 2]
 
 `mutants.yaml` lists the changes, to geometry/, losses/, methods/ and what they stand on. Each is made in a copy of the repository, in the notebook's cell and in the module that
-the cell exports to. Then run, until the first failure: for a mean over ranks, every piece on two ranks; the module's own page; the
+the cell exports to. Until the first failure, run: for a mean over ranks, every piece on two ranks; the module's own page; the
 pages of these rooms that import it; for a selector, `test_selectors.py`; the properties of `test_properties.py`; for a mean over ranks, every method on
 several; all other pages that import the module. What failed must pass without the change. Processes are forked from one that has imported
 torch, so that a page costs what its cells cost. Results go to experiments/results/mutants.json as they come; those of
@@ -176,7 +176,7 @@ def run(check, tree, limit=LIMIT):
         p = _context.Process(target=child, args=(check, tree, out))
         p.start(); p.join(limit)
         late = p.is_alive()
-        try: os.killpg(p.pid, signal.SIGKILL)      # readers and ranks, too
+        try: os.killpg(p.pid, signal.SIGKILL)      # workers and ranks, too
         except ProcessLookupError: pass
         p.join()
         wrong = (f"no end within {limit} s" if late else json.loads(out.read_text()) if out.is_file()

@@ -358,7 +358,7 @@ def test_folders(name, here, capsys):
 
 @pytest.mark.parametrize("memory", ["true", "false"])
 def test_an_image_that_breaks_later(memory, here, capsys):
-    ("Found while a set is read into memory, or, in a reader process, when its turn comes; "
+    ("Found while a set is read into memory, or, in a worker process, when its turn comes; "
      "left out where `data.on_bad` allows it")
     pets(here/"pets", 3)
     (here/"pets"/"train"/"dog"/"1.png").write_bytes(b"no image")
@@ -381,7 +381,7 @@ def damaged(raw, rng):
 
 @pytest.mark.parametrize("memory", ["true", "false"])
 def test_two_hundred_damaged_pngs(memory, here, capsys):
-    "None ends the process, neither in memory nor in a reader process; each is left out and counted, or named"
+    "None ends the process, neither in memory nor in a worker process; each is left out and counted, or named"
     pets(here/"pets", 8)
     rng = random.Random(0)
     for i in range(200): (here/"pets"/"train"/"dog"/f"bad{i:03}.png").write_bytes(damaged(encoded(image(), "png"), rng))

@@ -196,7 +196,7 @@ def test_open_clip():
 @pytest.mark.parametrize('name,layers', [('vgg11', ['features.0', 'features.3']), ('mobilenet_v2', 'all'), ('vgg11_bn', ['features.1']),
                                          ('googlenet', 'all'), ('maxvit_t', 'all'), ('swin_t', 'all')])
 def test_torchvision(name, layers):
-    "What a layer returned, also where the next one writes into it; the layers are stages of the network"
+    "Taps keep what a layer returned, also where the next one writes into it; the layers are stages of the network"
     torch.manual_seed(0)
     more = dict(init_weights=False) if name == 'googlenet' else {}
     size = 224 if name == 'maxvit_t' else 64

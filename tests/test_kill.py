@@ -90,7 +90,7 @@ def test_sigkill_inside_a_cache_build(run, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_signals_to_the_group(run, undisturbed, ranks):
-    "All ranks and their readers get the signal: at the start, inside a step and an evaluation, at any time"
+    "All ranks and their workers get the signal: at the start, inside a step and an evaluation, at any time"
     words, out = [*TRAIN, "data.workers=2"], run.parent/"out.txt"
     for moment, number, at in (("start: recipe not renamed", signal.SIGINT, None),
                                ("step: between gradients and optimizer", signal.SIGTERM, 1),
@@ -103,7 +103,7 @@ def test_signals_to_the_group(run, undisturbed, ranks):
     kills.wait_for_training(processes, run)
     status = kills.stop_all(processes, signal.SIGTERM, after=random.Random(ranks).uniform(0, .3))
     assert status == [0]*ranks and "Traceback" not in out.read_text(), out.read_text()
-    ends_equal(words, run, undisturbed(TRAIN, ranks=ranks), ranks=ranks, but=SAVED)          # readers change nothing
+    ends_equal(words, run, undisturbed(TRAIN, ranks=ranks), ranks=ranks, but=SAVED)          # workers change nothing
 
 
 def test_a_rank_that_dies(run, undisturbed):

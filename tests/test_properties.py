@@ -112,7 +112,7 @@ def autocast(case):
 
 
 def as_model(x, case):
-    "What a model under autocast hands over"
+    "Features as a model under autocast returns them"
     return x.to(PRECISIONS[case.precision]) if case.precision in ("bf16", "fp16") else x
 
 
@@ -204,7 +204,7 @@ def choices(cls, p):
 
 
 def settled(make, forget):
-    "What `make` makes, once options that belong to another form are forgotten; that they are refused is tested elsewhere"
+    "The result of `make` without options that belong to another form (their refusal is tested elsewhere)"
     for _ in range(20):
         try: return make()
         except ValueError as e:

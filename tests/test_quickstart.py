@@ -1,4 +1,4 @@
-"""The quickstart keeps its promise: few points between seeds, a good teacher, a gain in each seed, little time. The figures
+"""The quickstart's recorded results: few points between seeds, a good teacher, a gain in each seed, little time. The figures
 are those of experiments/quickstart.py; labels alone are trained again."""
 import json
 from pathlib import Path

@@ -100,7 +100,7 @@ def test_a_hole_on_one_rank(tmp_path):
 
 
 def pieces(x, y, b):
-    ("What is made of student tokens (b, 9, 12) and teacher tokens (b, 9, 10) of this rank: name → its modules, and "
+    ("All pieces computed from this rank's student tokens (b, 9, 12) and teacher tokens (b, 9, 10): name → its modules, and "
      "either a statistic of all ranks, or a share of a mean over ranks")
     D, E, n = x.shape[-1], y.shape[-1], torch.tensor(200.)
     rows_x, rows_y = x.flatten(0, 1), y.flatten(0, 1)
@@ -241,7 +241,7 @@ def cached_method(words, run):
 
 
 def test_two_ranks_share_recorded_views(tmp_path):
-    "They build the same records in shares, draw the same views, and learn the same from them"
+    "Two ranks build the same records in shares, sample the same views, and get the same losses and gradients"
     words = [*TINY, "student.drop_path=0", "teacher.cache_views=5"]
     (views1, parts1, grads1), (views2, parts2, grads2) = (
         on_ranks(cached_method, words, tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))

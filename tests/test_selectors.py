@@ -1,5 +1,5 @@
-"""Selectors whose state moves in a run: stopped anywhere and resumed they are equal to the last bit, two ranks equal one, and no step
-reads a teacher layer that was not run"""
+"""Selectors whose state moves in a run: stopped anywhere and resumed they are equal to the last bit, two ranks
+equal one, and no step reads a teacher layer that was not run"""
 import pytest
 import torch
 from conftest import TINY

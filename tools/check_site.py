@@ -173,7 +173,7 @@ def broken_links(folder, page, links, ids):
 
 
 def look(browser, address, page, shots):
-    "What one page holds and what is wrong on it, links apart"
+    "Contents of one page and its problems, except links"
     browser.width(desk)
     errors = list(browser.open(address + page))
     found = browser.value(at_desk)

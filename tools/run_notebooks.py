@@ -65,7 +65,7 @@ def diary(output):
 
 
 def execute(nb, skip, folder):
-    "Run the cells of `nb` in `folder` in a fresh kernel; cells that `skip` selects are left as they are. Returns the traceback, if any"
+    "Run the cells of `nb` in `folder` in a fresh kernel but for those that `skip` selects; returns the traceback, if any"
     class Client(nbclient.NotebookClient):
         async def async_execute_cell(self, cell, cell_index, **kwargs):
             if skip(cell_index): return cell
@@ -97,7 +97,7 @@ def complaints(nb):
 
 
 def run(path, flags, save=True):
-    "Run the notebook at `path` in its own folder and write it back, cleaned, with its outputs. Returns its traceback and its problems"
+    "Run the notebook at `path` in its own folder and write it back with its outputs; returns its traceback and problems"
     nb, cells, before = nbformat.read(path, 4), NBProcessor(path, rm_directives=False).nb.cells, untracked()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:
         home, own = Path(tmp)/"home", dict(os.environ)

@@ -34,7 +34,7 @@ def error_message(
 )->str:
     "An error's type and message in one line"
     lines = [l.strip() for l in str(error).splitlines() if l.strip()] or ['no message']
-    # a reader process ends in its own message
+    # a data-loader worker ends in its own message
     text = lines[-1].removeprefix('ValueError: ') if lines[0].startswith('Caught ') else lines[0]
     return text if isinstance(error, (ValueError, RuntimeError, OSError)) else f'{type(error).__name__}: {text}'
 
