@@ -19,7 +19,7 @@ from .base import FeatureShapes
 # %% ../../nbs/methods/52_basd_literal.ipynb #0dae2a47
 @options_dataclass
 class LiteralBASDOptions(BASDOptions):
-    "Everything that a recipe may say about BASD's literal form"
+    "Options of BASD's literal form"
     # "live": the losses also train aligner and temperatures; "constant": they train neither
     targets:Literal['live', 'constant'] = 'live'
     # token targets and the selector's teacher rows under MixUp and CutMix: those of the unmixed image, mixed to match, or
@@ -57,7 +57,7 @@ class LiteralBASD(BASD):
 # %% ../../nbs/methods/52_basd_literal.ipynb #6898d4fe
 @patch
 def constant(self:LiteralBASD, weights:Tensor)->Tensor:
-    "Layer weights as the four losses get them"
+    "Layer weights of the four losses, with their gradient if targets are live"
     return weights if self.live else BASD.constant(self, weights)
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #bc95ca51
@@ -68,7 +68,7 @@ def align(self:LiteralBASD,
     teacher:Features,
     images:Tensor|None=None, # which of them train the aligner, where it has a loss of its own; None: all
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, () or None
-    "Teacher tokens, mixed and brought to the student's places and width"
+    "Teacher tokens, mixed over layers and mapped to the student's grid and width"
     if not self.live: return BASD.align(self, weights, student, teacher, images)
     mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grid_sizes,
                               student.grid_sizes, constant=False)
@@ -83,7 +83,7 @@ def own_losses(self:LiteralBASD, mix, recon:Tensor|None)->dict:
 # %% ../../nbs/methods/52_basd_literal.ipynb #8c635bf4
 @patch
 def in_parts(self:LiteralBASD, blend)->bool:
-    "May relations and attention be compared for a few images at a time"
+    "Whether relations and attention may be compared in chunks of images"
     return not self.live and BASD.in_parts(self, blend)
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #e2022d2c
@@ -100,8 +100,8 @@ def compare(self:LiteralBASD,
     weights:Tensor,   # (P, L)
     mixed:list,       # P × (B, N_t, D_t)
     ys:list,          # P × (B, N_s, D_s)
-    blend,            # record of MixUp or CutMix, or None
-    drawn:dict,       # of `prepare`
+    blend,            # parameters of MixUp or CutMix, or None
+    drawn:dict,       # of `sample`
 )->dict: # name → 0-d tensor
     "The four losses"
     o = self.options
