@@ -108,7 +108,7 @@ def lesson(name, words):
     "The numbers that a short training with these options produces"
     cls = METHODS.get(name)
     options = TypeAdapter(cls.Options).validate_python(words)
-    needs = cls.needs(options)
+    needs = cls.requires(options)
     (plain_s, plain_t), out = models(), [float(v) for v in (needs.attention, needs.views_per_image)]
     at = {"default": "all", None: []}
     layers = lambda l: at.get(l, l) if not isinstance(l, list) else l
@@ -259,7 +259,7 @@ def test_every_loss_in_both_methods(method, loss):
     cls, more = METHODS.get(method), {loss: NEEDED.get(loss, {}) if method == "match" else NEEDED.get(loss, {}) | own.get(loss, {})}
     words = dict.fromkeys(("rsd", "rel", "attn", "spectral")) | more if method == "basd" else more
     options = TypeAdapter(cls.Options).validate_python(dict(losses=words))
-    needs, (plain_s, plain_t) = cls.needs(options), models()
+    needs, (plain_s, plain_t) = cls.requires(options), models()
     layers = lambda l: "all" if l == "default" else l
     student, teacher = TappedModel(plain_s, layers(needs.student_layers)), TappedModel(plain_t, layers(needs.teacher_layers))
     x, pairs = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(B) ^ 1
