@@ -385,8 +385,8 @@ def dispatch(
     elif args.command == 'evaluate':
         evaluate_command(args)
     elif args.command == 'analyze':
-        from basd.analysis.compare_runs import analyze, format_table
-        done, left = format_table(analyze(*args.run_dirs, wanted=args.metrics and args.metrics.split(','),
+        from basd.analysis.compare_runs import analyze, summary_lines
+        done, left = summary_lines(analyze(*args.run_dirs, wanted=args.metrics and args.metrics.split(','),
                                   output_dir=args.output_dir, weights=args.weights, images=args.images,
                                   device=args.device, trust=args.trust), args.output_dir)
         for line in done: print(line)
@@ -449,7 +449,7 @@ def main(
         _prepare(args)
         if load and (args.command != 'recipes' or args.all): load()
         return dispatch(args) or 0
-    except (ValueError, OSError, *_known('basd.training.nonfinite', 'NonFiniteLoss')) as e:
+    except (ValueError, OSError, *_known('basd.training.nonfinite', 'NonFiniteError')) as e:
         if not is_user_error(e): raise
         return print_error(e)
     except KeyboardInterrupt as e:

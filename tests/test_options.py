@@ -39,6 +39,8 @@ WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch")
 EXPLAINED = {
     "start_from_teacher": "refused where the models differ in shape, as these do",
     ("match", "logits"): "is in the base already",
+    # the teacher layers of the pairs are all there are, so "joint" and "all_layers" are one; "point" differs
+    ("match", "losses.attn.scope"): "all pairs are compared in either",
     "losses.spectral.align": "both sides have as many singular values here, and nothing to cut or pool",
     "balance.floor": "acts when a loss has fallen to a quarter of its first level (page on balance)",
     **{(n, "selector.dim"): "is for layers of different widths, and these have one" for n in ("complementary", "arc_length")},

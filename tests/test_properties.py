@@ -317,7 +317,7 @@ def structural(name, given, batch, order=None):
                 attn=([HEADS_S]*len(xs),
                       [batch.heads_t]*len(ys) if given.get("scope") == "all_layers" else batch.heads_t)).get(name, ())
     loss, g, blend = (settled(lambda: STRUCTURE[name](*told, **given), given.pop).to(xs[0].dtype),
-                      step_generator(0, 0), batch.mix if order is None else None)
+                      step_generator(0, 0), batch.blend if order is None else None)
     aligned = [values(batch.case.kind_t, x.shape, batch.case.size_t, g).to(x.dtype) for x in xs]
     if order is not None: aligned, ys = [y[order] for y in aligned], [y[order] for y in ys]
     blended = lambda t: t if blend is None else t.lerp(t[blend.partner], 1 - blend.lam)

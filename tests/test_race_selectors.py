@@ -66,7 +66,7 @@ def test_weights_are_thinned_and_filled_up():
 
 def test_rows_replace_their_elders(tmp_path, monkeypatch):
     monkeypatch.setattr(race, "RESULTS", tmp_path)
-    keep = lambda entry, seed, key, top1: race.own_fraction(dict(entry=entry, seed=seed, key=key, top1=top1), "x", dict(teacher={str(seed): 90.}))
+    keep = lambda entry, seed, key, top1: race.keep(dict(entry=entry, seed=seed, key=key, top1=top1), "x", dict(teacher={str(seed): 90.}))
     for row in [("a", 0, "k", 1.), ("a", 1, "k", 2.), ("b", 0, "k", 3.), ("a", 1, "k", 4.)]: keep(*row)
     read = lambda: json.loads((tmp_path/"selectors_x.json").read_text())
     assert [(r["entry"], r["seed"], r["top1"]) for r in read()["runs"]] == [("a", 0, 1.), ("b", 0, 3.), ("a", 1, 4.)]

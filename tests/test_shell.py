@@ -74,7 +74,7 @@ def test_a_comparison_without_its_baseline_has_failed(tmp_path, capsys):
 
 def test_a_terminal_without_utf8_gets_question_marks():
     "A summary of two stages has a dot that ASCII lacks; printing it must not end a finished run"
-    code = "import basd.cli as c; c.run = lambda args: print('accuracy a \u00b7 b'); sys.exit(c.main(['recipes']))"
+    code = "import basd.cli as c; c.dispatch = lambda args: print('accuracy a \u00b7 b'); sys.exit(c.main(['recipes']))"
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout.strip()) == (0, "accuracy a ? b"), done.stderr

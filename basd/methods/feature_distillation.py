@@ -33,6 +33,9 @@ class PairOptions:
     # pairs of this loss alone: a list of [student layer, teacher layer], or a name as of `layer_map`; null: those of `layer_map`.
     # Not for losses that learn their pairs ("alp", "lad")
     pairs:Any = None
+    # list of [point, layer], or a name, by which alone this loss is paired; null: by `method.layer_map`.
+    # Losses that learn their pairs ("alp", "lad") take none
+    layer_map:Any = None
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #e2cebb98
 def loss_options(
@@ -113,7 +116,7 @@ class FeatureDistillation(Method):
         super().__init__(options, student, teacher, classes)
         given = {n: _checked_loss(n, o) for n,o in options.losses.items()}
         self.weights = {n: shared.weight for n,(shared,_) in given.items()}
-        self.sides = {n: self.sides_of(n, shared.pairs, len(student.widths), len(teacher.widths))
+        self.sides = {n: self.sides_of(n, shared.layer_map, len(student.widths), len(teacher.widths))
                       for n,(shared,_) in given.items()}
         self.losses, self.tokens = nn.ModuleDict(), student.tokens
         for n,(_,own) in given.items():
@@ -126,7 +129,7 @@ class FeatureDistillation(Method):
         every = LOSSES.get(name).inputs == 'all_layers'
         if every and pairs is not None:
             raise ValueError(f"losses.{name} reads all points and layers and finds their pairs itself; "
-                             "leave out its pairs")
+                             "leave out its layer_map")
         return ((range(P), range(L)) if every
                 else tuple(zip(*layer_pairs(self.options.layer_map if pairs is None else pairs, P, L))))
 
