@@ -461,6 +461,7 @@ def test_selectors(name):
         P, L = len(batch.student), len(batch.teacher)
         torch.manual_seed(0)
         known = inspect.signature(ALL_SELECTORS[name]).parameters
+        if given.get("procrustes"): given["procrustes"] = given["space"] == "channel"    # refused elsewhere
         own = {k: v for k, v in dict(rank=rank, dim=16 if wide else 8, tau=tau, rule=rule).items() if k in known}
         widths = [x.shape[-1] for x in batch.student], [x.shape[-1] for x in batch.teacher]
         selector = attempt(lambda: ALL_SELECTORS[name](*widths, **given | own), tally, "options")

@@ -89,9 +89,9 @@ def test_anchors_are_unique():
 
 def test_a_name_in_two_modules_leads_to_the_page_s_own_or_imported_one():
     link = lambda *cells: re.search(r"\(https://.*?/basd/(.*?)\)", "\n".join(rendered(*cells)[1:]))
-    assert link("md:`cka`")[1] == "losses/cka.html#cka"
-    assert not link("md:`compare`")
-    assert link("from basd.models.taps import _compare", "md:`_compare`")[1] == "models/taps.html#_compare"
+    assert link("md:`mean_squared_cca`")[1] == "geometry/grassmann.html#mean_squared_cca"
+    assert not link("md:`plot_weights`")
+    assert link("from basd.analysis.spectra import plot_weights", "md:`plot_weights`")[1] == "analysis/spectra.html#plot_weights"
 
 
 def test_colab_where_the_page_runs_alone():
