@@ -80,7 +80,7 @@ def test_every_method_in_a_plain_loop(method):
     optimizer, (x, y), before = torch.optim.SGD(task.parameters(), lr=.01), batch(), copy.deepcopy(student.model.state_dict())
     for step in range(2):
         out = task(x, y, step=step, total_steps=2)
-        assert_close(out["loss"], sum(out["parts"].values()))
+        assert_close(out["loss"], sum(out["losses"].values()))
         assert out["output"].shape == (8, 10)
         out["loss"].backward()
         optimizer.step(); optimizer.zero_grad(); task.after_update()

@@ -72,7 +72,7 @@ def outcome(folder, device, *words):
     t.task.method.sample = lambda p, n, d: (q := prepare(p, n, "cpu"))._replace(samples=moved(q.samples, d))
     out = t.forward(next(iter(t.data.read(0, 0, 1))))
     out["loss"].backward()
-    return ({k: v.detach().cpu() for k, v in out["parts"].items()},
+    return ({k: v.detach().cpu() for k, v in out["losses"].items()},
             {n: p.grad.cpu() for n, p in t.task.named_parameters() if p.grad is not None})
 
 

@@ -104,4 +104,4 @@ def test_replay(tmp_path):
     set_rng_state(found["rng"])
     assert (found["batch"]["label"] < 0).any() and found["rarity"] == trainer.task.rarity
     here = rerun_step(trainer.task, *trainer.data.given(found["batch"]), **{k: found[k] for k in ("step", "total_steps", "epoch", "micro")})
-    assert replay(tmp_path/"run", trust=True)["parts"] == here["parts"]
+    assert replay(tmp_path/"run", trust=True)["losses"] == here["losses"]

@@ -142,7 +142,7 @@ def lesson(name, words):
         result = objective(s, t, Target(labels, blend), StepState(2*step, 60, 0, epoch=step/2, should_log=True))
         opt.zero_grad(); result["loss"].backward()
         torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); objective.after_update(); objective.refresh()
-        out += [v for told in (result["parts"], result["report"]) for k in sorted(told) for v in seen(told[k])]
+        out += [v for told in (result["losses"], result["metrics"]) for k in sorted(told) for v in seen(told[k])]
         out += [p.grad.double().norm().item() for p in params if p.grad is not None]
     out += [p.detach().double().abs().sum().item() for p in params] + [float(len(objective.no_weight_decay()))]
     return out
@@ -270,7 +270,7 @@ def test_every_loss_in_both_methods(method, loss):
     objective.setup(student, teacher)
     labels = torch.nn.functional.one_hot(torch.arange(B) % C, C).float()
     for blend in (None, MixParams(pairs, torch.tensor(.7)), MixParams(pairs, torch.tensor(.75), torch.tensor([0., 0., .5, .5]))):
-        part = objective(s, t, Target(labels, blend), StepState(59, 60))["parts"][loss]
+        part = objective(s, t, Target(labels, blend), StepState(59, 60))["losses"][loss]
         gradients = torch.autograd.grad(part, list(student.parameters()), retain_graph=True, allow_unused=True)
         reach = sum(g.abs().sum() for g in gradients if g is not None)
         assert part.isfinite() and reach.isfinite()

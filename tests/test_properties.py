@@ -644,7 +644,7 @@ def test_methods(name):
         for i in range(2):                                                # the second with what the first has left
             out = attempt(lambda: run(i), tally)
             if out is None: return
-            for k, v in {**out["parts"], **out["report"]}.items(): finite(v, k)
+            for k, v in {**out["losses"], **out["metrics"]}.items(): finite(v, k)
             objective.zero_grad()
             for x in batch.of_student: x.grad = None
             live = getattr(objective.options, "targets", "constant") == "live"

@@ -47,7 +47,7 @@ def parts_and_gradients(trainer, batch):
     "Of one forward and backward pass; raw losses beside balanced ones, as those are all but constants at first"
     result = trainer.forward(batch)
     result["loss"].backward()
-    said = result["parts"] | {k: v for k, v in result["report"].items()
+    said = result["losses"] | {k: v for k, v in result["metrics"].items()
                               if k.split("/")[0] in ("raw", "mixing", "distance", "leap", "reached")}
     return ({k: all_reduce_mean(v.detach()) for k, v in said.items()},
             {n: p.grad for n, p in trainer.task.named_parameters() if p.grad is not None})
@@ -96,7 +96,7 @@ def test_a_hole_on_one_rank(tmp_path):
             and build_datasets(load_recipe("basd_cifar10", words)[""])[1][7] in shares[found["rank"]])
     assert all(v.isfinite().all() for v in load_checkpoint(run/"last.pt")["task"].values())
     repeated = replay(run)                                              # without the hole
-    assert not repeated["term"] and all(math.isfinite(v) for v in repeated["parts"].values())
+    assert not repeated["term"] and all(math.isfinite(v) for v in repeated["losses"].values())
 
 
 def pieces(x, y, b):

@@ -154,7 +154,7 @@ def forward(self:LossBalancer,
     losses:Tensor, # with gradient, (C,)
     step:Tensor,   # steps taken, ()
     total:Tensor,  # steps of the whole run, ()
-    # weighted sum (), report: `parts` (C,) with gradient; `ramps`, `weights`, `normalised`, `weighted` (C,) without
+    # weighted sum (), and a dictionary: `losses` (C,) with gradient; `ramps`, `weights`, `normalised`, `weighted` (C,) without
 )->tuple:
     "The balanced sum, and how it came about"
     with autocast_disabled(losses):
@@ -163,5 +163,5 @@ def forward(self:LossBalancer,
         divisor, weights = self.loss_weights(all_reduce_mean(losses.detach()), ramps)
         normalised = losses/divisor
         parts = ramps*weights*normalised
-        return parts.sum(), dict(parts=parts, ramps=ramps, weights=weights, normalised=normalised.detach(),
+        return parts.sum(), dict(losses=parts, ramps=ramps, weights=weights, normalised=normalised.detach(),
                                  weighted=parts.detach())

@@ -421,7 +421,7 @@ def forward(self:BASD, student:Features, teacher:Features, target:Target, progre
     total, balanced = self.balance(losses, drawn['step'], drawn['total'])
     factors = self.factors(target.mix, drawn)
     parts = (dict(ce=cross_entropy(student.logits, target.labels))
-             | {n: factors[n]*p for n,p in zip(self.losses, balanced['parts'])} | self.own_losses(mix, recon))
+             | {n: factors[n]*p for n,p in zip(self.losses, balanced['losses'])} | self.own_losses(mix, recon))
     return method_output(student.logits, parts,
                    self.metrics(raw, balanced, mix) | (self.health(ys) if progress.should_log else {}))
 

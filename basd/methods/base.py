@@ -95,8 +95,8 @@ class Method(nn.Module):
         teacher:Features|None,     # of the teacher's view, constant
         target:Target,
         progress:StepState,
-    )->dict: # loss: (), output: (B, C), parts: {name: ()} which sum to the loss, report: {name: detached tensor}
-        "Loss, logits and report of one batch"
+    )->dict: # loss: (), output: (B, C), losses: {name: ()} which sum to the loss, metrics: {name: detached tensor}
+        "Loss, logits and metrics of one batch"
         raise TypeError(f"{type(self).__name__} must define forward")
 
     def sample(self,
@@ -160,12 +160,12 @@ class Callback:
 # %% ../../nbs/methods/50_base.ipynb #3632cc7b
 def method_output(
     output:Tensor, # logits, (B, C)
-    parts:dict,    # named losses, each a 0-d tensor with its gradient
-    report:dict|None=None, # named tensors for the log
+    losses:dict,   # named losses, each a 0-d tensor with its gradient
+    metrics:dict|None=None, # named tensors for the log
 )->dict:
-    "The dictionary that a method returns; the loss is the sum of `parts`"
-    return dict(loss=sum(parts.values()), output=output, parts=parts,
-                report={k: v.detach() for k,v in (report or {}).items()})
+    "The dictionary that a method returns; the loss is the sum of `losses`"
+    return dict(loss=sum(losses.values()), output=output, losses=losses,
+                metrics={k: v.detach() for k,v in (metrics or {}).items()})
 
 # %% ../../nbs/methods/50_base.ipynb #17c1dad0
 @contextmanager

@@ -30,11 +30,8 @@ from ..models.students import init_from_teacher_layers
 class PairOptions:
     "Options of every loss on layers, beside its own"
     weight:float = 1. # factor on the loss
-    # pairs of this loss alone: a list of [student layer, teacher layer], or a name as of `layer_map`; null: those of `layer_map`.
+    # pairs of this loss alone: a list of [student layer, teacher layer], or a name; null: those of `method.layer_map`.
     # Not for losses that learn their pairs ("alp", "lad")
-    pairs:Any = None
-    # list of [point, layer], or a name, by which alone this loss is paired; null: by `method.layer_map`.
-    # Losses that learn their pairs ("alp", "lad") take none
     layer_map:Any = None
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #e2cebb98

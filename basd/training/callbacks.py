@@ -56,7 +56,7 @@ class MetricsLog(Callback):
         if rank() == 0: self.log.write(row)
 
     def after_backward(self, t):
-        t.meter.add({'loss': t.out['loss']} | {f'part/{k}': v for k,v in t.out['parts'].items()} | t.out['report'])
+        t.meter.add({'loss': t.out['loss']} | {f'part/{k}': v for k,v in t.out['losses'].items()} | t.out['metrics'])
 
     def after_step(self, t):
         t.meter.add({f'grad_norm/{k}': n for k,n in zip(('student', 'objective'), t.grad_norms)})
@@ -79,7 +79,7 @@ class GradientNorms(Callback):
     "How hard each part of the loss pulls on the student"
     order = 10
     def after_loss(self, t):
-        if t.should_log and t.micro == len(t.batches) - 1: t.meter.add(gradient_metrics(loss_gradients(t.out['parts'], t.groups[0])))
+        if t.should_log and t.micro == len(t.batches) - 1: t.meter.add(gradient_metrics(loss_gradients(t.out['losses'], t.groups[0])))
 
 # %% ../../nbs/training/74_callbacks.ipynb #886dd262
 class StepRecorder(Callback):
@@ -113,7 +113,7 @@ class NonFiniteGuard(Callback):
         if self.buffers is None:
             self.buffers = [(b, b.clone()) for m in (t.task, *self.averages) for b in m.buffers()]
 
-    def after_backward(self, t): self.sentinel.watch(t.out['parts'], t.step)
+    def after_backward(self, t): self.sentinel.watch(t.out['losses'], t.step)
 
     def before_update(self, t):
         t.skipped = self.skipped = self.skipped.to(t.nonfinite.device) + t.nonfinite.long()
@@ -279,7 +279,7 @@ def _by_name(
 # %% ../../nbs/training/74_callbacks.ipynb #16829a4c
 class Checkpoint(Callback):
     "`last.pt`, from which the run goes on exactly, and `best.pt`"
-    order, form = 91, 2         # `form`: of the file
+    order, form = 91, 3         # `form`: of the file
     def __init__(self,
         run,             # run directory
         every:int,       # steps; 0: at the end of epochs, and where the run is stopped

@@ -125,13 +125,13 @@ def rerun_step(
     with autocast(x.device, task.precision):
         features_s = task.student(x)
         with _overheard(task.method) as between: out = task.method(features_s, features_t, target, progress)
-    parts, of = out['parts'], 'loss'
+    parts, of = out['losses'], 'loss'
     gradients = loss_gradients(parts, [p for p in task.parameters() if p.requires_grad])
-    term = first_nonfinite({k: out['report'].get(f'raw/{k}', v) for k,v in parts.items()}) or first_nonfinite(parts)
+    term = first_nonfinite({k: out['metrics'].get(f'raw/{k}', v) for k,v in parts.items()}) or first_nonfinite(parts)
     if not term: term, of = ', '.join(k for k,g in gradients.items() if not g.norm().isfinite()), 'gradient'
     names = [] if features_t is None else task.teacher.names
     said = {'the images': x} | _named_features('teacher', names, features_t) | _named_features('student', task.student.names, features_s)
-    return dict(parts={k: v.item() for k,v in parts.items()}, term=term, of=of,
+    return dict(losses={k: v.item() for k,v in parts.items()}, term=term, of=of,
                 layer=first_nonfinite(said) or next(iter(between), 'the loss itself'))
 
 # %% ../../nbs/training/73_nonfinite.ipynb #c36bd429
@@ -153,7 +153,7 @@ def diagnose_nonfinite(
     micro, batch, rng, told = tried[-1]
     # the first rank that knows a layer
     who = min(range(world_size()), key=lambda r: (not told[r]['term'], told[r]['layer'] == 'the loss itself'))
-    found = {k: v for k,v in told[who].items() if k != 'parts'}
+    found = {k: v for k,v in told[who].items() if k != 'losses'}
     if not found['term']:                       # finite this time: what the log knows
         first = _merge_first_steps(first)
         term = next((k for k,s in first.items() if s == t.step), next(iter(first), ''))

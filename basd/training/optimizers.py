@@ -80,7 +80,7 @@ class DOT(Callback):
     order = 20
     def after_loss(self, t):
         "Note each parameter's gradient of labels alone, over all ranks"
-        params, parts = [p for g in t.groups for p in g], t.out['parts']
+        params, parts = [p for g in t.groups for p in g], t.out['losses']
         if not t.optimizer.lonely:
             others = [v for k,v in parts.items() if k != 'ce' and v.requires_grad]
             rest = (torch.autograd.grad(sum(others), params, retain_graph=True, allow_unused=True) if others

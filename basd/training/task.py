@@ -79,7 +79,7 @@ class DistillationTask(nn.Module):
         "The method on both models' features; at steps that are logged, with the health of the student's"
         features = self.student(images)
         out = self.method(features, teacher_features, target, progress)
-        if progress.should_log and features.tokens: out['report'] |= student_statistics(features.tokens)
+        if progress.should_log and features.tokens: out['metrics'] |= student_statistics(features.tokens)
         return out
 
     def no_weight_decay(self)->set:
@@ -169,7 +169,7 @@ def prepare_batch(self:DistillationTask,
 @patch
 @torch.compiler.disable
 def forward(self:DistillationTask, images, labels, teacher_images=None, records=None, **at)->dict:
-    "loss (), output (B, C), parts {name: ()} that sum to the loss, report {name: detached tensor}; arguments as of `prepare`"
+    "loss (), output (B, C), losses {name: ()} that sum to the loss, metrics {name: detached tensor}; arguments as of `prepare_batch`"
     given = self.prepare_batch(images, labels, teacher_images, records, **at)
     with self.amp_context(images.device), record_function('step/forward'): return self.learn(*given)
 
