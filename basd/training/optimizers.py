@@ -41,7 +41,7 @@ def create_optimizer(
 
 # %% ../../nbs/training/71_optimizers.ipynb #ac41336d
 class DOTOptimizer(torch.optim.Optimizer):
-    "SGD with one momentum for labels and a longer one for everything else; `p.grad` is of both, `p.of_labels` of labels"
+    "SGD with one momentum for labels and a longer one for everything else; `p.grad` is the gradient of both, `p.of_labels` that of labels"
     def __init__(self,
         params,               # parameters or groups
         lr:float,
@@ -79,7 +79,7 @@ class DOT(Callback):
     "Keep the gradients of labels apart for `DOTOptimizer`"
     order = 20
     def after_loss(self, t):
-        "Note each parameter's gradient of labels alone, over all ranks"
+        "Store each parameter's gradient of cross-entropy alone, averaged over ranks"
         params, parts = [p for g in t.groups for p in g], t.out['losses']
         if not t.optimizer.lonely:
             others = [v for k,v in parts.items() if k != 'ce' and v.requires_grad]
@@ -91,7 +91,7 @@ class DOT(Callback):
             if g is not None: p.of_labels = getattr(p, 'of_labels', 0.) + all_reduce_mean(g)
 
     def before_update(self, t):
-        "Shrink what labels want as the whole was shrunk"
+        "Clip the gradients of cross-entropy by the factor of the whole"
         limit = t.config.clip
         for g,norm in zip([g for g in t.groups if g], t.grad_norms):
             for p in g:
@@ -106,7 +106,7 @@ def clip_grad_norms(
     groups:list,           # lists of parameters
     limit:float|None,      # largest norm of each group's gradient; None: no limit
 )->tuple: # (norms (len(groups),), flag () that is 1 if any is not finite)
-    "Clip each group's gradient by its norm and say whether the step is to be skipped, all on the device"
+    "Clip each group's gradient by its norm; norms, and a flag that skips the step, all on the device"
     norms = torch.stack([torch.nn.utils.clip_grad_norm_(g, math.inf if limit is None else limit, foreach=True)
                          for g in groups if g])
     return norms, (~torch.isfinite(norms).all()).float()
