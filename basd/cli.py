@@ -134,7 +134,7 @@ def resume(
     bars:bool|None=None,  # progress bars; None: in a terminal or a notebook
     trust:bool=False,     # its recipe may import code of its own and download what it names
 )->dict:                  # as of `train`
-    "Go on with a run by the recipe that it stored"
+    "Resume a run with the recipe that it stored"
     file = Path(_at_home(run_dir))/'recipe.yaml'
     if not file.is_file(): raise FileNotFoundError(f"{run_dir} is not a run directory: it holds no recipe.yaml")
     return train(str(file), *overrides, run_dir=run_dir, resume=True, device=device, bars=bars, trust=trust)

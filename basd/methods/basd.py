@@ -366,7 +366,7 @@ def sides(self:BASD, name:str, loss, student:Features, teacher:Features, weights
 # %% ../../nbs/methods/51_basd.ipynb #9a7936ed
 @patch
 def in_parts(self:BASD,
-    blend, # record of MixUp or CutMix, or None
+    blend, # parameters of MixUp or CutMix, or None
 )->bool:
     "Whether relations and attention may be compared in chunks of images"
     return can_slice(blend)
@@ -376,7 +376,7 @@ def in_parts(self:BASD,
 def select(self:BASD,
     student:Features,
     teacher:Features,
-    blend,      # record of MixUp or CutMix, or None
+    blend,      # parameters of MixUp or CutMix, or None
     drawn:dict, # of `sample`
 ):              # `Mix` of the selector
     "Layer weights, and the selector's own loss"
@@ -392,7 +392,7 @@ def constant(self:BASD, weights:Tensor)->Tensor:
 # %% ../../nbs/methods/51_basd.ipynb #5a0eb27d
 @patch
 def factors(self:BASD,
-    blend,      # record of MixUp or CutMix, or None
+    blend,      # parameters of MixUp or CutMix, or None
     drawn:dict, # of `sample`
 )->dict:        # name → number, or 0-d tensor
     "Factor of each balanced loss"
@@ -410,7 +410,7 @@ def own_losses(self:BASD,
 # %% ../../nbs/methods/51_basd.ipynb #e6a3be25
 @patch
 def forward(self:BASD, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-    "Loss, logits and report of one batch"
+    "Loss, logits and metrics of one batch"
     drawn = (self.sample(progress, len(student.logits), student.logits.device) if progress.samples is None
              else progress).samples
     with record_function('part/selector'): mix = self.select(student, teacher, target.mix, drawn)
@@ -432,7 +432,7 @@ def metrics(self:BASD,
     balanced:dict, # of `LossBalancer`
     mix,           # of the selector
 )->dict:
-    "Report of a step"
+    "Metrics of a step"
     each = {f'{kind}/{n}': v
             for kind,key in dict(normalised='normalised', weight='weights', ramp='ramps', weighted='weighted').items()
             for n,v in zip(self.losses, balanced[key])}

@@ -104,7 +104,7 @@ def sample(self:BASDFourier, progress:StepState, batch:int, device)->StepState:
 # %% ../../nbs/methods/55_basd_fourier.ipynb #43003756
 @patch
 def forward(self:BASDFourier, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-    "Loss, logits and report of one batch"
+    "Loss, logits and metrics of one batch"
     mix = self.selector(student.tokens, teacher.tokens, student.grid_sizes, teacher.grid_sizes, blend=target.mix)
     images = (self.sample(progress, len(student.logits), student.logits.device) if progress.samples is None
               else progress).samples

@@ -35,7 +35,7 @@ class StepState(NamedTuple):
     total_steps:int # optimizer steps of the whole run
     seed:int=0   # of the run
     epoch:float=0.     # epochs completed
-    should_log:bool=False # is this step logged; if so, the report may hold what is too expensive for every step
+    should_log:bool=False # is this step logged; if so, the metrics may hold what is too expensive for every step
     # of `Method.sample`: random draws and schedules as tensors; None: the method draws them itself
     samples:Any=None
 
@@ -108,8 +108,8 @@ class Method(nn.Module):
         return progress
 
     def setup(self,
-        student,                   # `Tapped`
-        teacher,                   # `Tapped`, or None
+        student,                   # `TappedModel`
+        teacher,                   # `TappedModel`, or None
     ):
         "Called once with the two models, before training; for methods that read or copy weights of a model"
 

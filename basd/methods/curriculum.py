@@ -259,7 +259,7 @@ def set_extra_state(self:POCL, state):
 # %% ../../nbs/methods/57_curriculum.ipynb #752194af
 @patch
 def forward(self:POCL, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-    "Loss, logits and report of one batch"
+    "Loss, logits and metrics of one batch"
     z, z_t, b = student.logits, teacher.logits, target.mix
     if z_t is None or z_t.shape[1] != z.shape[1]: log_probabilities(dict(student=z, teacher=z_t), 'teacher')
     at = self.stage.clamp(min=0)

@@ -73,7 +73,7 @@ class DualHead(Method):
     def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=[], teacher=True, logits=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-        "Loss, logits and report of one batch"
+        "Loss, logits and metrics of one batch"
         o, z_t, b = self.options, teacher.logits, target.mix
         if z_t is None or z_t.shape[1] != self.classes:
             raise ValueError(f"the teacher {'has no class head' if z_t is None else f'knows {z_t.shape[1]} classes'}; "

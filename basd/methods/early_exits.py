@@ -79,7 +79,7 @@ class OFA(Method):
     def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=[], teacher=True, logits=True, labels=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-        "Loss, logits and report of one batch"
+        "Loss, logits and metrics of one batch"
         p, o = _mixed_teacher_probs(teacher.logits, target, self.classes), self.options
         each = torch.stack([ofa_loss(z, p, target.labels, o.gamma) for z in [*self.exits(student.tokens), student.logits]])
         return method_output(student.logits,
@@ -133,7 +133,7 @@ class BYOT(Method):
 # %% ../../nbs/methods/56_early_exits.ipynb #950af708
 @patch
 def forward(self:BYOT, student:Features, teacher, target:Target, progress:StepState)->dict:
-    "Loss, logits and report of one batch"
+    "Loss, logits and metrics of one batch"
     o, z, n = self.options, student.logits, len(student.tokens) - 1
     said = self.exits(student.tokens[:-1])
     ce = torch.stack([cross_entropy(q, target.labels) for q in said])

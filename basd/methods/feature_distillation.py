@@ -180,7 +180,7 @@ def sample(self:FeatureDistillation, progress:StepState, batch:int, device)->Ste
 # %% ../../nbs/methods/54_feature_distillation.ipynb #9c642784
 @patch
 def forward(self:FeatureDistillation, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-    "Loss, logits and report of one batch"
+    "Loss, logits and metrics of one batch"
     o, logits = self.options, student.logits
     drawn = (self.sample(progress, len(logits), logits.device) if progress.samples is None else progress).samples
     raw = {n: self.compare(n, student, teacher, target.mix, drawn['losses'][n], drawn['epoch']) for n in self.losses}

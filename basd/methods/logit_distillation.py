@@ -99,7 +99,7 @@ class LogitDistillationOptions(LogitOptions):
 
 # %% ../../nbs/methods/53_logit_distillation.ipynb #6d4bc3b9
 def _train_second_head(
-    student, # `Tapped`
+    student, # `TappedModel`
 ):
     "Make a model with a distillation head return the logits of both heads in training"
     if getattr(student.model, 'head_dist', None) is None:
@@ -144,7 +144,7 @@ def sample(self:LogitDistillation, progress:StepState, batch:int, device)->StepS
 # %% ../../nbs/methods/53_logit_distillation.ipynb #aa7ef45a
 @patch
 def forward(self:LogitDistillation, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-    "Loss, logits and report of one batch"
+    "Loss, logits and metrics of one batch"
     o, z = self.options, student.logits
     drawn = (self.sample(progress, len(z), z.device) if progress.samples is None else progress).samples
     if o.head == 'distillation' and student.dist_logits is None:

@@ -110,7 +110,7 @@ class AMTML(Method):
 # %% ../../nbs/methods/58_multi_teacher.ipynb #6af586f9
 @patch
 def forward(self:AMTML, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-    "Loss, logits and report of one batch"
+    "Loss, logits and metrics of one batch"
     o, members = self.options, _split_teachers(teacher, len(self.pairs), self.classes)
     mu, b = self.weigh(student.tokens[-1].mean(1)), target.mix
     p = mean_teacher_probs(mu, [f.logits for f in members], o.T)
@@ -196,7 +196,7 @@ class DiverseDistill(Method):
     def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=options.layers, teacher=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
-        "Loss, logits and report of one batch"
+        "Loss, logits and metrics of one batch"
         o, x = self.options, student.tokens[-1]
         ys = [mixed_tokens(f.tokens[-1], f.grid_sizes[-1], target.mix) for f in _split_teachers(teacher, self.count)]
         h = x.mean(1)
@@ -210,7 +210,7 @@ class DiverseDistill(Method):
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #f2f1b67f
 def mixed_tokens(
-    y:Tensor, # teacher tokens of whole images, (B, N, D)
+    y:Tensor, # teacher tokens of unmixed images, (B, N, D)
     grid,     # (height, width) of the tokens, or None
     blend,    # parameters of MixUp or CutMix, or None
 )->Tensor:    # (B, N, D), or (B, 2N, D) under MixUp, with the tokens of both images

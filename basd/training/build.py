@@ -344,7 +344,7 @@ def replay(
     run,          # run directory with a `nonfinite.pt`
     device='cpu',
     trust:bool=False, # its recipe may import code of its own and download what it names
-)->dict: # of `rerun_step`: parts, term, of, layer
+)->dict: # of `rerun_step`: losses, term, of, layer
     "Repeat the step that ended a run"
     found, before = load_checkpoint(Path(run)/'nonfinite.pt'), rng_state()
     if 'task' not in found:

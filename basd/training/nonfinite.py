@@ -116,7 +116,7 @@ def _overheard(
 def rerun_step(
     task,        # `DistillationTask`
     *batch,      # images, labels, teacher's images and records, as `task.prepare` takes them
-    # parts: numbers; of: "loss" or "gradient"; term: the loss of which it is not finite, '' if there is none;
+    # losses: numbers; of: "loss" or "gradient"; term: the loss of which it is not finite, '' if there is none;
     # layer: where that starts
     **at,        # step, total_steps, epoch, micro
 )->dict:
