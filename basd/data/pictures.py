@@ -59,7 +59,7 @@ def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0
 
 # %% ../../nbs/data/45_pictures.ipynb #612eaa6a
 def _eight_bits(image):
-    "Sixteen gray levels a byte as one, where Pillow would clip them; other pictures as they are"
+    "Gray levels of 16 bits scaled to 8, where Pillow would clip them; other pictures as they are"
     if image.mode in ('I', 'F'):
         raise ValueError(f"32 bits per pixel (mode {image.mode}), whose range is not known; save it with 8 or 16")
     if not image.mode.startswith('I;16'): return image
@@ -101,7 +101,7 @@ def decode_picture(
     raw, # encoded bytes, path of a file, PIL image, uint8 array or tensor, or a function that returns one of these
     max_pixels:int|None=MAX_PIXELS, # of an encoded picture; None: no limit
 )->Tensor: # RGB, uint8, (3, h, w)
-    "Pixels of one picture in any of the forms in which readers hand them out; raises `ValueError` where there are none"
+    "Pixels of one picture in any of the forms in which readers return them; raises `ValueError` where there are none"
     if callable(raw): raw = raw()
     if isinstance(raw, (str, Path)):
         if not Path(raw).is_file(): raise ValueError("there is no such file")
@@ -115,7 +115,7 @@ def decode_picture(
 
 # %% ../../nbs/data/45_pictures.ipynb #cf8c152b
 def _decoded(image, raw):
-    "Pixels of a picture whose header has been read; Pillow has the second try, or names the fault"
+    "Pixels of a picture whose header has been read; Pillow is the second try, and its error is the one raised"
     if _plain(image):
         try: return decode_image(torch.frombuffer(bytearray(raw), dtype=torch.uint8), mode='RGB')
         except RuntimeError: pass

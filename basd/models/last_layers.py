@@ -59,7 +59,7 @@ class WideLastBlock(nn.Module):
     "A linear map to another width, a layer norm, and a transformer block of that width"
     def __init__(self,
         block:nn.Module,
-        width:int,       # of the tokens that come, D_s
+        width:int,       # of the input tokens, D_s
         last_width:int,  # of the block, D_t
     ):
         super().__init__()
