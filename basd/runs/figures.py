@@ -19,7 +19,7 @@ from .metrics import read_metrics
 def log_series(
     rows:list,  # log rows
     key:str,
-)->tuple: # (steps, tensor with one entry a row)
+)->tuple: # (steps, tensor with one entry per row)
     "Values of `key` over the rows that have it"
     have = [r for r in rows if key in r]
     return [r['step'] for r in have], torch.tensor([r[key] for r in have])
@@ -51,9 +51,9 @@ def plot_matrix(
     xlabel:str='teacher layer',
     ylabel:str='extraction point',
     title:str='',
-    limits:tuple=(0, None), # of the colour scale
+    limits:tuple=(0, None), # of the color scale
 ):
-    "Draw a small matrix as a heat map with a colour bar"
+    "Draw a small matrix as a heat map with a color bar"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots()[1]
     im = ax.imshow(torch.as_tensor(x).numpy(), aspect='auto', vmin=limits[0], vmax=limits[1])
@@ -66,11 +66,11 @@ def plot_matrix(
 # %% ../../nbs/runs/65_figures.ipynb #0315a533
 def plot_points(
     rows:list, # log rows
-    keys:dict, # log key → label; one number an extraction point
+    keys:dict, # log key → label; one number per student layer
     ax=None,
     ylabel:str='', # with unit
 ):
-    "Draw means over extraction points, and the range of the points, over optimizer steps"
+    "Draw means over student layers, and their range, over optimizer steps"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots()[1]
     for key,label in keys.items():

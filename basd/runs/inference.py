@@ -72,7 +72,7 @@ def predict_logits(
     batch:int=256,
     precision:str='float32',
 )->Tensor|None:    # (n, C) on the CPU, float32; None for a model without a head
-    "What a model says of clean images, in the order of `indices`"
+    "Logits of a model on clean images, in the order of `indices`"
     was, out = model.training, []
     model.eval()
     data = ViewDataset(images, indices, DualViewTransform(size, None, geometry='fixed'), train=False)
