@@ -102,7 +102,7 @@ def _selector_options(cls, name):
 
 def selector_options(
     name:str, # of a selector
-):            # a `options_dataclass` dataclass with `name` and one field for each option
+):            # an `options_dataclass` with `name` and one field for each option
     "Options dataclass of a selector"
     return _selector_options(SELECTORS.get(name), name)
 

@@ -226,7 +226,7 @@ def _known(cls, loc):
 
 # %% ../../nbs/runs/61_recipes.ipynb #35b629e4
 def validate_tree(
-    cls,        # a `options_dataclass` dataclass
+    cls,        # an `options_dataclass`
     tree:dict,
     prefix:str='', # of the keys, for the message
 ):
@@ -520,7 +520,7 @@ def diff_recipes(
 # %% ../../nbs/runs/61_recipes.ipynb #0f6ca344
 @cache
 def _meanings(
-    cls, # a `options_dataclass` dataclass
+    cls, # an `options_dataclass`
 )->dict: # key → its meaning, '' where nobody has written one
     "What each key of a section means, in the words beside its definition"
     from fastcore.docments import docments                     # parses source; only when somebody asks
@@ -583,7 +583,7 @@ class _Key(NamedTuple):
 def _default(f): return f.default if f.default_factory is MISSING else f.default_factory()
 
 def _described(cls, section, prefix):
-    "A row for each key of a `options_dataclass` dataclass, those of its sections after it"
+    "A row for each key of an `options_dataclass`, those of its sections after it"
     rows, about = [], _meanings(cls)
     for f in fields(cls):
         if not f.init: continue
