@@ -23,7 +23,7 @@ from ..geometry.alignment import student_statistics
 from ..methods.base import Requires, Method, StepState, Target
 from ..models.students import create_student
 from ..models.taps import TappedModel, resolve_layers
-from ..models.teachers import TeacherEnsemble, TeacherInfo, create_teacher, freeze, check_shared_modules
+from ..models.teachers import TeacherEnsemble, FrozenTeacher, create_teacher, freeze, check_shared_modules
 from ..runs.builders import infer_shapes
 from ..runs.inference import autocast
 from ..runs.recipes import validate_tree, build_recipe
@@ -239,7 +239,7 @@ def tapped_at(
                given.grid, given.logits)
     for k in ('input_size', 'architecture', 'model_args', 'origin', 'label_names'):
         if hasattr(given, k): setattr(t, k, getattr(given, k))
-    if not isinstance(given, TeacherInfo): return t
+    if not isinstance(given, FrozenTeacher): return t
     columns, t = given.columns, freeze(t)
     t.columns = columns
     return t
@@ -255,12 +255,12 @@ def _student_for(
     return tapped_at(s, points, needs.attention)
 
 def _teacher_for(
-    teacher,     # `TeacherInfo`, a module, or a list of them
+    teacher,     # `FrozenTeacher`, a module, or a list of them
     needs:Requires,
 ):
     "The teacher, or several, likewise"
     if isinstance(teacher, (list, tuple)): return TeacherEnsemble([_teacher_for(t, needs) for t in teacher])
-    t = teacher if isinstance(teacher, TeacherInfo) else freeze(teacher) if isinstance(teacher, TappedModel) else create_teacher(teacher)
+    t = teacher if isinstance(teacher, FrozenTeacher) else freeze(teacher) if isinstance(teacher, TappedModel) else create_teacher(teacher)
     return tapped_at(t, t.names if needs.teacher_layers in (None, 'all') else needs.teacher_layers, needs.attention)
 
 # %% ../../nbs/training/70_task.ipynb #5c029a7e
