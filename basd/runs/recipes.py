@@ -359,7 +359,7 @@ def _objective(name):
     try: found = METHODS.get(name)
     except ValueError as e: raise ValueError(f"method.name={name!r}: {e}") from None
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ValueError(f"method.name={name!r} is no method; name a subclass of Objective")
+        raise ValueError(f"method.name={name!r} is no method; name a subclass of Method")
     return found
 
 def _layers(key, x):
