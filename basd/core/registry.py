@@ -19,10 +19,10 @@ from typing import Any
 
 # %% ../../nbs/core/06_registry.ipynb #f0d3c394
 def suggestion(
-    word,  # that is not known
-    words, # that are
+    word,  # that was not found
+    words, # that are allowed
 )->str: # empty if none is close
-    "Which of `words` may have been meant, for the end of a message"
+    "The closest of `words` as a hint for the end of an error message"
     near = difflib.get_close_matches(str(word), list(words), 1)
     return f" (did you mean {near[0]!r}?)" if near else ''
 
@@ -37,7 +37,7 @@ def trusting(
                 # True: all, False: no more
     *folders,   # where their modules are sought besides
 ):
-    "Let recipes that are read in this block name code of their own"
+    "Allow recipes that are read in this block to import code by name"
     before, there = _allowed.get()
     mark = _allowed.set((True if names is True or before is True else {*before, *(names or ())}, (*there, *folders)))
     try: yield
@@ -45,7 +45,7 @@ def trusting(
 
 # %% ../../nbs/core/06_registry.ipynb #a6798f0a
 def trusted()->bool:
-    "May anything be imported here?"
+    "Whether any name may be imported here"
     return _allowed.get()[0] is True
 
 # %% ../../nbs/core/06_registry.ipynb #7fad9acc
@@ -53,7 +53,7 @@ def imported(
     name:str, # "package.module:attribute"
     what:str, # for the message
 ):
-    "What `name` names, if it may be imported"
+    "The object called `name`, if it may be imported"
     (names, folders), (module, _, attr) = _allowed.get(), name.partition(':')
     if not (attr.isidentifier() and all(p.isidentifier() for p in module.split('.'))):
         raise ValueError(f"{what}: should be written package.module:Class")
@@ -138,17 +138,17 @@ def options_from(
     fields = [(p.name, Any if p.annotation is p.empty else p.annotation, field(default=defaults.get(p.name, p.default)))
               for p in given]
     made = options_dataclass(make_dataclass(f'{target.__name__}Options', fields))
-    made.reads = target                                      # where the meaning of each option is written
+    made.reads = target                                      # whose comments document each option
     return made
 
 # %% ../../nbs/core/06_registry.ipynb #33649be9
 def refuse_unread(
     of,       # class whose options they are
-    to:str,   # where they are read, in words: "form='svd'"
-    here:str, # what was chosen instead, in words
+    to:str,   # where they are used, for the message: "form='svd'"
+    here:str, # what was chosen instead, for the message
     **given,  # names → values
 ):
-    "Refuse options that nothing reads here"
+    "Raise an error for options that are set but not used here"
     for name,v in given.items():
         if v != inspect.signature(of).parameters[name].default:
             raise ValueError(f"{name}={v!r} belongs to {to}, not to {here}; leave one of them out")
