@@ -27,7 +27,7 @@ class LayerLadder:
     def _begin(self,
         threshold:float, # average CKA at which a layer counts as reached
         memory:float,    # decay per step of the average
-        limit:float,     # of the clock, that a layer is the target at most
+        limit:float,     # most time on the clock that a layer is the target
         ahead:int,       # layers beyond the target that are run
     ):
         if not 0 < threshold <= 1: raise ValueError(f"threshold={threshold:g} of leap; CKA is between 0 and 1, give a number above 0 and up to 1")
@@ -45,7 +45,7 @@ class LayerLadder:
 
     @property
     def depth(self)->int:
-        "How many teacher layers, from the first, the next step reads"
+        "Number of teacher layers, from the first, that the next step reads"
         return self.open
 
     def on_target(self,
@@ -66,7 +66,7 @@ class LayerLadder:
         self.since.copy_(torch.where(due, clock, self.since))
 
     def refresh(self):
-        "Open the teacher as far as the target may get until the next row of the log; waits for the device"
+        "Set how many teacher layers are run until the next row of the log; waits for the device"
         if not self.begun: return
         self.opened.fill_(min(len(self.widths_t), int(self.current) + 1 + self.ahead))
         self.open = int(self.opened)
@@ -82,9 +82,9 @@ def wanted(self:LayerLadder,
     n:int,             # student tokens
     grid_t=None,       # (height, width) of the layer's tokens, or None
     grid_s=None,       # of the student's
-    blend=None,        # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
+    blend=None,        # record of MixUp or CutMix, if the student's images were mixed and the teacher's were not
 )->Tensor:             # (B, n, D_t)
-    "Tokens of a teacher layer as the student is to give them"
+    "Target tokens: of a teacher layer, resampled to the student's positions, normalized and mixed"
     y = self.norm(resample_tokens(upcast(y.detach()), n, grid_t, grid_s))
     return y if blend is None else mix_blended_tokens(y, blend, blend.own_fraction(n, grid_s))
 
@@ -137,7 +137,7 @@ class LEAPLoss(LayerLadder, FeatureLoss):
     "Mean squared error of mapped student tokens to one teacher layer, which climbs; gradient to the student and the map"
     inputs, moves = 'all_layers', True
     def __init__(self,
-        widths_s:list,      # D_s of each point
+        widths_s:list,      # D_s of each student layer
         widths_t:list,      # D_t of each teacher layer, all equal
         threshold:float=.85, # average CKA at which the next layer becomes the target
         memory:float=0.,    # decay per step of the average; 0: the CKA of the last batch
@@ -149,24 +149,24 @@ class LEAPLoss(LayerLadder, FeatureLoss):
         self._begin(threshold, memory, limit, ahead)
 
     def setup(self,
-        student, # `Tapped`
-        teacher, # `Tapped`
+        student, # `TappedModel`
+        teacher, # `TappedModel`
     ):
-        "Take over the teacher's final norm, if it has one"
+        "Copy the teacher's final norm, if it has one"
         norm = getattr(getattr(teacher, 'model', None), 'norm', None)
         if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (self.widths_t[0],):
             self.norm = copy.deepcopy(norm).requires_grad_(False)
 
     def metrics(self)->dict:
-        "For the log"
+        "Values for the log"
         return dict(target=self.current.clone(), cka=self.average.clone())
 
     def forward(self,
-        xs:list,                # student tokens of all points, of which the last is read, P × (B, N_s, D_s)
+        xs:list,                # student tokens of all layers, of which the last is read, P × (B, N_s, D_s)
         ys:list,                # teacher tokens, at least of the first `depth` layers, L × (B, N_t, D_t); detached here
         sample=None,            # nothing is drawn
         blend=None,             # record of MixUp or CutMix, or None
-        epoch:Tensor|None=None, # epochs behind us, (); None: nothing moves
+        epoch:Tensor|None=None, # epochs that have passed, (); None: nothing moves
     )->Tensor:                  # ()
         "Mean over images, tokens and channels"
         return self.step(xs[-1], ys, grid_sizes_of(xs)[-1], grid_sizes_of(ys), blend, epoch if epoch is None else epoch.floor())[0]
@@ -174,9 +174,9 @@ class LEAPLoss(LayerLadder, FeatureLoss):
 # %% ../../nbs/losses/36_leap.ipynb #7ea59f83
 @SELECTORS.register('leap')
 class LEAPSelector(LayerLadder, FixedSelector):
-    "One teacher layer for all points, which climbs when linear CKA with the last point passes a threshold"
+    "One teacher layer for all student layers, which climbs when linear CKA with the last one passes a threshold"
     def __init__(self,
-        widths_s:list,      # widths of the student's extraction points, P integers
+        widths_s:list,      # widths of the student's layers, P integers
         widths_t:list,      # widths of the teacher's layers, all equal, L integers
         threshold:float=.85, # average CKA at which the next layer becomes the target
         memory:float=0.,    # decay per step of the average; 0: the CKA of the last batch
@@ -195,13 +195,13 @@ class LEAPSelector(LayerLadder, FixedSelector):
     def forward(self,
         xs_s:list,          # student tokens, P × (B, N_s, D_s); no gradient flows into them
         xs_t:list,          # teacher tokens, L × (B, N_t, D_t); at least the first `depth` layers
-        grids_s:list|None=None, # (height, width) of each point's tokens, or None
+        grids_s:list|None=None, # (height, width) of each student layer's tokens, or None
         grids_t:list|None=None, # (height, width) of each layer's tokens, or None
         generator=None,     # not used: nothing is drawn
-        blend=None,         # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
+        blend=None,         # record of MixUp or CutMix, if the student's images were mixed and the teacher's were not
         time:Tensor|None=None, # share of the run that is over, (); None: nothing moves
     )->Selection:
-        "The target's weights; the regulariser trains the map"
+        "The target's weights; the regularizer trains the map"
         fit, w = self.step(xs_s[-1].detach(), xs_t, grids_s and grids_s[-1], grids_t, blend, time)
         w, zero = w.expand(len(xs_s), -1), self.average.new_zeros(())
         return Selection(w, fit, dict(recon=fit.detach(), frontier=self.current.expand(len(xs_s)).clone(),
