@@ -104,7 +104,7 @@ class AttentionMap:
 
     def __getitem__(self, images)->'AttentionMap': return AttentionMap(self.map[images])
 
-    def __repr__(self): return f'FormedAttention(B={len(self.map)}, heads={self.num_heads}, tokens={self.num_tokens})'
+    def __repr__(self): return f'AttentionMap(B={len(self.map)}, heads={self.num_heads}, tokens={self.num_tokens})'
 
 # %% ../../nbs/core/00_features.ipynb #eb0f81dc
 @dataclass

@@ -157,7 +157,7 @@ def reconstruction(
     y:Tensor,                              # aligned tokens with gradient, (B, n_out, d_out)
     x:Tensor,                              # what they were aligned from, (B, N_t, d_in)
     grid_in:tuple[int,int]|None=None,      # (height, width) of the teacher tokens
-    usual:tuple|None=None,                 # of `usual`, if `x` is only a part of the batch
+    usual:tuple|None=None,                 # of `mean_prediction`, if `x` is only a part of the batch
 )->Tensor:                                 # 0-d; 1: `y` explains no variance over images, 0: all
     "Share of the teacher's variance over images that a linear map of `y` misses; the only loss that trains the aligner"
     mean, spread = self.mean_prediction(x, grid_in) if usual is None else usual

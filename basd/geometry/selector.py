@@ -320,7 +320,7 @@ def row_groups(self:GrassmannSelector,
     xs_t:list,          # teacher tokens, L × (B, N_t, D_t)
     grids_s:list|None=None, # (height, width) of each point's tokens, or None
     grids_t:list|None=None, # (height, width) of each layer's tokens, or None
-    places:dict|None=None, # of `draw`: which tokens are compared; all that `max_rows` allows, evenly spaced, if None
+    places:dict|None=None, # of `sample`: which tokens are compared; all that `max_rows` allows, evenly spaced, if None
     blend=None,         # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
 )->list:                # of (points, their rows (M, D_s), teacher rows (M, D_t) at the same places)
     "Rows to be compared, per group of student layers with the same places"
@@ -411,7 +411,7 @@ def forward(self:GrassmannSelector,
     xs_t:list,          # teacher tokens, L × (B, N_t, D_t); at least the first `depth` layers
     grids_s:list|None=None, # (height, width) of each point's tokens, or None
     grids_t:list|None=None, # (height, width) of each layer's tokens, or None
-    places:dict|None=None, # of `draw`: which tokens are compared; all that `max_rows` allows, evenly spaced, if None
+    places:dict|None=None, # of `sample`: which tokens are compared; all that `max_rows` allows, evenly spaced, if None
     blend=None,         # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
     time:Tensor|None=None, # share of the run that is over, for selectors that move with it, ()
 )->Selection:

@@ -119,7 +119,7 @@ def forward(self:TeacherMap,
     xs_t:list,          # teacher tokens, L × (B, N_t, D_t); at least the first `depth` layers
     grids_s:list|None=None, # (height, width) of each point's tokens, or None
     grids_t:list|None=None, # (height, width) of each layer's tokens, or None
-    places:dict|None=None, # of `draw`: which tokens are measured
+    places:dict|None=None, # of `sample`: which tokens are measured
     blend=None,         # not used: the teacher's images are whole
     time:Tensor|None=None, # not used
 )->Selection:

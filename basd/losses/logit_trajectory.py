@@ -109,7 +109,7 @@ def forward(self:TrajectoryLoss,
     if self.space == 'cka': return self.by_cka(xs, ys, places)
     if self.readers is None:
         raise ValueError("the loss has not met the models whose heads it reads with; "
-                         "call meet(student, teacher) first, as the trainer does")
+                         "call setup(student, teacher) first, as the trainer does")
     pairs = pair_layers(xs, ys)
     with autocast_disabled(xs[0]):
         s = layer_log_probs(self.readers[0], [upcast(p[0]) for p in pairs])

@@ -155,7 +155,7 @@ def target(self:SpectralLoss,
 def forward(self:SpectralLoss,
     xs:list,        # student tokens, P × (B, N_s, D_s)
     target:list,    # of `target`, possibly mixed
-    images:Tensor|None=None, # of `draw`: which images the target is of; None: all
+    images:Tensor|None=None, # of `sample`: which images the target is of; None: all
 )->Tensor:          # ()
     "Mean over images and student layers"
     if images is not None: xs = [x[images] for x in xs]

@@ -23,7 +23,7 @@ from ..core.features import Features
 from ..core.registry import DIFFICULTIES, METHODS, refuse_unread, options_dataclass
 from ..losses.logits import kd_loss
 from .base import (
-    Callback, Requires, Method, StepState, FeatureShapes, Target, cross_entropy, method_output)
+    Callback, FeatureShapes, Method, Requires, StepState, Target, check_teacher_classes, cross_entropy, method_output)
 
 # %% ../../nbs/methods/57_curriculum.ipynb #31737090
 def difficulty_ranks(
@@ -53,9 +53,7 @@ def log_probabilities(
     who:Literal['student', 'teacher'],
 )->Tensor:     # (n, C), float64
     "Log-probabilities of one of the two models on the training images"
-    if (z := said[who]) is None or z.shape != said['student'].shape:
-        raise ValueError(f"the teacher {'has no class head' if z is None else f'knows {z.shape[1]} classes'}; "
-                         f"a curriculum needs one that knows the student's {said['student'].shape[1]}")
+    check_teacher_classes(z := said[who], said['student'].shape[1], "a curriculum needs logits of")
     return z.double().log_softmax(-1)
 
 # %% ../../nbs/methods/57_curriculum.ipynb #e8393a3d
@@ -261,7 +259,7 @@ def set_extra_state(self:POCL, state):
 def forward(self:POCL, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
     "Loss, logits and metrics of one batch"
     z, z_t, b = student.logits, teacher.logits, target.mix
-    if z_t is None or z_t.shape[1] != z.shape[1]: log_probabilities(dict(student=z, teacher=z_t), 'teacher')
+    check_teacher_classes(z_t, z.shape[1], "a curriculum needs logits of")
     at = self.stage.clamp(min=0)
     T, alpha = self.Ts.take(at), self.alphas.take(at)                          # read on the device
     kl = lambda z_t: kd_loss(z, z_t, T, self.options.direction)

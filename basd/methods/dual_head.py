@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ..core.features import Features
 from ..core.numerics import upcast, autocast_disabled
 from ..core.registry import METHODS, options_dataclass
-from .base import Requires, Method, StepState, FeatureShapes, Target, cross_entropy, method_output
+from ..losses.mixed_targets import mixed_mean
+from .base import (
+    FeatureShapes, Method, Requires, StepState, Target, check_teacher_classes, cross_entropy, method_output)
 
 # %% ../../nbs/methods/59_dual_head.ipynb #1a1b53cb
 def gradient_cosine(
@@ -75,12 +77,9 @@ class DualHead(Method):
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
         "Loss, logits and metrics of one batch"
         o, z_t, b = self.options, teacher.logits, target.mix
-        if z_t is None or z_t.shape[1] != self.classes:
-            raise ValueError(f"the teacher {'has no class head' if z_t is None else f'knows {z_t.shape[1]} classes'}; "
-                             f"a head for it needs one that knows the student's {self.classes}")
+        check_teacher_classes(z_t, self.classes, "a head for it needs logits of")
         second = self.head(self.norm(student.tokens[-1]).mean(1))
-        raw = bce_kl(second, z_t, o.T)
-        if b is not None: raw = torch.lerp(bce_kl(second, z_t[b.partner], o.T), raw, b.lam.to(raw.dtype))
+        raw = mixed_mean(lambda z_t: bce_kl(second, z_t, o.T), z_t, b)
         agree = (second.argmax(-1) == student.logits.argmax(-1)).float().mean()
         return method_output(student.logits, dict(ce=cross_entropy(student.logits, target.labels), teacher=o.weight*raw),
                        {'raw/teacher': raw, 'heads_agree': agree})

@@ -20,7 +20,8 @@ from ..losses.base import Layers
 from ..losses.hidden_states import HiddenStateLoss
 from ..losses.logits import kd_loss
 from ..losses.mixed_targets import mixed_mean
-from .base import Requires, Method, StepState, FeatureShapes, Target, cross_entropy, method_output
+from .base import (
+    FeatureShapes, Method, Requires, StepState, Target, check_teacher_classes, cross_entropy, method_output)
 
 # %% ../../nbs/methods/56_early_exits.ipynb #e9ecdb9a
 class AuxiliaryClassifiers(nn.Module):
@@ -93,9 +94,7 @@ def _mixed_teacher_probs(
     classes:int,     # C
 )->Tensor:           # constant, (B, C)
     "Teacher predictions for mixed images: the mixture of those of both images"
-    if z_t is None or z_t.shape[1] != classes:
-        raise ValueError(f"the teacher {'has no class head' if z_t is None else f'knows {z_t.shape[1]} classes'}; "
-                         f"exits are taught by one that knows the student's {classes}")
+    check_teacher_classes(z_t, classes, "exits need logits of")
     with autocast_disabled(z_t): p, b = upcast(z_t.detach()).softmax(-1), target.mix
     return mixed_mean(lambda p: p, p, b)
 

@@ -19,7 +19,8 @@ from ..losses.balance import cosine_ramp
 from ..losses.instance_relations import VRMLoss
 from ..losses.logits import DKDLoss, HardLabelLoss, KDLoss, kd_loss
 from ..losses.temperature import LearnedTemperature
-from .base import Requires, Method, StepState, FeatureShapes, Target, cross_entropy, method_output
+from .base import (
+    FeatureShapes, Method, Requires, StepState, Target, check_teacher_classes, cross_entropy, method_output)
 
 # %% ../../nbs/methods/53_logit_distillation.ipynb #748c1157
 @options_dataclass
@@ -67,12 +68,7 @@ class LogitDistillationLoss(nn.Module):
         epoch:Tensor,   # epochs completed, ()
     )->tuple:           # the loss, (); the mean temperature, () or None; the penalty on its distance from the anchor, () or None
         "Loss on the logits; the target follows the mix"
-        if z_t is None:
-            raise ValueError("the teacher has no class head; "
-                             "distilling logits needs one that knows the student's classes")
-        if z_t.shape[1] != self.classes:
-            raise ValueError(f"the teacher knows {z_t.shape[1]} classes and the student {self.classes}; "
-                             "distilling logits needs the same")
+        check_teacher_classes(z_t, self.classes, "distilling logits needs those of")
         own, tau = self.one(z_s, z_t, target.labels, epoch)
         if (b := target.mix) is not None:
             own = torch.lerp(self.one(z_s, z_t[b.partner], target.labels, epoch)[0], own, b.lam.to(own.dtype))

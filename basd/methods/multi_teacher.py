@@ -22,8 +22,9 @@ from ..core.registry import METHODS, options_dataclass
 from ..geometry.selector import mix_blended_tokens
 from ..losses.base import Layers
 from ..losses.hidden_states import HiddenStateLoss
-from ..losses.mixed_targets import mixed_loss
-from .base import Requires, Method, StepState, FeatureShapes, Target, cross_entropy, method_output
+from ..losses.mixed_targets import mixed_loss, mixed_mean
+from .base import (
+    FeatureShapes, Method, Requires, StepState, Target, check_teacher_classes, cross_entropy, method_output)
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #b39d4ace
 class TeacherWeighting(nn.Module):
@@ -113,8 +114,7 @@ def forward(self:AMTML, student:Features, teacher:Features, target:Target, progr
     "Loss, logits and metrics of one batch"
     o, members = self.options, _split_teachers(teacher, len(self.pairs), self.classes)
     mu, b = self.weigh(student.tokens[-1].mean(1)), target.mix
-    p = mean_teacher_probs(mu, [f.logits for f in members], o.T)
-    if b is not None: p = torch.lerp(mean_teacher_probs(mu, [f.logits[b.partner] for f in members], o.T), p, b.lam.to(p.dtype))
+    p = mixed_mean(lambda z: mean_teacher_probs(mu, z.unbind(1), o.T), torch.stack([f.logits for f in members], 1), b)
     xs, gs = [student.tokens[i] for i,_ in self.pairs], [student.grid_sizes[i] for i,_ in self.pairs]
     hint = mixed_loss(self.hint, Layers(xs, gs), Layers([f.tokens[-1] for f in members], [f.grid_sizes[-1] for f in members]), b)
     kl, H = kl_to_probs(student.logits, p, o.T), torch.special.entr(mu).sum(-1).mean()
@@ -133,10 +133,7 @@ def _split_teachers(
     members = teacher.per_teacher or [teacher]
     if len(members) != count: raise ValueError(f"{len(members)} teachers answer, but the method was made for {count}")
     for i,f in enumerate(members):
-        if classes is not None and (f.logits is None or f.logits.shape[1] != classes):
-            raise ValueError(f"teacher {i} "
-                             f"{'has no class head' if f.logits is None else f'knows {f.logits.shape[1]} classes'}; "
-                             f"this method averages predictions, so all must know the student's {classes} classes")
+        if classes is not None: check_teacher_classes(f.logits, classes, "averaged predictions must be of", f'teacher {i}')
     return members
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #25b3ebeb
