@@ -230,7 +230,7 @@ def _of_classes(
 
 # %% ../../nbs/runs/66_builders.ipynb #a88cfcb1
 def describe_teacher(
-    model, # `Tapped`, `TeacherEnsemble` or None
+    model, # `TappedModel`, `TeacherEnsemble` or None
 ):         # model, weights (where they come from), digest, parameters, input_size, mean, std; a list for several
     "What a model is made of"
     if model is None: return None
@@ -243,14 +243,14 @@ def describe_teacher(
 
 # %% ../../nbs/runs/66_builders.ipynb #a5aea743
 def input_size(
-    tapped, # `Tapped` model
+    tapped, # `TappedModel` model
 )->int:
     "Pixels of the images that a model takes"
     return tapped.input_size[-1]
 
 # %% ../../nbs/runs/66_builders.ipynb #de7bd328
 def infer_shapes(
-    tapped,    # `Tapped` model
+    tapped,    # `TappedModel` model
     device,
 )->FeatureShapes:
     "Shapes of a model's tapped layers"

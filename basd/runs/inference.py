@@ -24,7 +24,7 @@ def autocast(
 # %% ../../nbs/runs/67_inference.ipynb #0d0fb4c1
 @torch.no_grad()
 def validate(
-    model,            # `Tapped` student
+    model,            # `TappedModel` student
     images,           # `ImageDataset`
     indices,          # which of them
     size:int,         # pixels
@@ -64,7 +64,7 @@ def validate(
 # %% ../../nbs/runs/67_inference.ipynb #ed285cd3
 @torch.no_grad()
 def predict_logits(
-    model,         # `Tapped`
+    model,         # `TappedModel`
     images,        # `ImageDataset`
     indices,       # which of them
     size:int,      # pixels
