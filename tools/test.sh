@@ -21,7 +21,7 @@ trap 'for p in "${lanes[@]:-}"; do kill "$p" 2> /dev/null || true; done' EXIT
 pytest -q --durations=10 $processes > "$said/processes" 2>&1 & lanes+=($!)
 pytest -q --durations=10 $numbers > "$said/numbers" 2>&1 & lanes+=($!)
 pytest -q --durations=10 tests $(printf -- '--ignore=%s ' $processes $numbers) > "$said/others" 2>&1 & lanes+=($!)
-nbdev_test --n_workers 2 --timing
+python tools/test_pages.py
 for lane in processes numbers others; do
   wait "${lanes[0]}" || { cat "$said/$lane"; exit 1; }
   lanes=("${lanes[@]:1}")

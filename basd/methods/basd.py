@@ -9,7 +9,7 @@ __all__ = ['RSDOptions', 'RelationalOptions', 'AttentionOptions', 'SpectralOptio
 
 # %% ../../nbs/methods/51_basd.ipynb #a8aa2210
 import warnings
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import cache, partial
 from typing import Annotated, Any, Literal
 
@@ -114,7 +114,7 @@ def _checked_selector(
     given, # options with `name`, None for the default selector, or an options dataclass
 ):         # of `selector_options`
     "Options of a selector with defaults filled in; an error names the key that is wrong"
-    if hasattr(given, 'name') and isinstance(given, selector_options(given.name)): return given
+    if is_dataclass(given) and hasattr(given, 'name'): given = vars(given)
     given = {} if given is None else given
     if not isinstance(given, dict): raise ValueError(f"selector={given!r}; give its name and options, as in {{name: progressive}}")
     name = given.get('name', default_selector)

@@ -1,0 +1,61 @@
+"""Test pages as `nbdev_test` does, each in a process of its own: a page defines anew what the package registered
+(its methods, losses, selectors), and no other page may see that.
+
+    python tools/test_pages.py                                  # all pages, two at a time
+    python tools/test_pages.py nbs/losses/*.ipynb --flags "slow data" --workers 1
+
+Prints the slowest pages; status 1 if a page fails, after its traceback.
+"""
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401  what most pages import is imported once, before the fork
+import timm  # noqa: F401
+import torch  # noqa: F401
+import torchvision  # noqa: F401
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.test import test_nb
+
+
+def test_page(path, skip, flags):
+    "Test the page at `path` and end this process with status 1 if it fails"
+    os.chdir(get_config().nbs_path)
+    passed, _ = test_nb(path, skip_flags=skip, force_flags=flags, basepath=get_config().config_path)
+    sys.exit(0 if passed else 1)
+
+
+def test_pages(pages, flags, workers):
+    "Seconds of each page, and the pages that failed"
+    fork, skip = multiprocessing.get_context("fork"), get_config().tst_flags.split()
+    waiting, running, seconds, failed = list(pages), {}, {}, []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            page = waiting.pop(0)
+            process = fork.Process(target=test_page, args=(page, skip, flags))
+            process.start()
+            running[process.sentinel] = page, process, time.monotonic()
+        for sentinel in wait(running):
+            page, process, start = running.pop(sentinel)
+            process.join()
+            seconds[page] = time.monotonic() - start
+            if process.exitcode: failed.append(page)
+    return seconds, failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, help="notebooks; all of `nbs` if none is given")
+    parser.add_argument("--flags", default="", help="run the cells with these flags too")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    pages = [p.absolute() for p in sorted(args.pages or nbglob(as_path=True))]
+    seconds, failed = test_pages(pages, args.flags.split(), args.workers)
+    print("slowest pages:", *(f"{t:6.1f} s  {p.name}" for p, t in sorted(seconds.items(), key=lambda o: -o[1])[:15]), sep="\n")
+    print(f"{len(pages)} pages, {len(failed)} failed", *(p.name for p in failed), sep="\n    ")
+    sys.exit(1 if failed else 0)
