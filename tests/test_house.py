@@ -17,9 +17,9 @@ MAY["data"] = {"core", "data"}
 MAY["analysis"] -= {"training"}
 # Demonstrations that show a function on what a later page makes
 LOOKS_AHEAD = {
-    "geometry/12_selector": {"data.mixing"}, "geometry/13_frequency_selector": {"data.mixing"},
+    "geometry/11_selector": {"data.mixing"}, "geometry/13_frequency_selector": {"data.mixing"},
     "losses/22_token_relations": {"models.taps"}, "losses/34_logit_trajectory": {"models.taps"},
-    "models/39_last_layers": {"models.students"}}
+    "models/38_last_layers": {"models.students"}}
 NUMBERED = sorted(p for p in ROOT.glob("nbs/**/[0-9][0-9]_*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 

@@ -20,7 +20,7 @@ def rendered(*cells):
     made = [mk_cell(c.removeprefix("md:"), "markdown" if c.startswith("md:") else "code") for c in
             ("md:---", "#| default_exp geometry.grassmann", *cells)]
     nb = dict2nb({"cells": made, "metadata": {}})
-    nb.path_ = str(root/"nbs"/"geometry"/"10_grassmann.ipynb")
+    nb.path_ = str(root/"nbs"/"geometry"/"09_grassmann.ipynb")
     NBProcessor(nb=nb, procs=[rendering.Entries, rm_export, hide_, rendering.Links, rendering.Doors], process=True)
     return [cell.source for cell in nb.cells[1:]]
 
@@ -96,8 +96,8 @@ def test_a_name_in_two_modules_leads_to_the_page_s_own_or_imported_one():
 
 def test_colab_where_the_page_runs_alone():
     plain, alone = rendered("md:x")[0], rendered(f"#| hide\nif {rendering.in_colab}: pass", "md:x")[0]
-    assert "colab" not in plain and "github.com/basd-project/basd/blob/main/nbs/geometry/10_grassmann.ipynb" in plain
-    assert "colab.research.google.com/github/basd-project/basd/blob/main/nbs/geometry/10_grassmann.ipynb" in alone
+    assert "colab" not in plain and "github.com/basd-project/basd/blob/main/nbs/geometry/09_grassmann.ipynb" in plain
+    assert "colab.research.google.com/github/basd-project/basd/blob/main/nbs/geometry/09_grassmann.ipynb" in alone
 
 
 def test_the_cell_for_colab_is_on_the_pages_that_run_alone():
