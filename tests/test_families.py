@@ -19,7 +19,8 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
-from basd.models.taps import TappedModel, layer_names
+from basd.models.layers import layer_names
+from basd.models.taps import TappedModel
 from basd.models.students import wrap_student
 
 here = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ here=$PWD
 # Pages with a cell that holds for the newest torch alone: an error of another kind, a slope at a point where there is
 # none, a walk over the graph, a curve that ends elsewhere; and two that compile (31, 40), which the lowest cannot. All
 # else that they export is run by the tests.
-newest_only="02_numerics 09_grassmann 13_frequency_selector 31_fourier 34_logit_trajectory 51_basd 39_taps"
+newest_only="02_numerics 09_grassmann 13_frequency_selector 31_fourier 34_logit_trajectory 51_basd 39_layers 40_taps"
 read_line() { sed -n "s/^$1 = //p" settings.ini; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

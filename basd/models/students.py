@@ -20,7 +20,8 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from ..core.files import write_atomic
-from .taps import TappedModel, layer_names
+from .layers import layer_names
+from .taps import TappedModel
 from .teachers import create_timm_model, check_module, input_config, load_weights, weights_origin
 
 # %% ../../nbs/models/42_students.ipynb #c87cdcfe

@@ -22,7 +22,8 @@ from ..data.mixing import MixParams, mix_images, mix_labels, sample_mix
 from ..geometry.alignment import student_statistics
 from ..methods.base import Requires, Method, StepState, Target
 from ..models.students import create_student
-from ..models.taps import TappedModel, resolve_layers
+from ..models.layers import resolve_layers
+from ..models.taps import TappedModel
 from ..models.teachers import TeacherEnsemble, FrozenTeacher, create_teacher, freeze, check_shared_modules
 from ..runs.builders import infer_shapes
 from ..runs.inference import autocast
