@@ -400,8 +400,6 @@ def _label_column(features, image, given):
     plain = [k for k,v in features.items() if k != image and type(v).__name__ == 'Value']
     usual = lambda keys: [k for k in ('label', 'labels') if k in keys][:1]
     return _choose('label', usual(names) or names or usual(features) or plain, features, given)
-
-# %% ../../nbs/data/46_sources.ipynb #b8f21fd1
 def _labels_of(table, column, name):
     "Labels of a column, and names of the classes or None"
     import pyarrow.types as t
