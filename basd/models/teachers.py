@@ -72,10 +72,6 @@ def _read_pickle(
         warnings.simplefilter('ignore')                                    # of the pickle's protocol
         return torch.load(path, map_location='cpu', weights_only=True)
 
-# %% ../../nbs/models/41_teachers.ipynb #a690d529
-_usual = ['argparse.Namespace', 'collections.defaultdict', 'numpy.core.multiarray.scalar', 'numpy.dtype',
-          'numpy._core.multiarray.scalar', 'pathlib.PosixPath', 'pathlib.WindowsPath']
-
 # %% ../../nbs/models/41_teachers.ipynb #187812b1
 _wrappings = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'teacher', 'student', 'module', 'net', 'network',
              'weights', 'params')
@@ -109,6 +105,8 @@ def read_weights(
     return dict(state), under
 
 # %% ../../nbs/models/41_teachers.ipynb #7135e55a
+_usual = ['argparse.Namespace', 'collections.defaultdict', 'numpy.core.multiarray.scalar', 'numpy.dtype',
+          'numpy._core.multiarray.scalar', 'pathlib.PosixPath', 'pathlib.WindowsPath']
 def _is_state(x):
     return isinstance(x, dict) and len(x) > 0 and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in x.items())
 
