@@ -1,6 +1,7 @@
 "The public names of `import basd`: a dozen names, imported when they are used, and a task that any training loop can call"
 import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -138,6 +139,17 @@ def test_state_is_that_of_student_and_method():
     again.load_state_dict(task.state_dict())
     assert_close(again(x, y, **AT)["loss"], copy.deepcopy(task)(x, y, **AT)["loss"])
     assert {f"student.model.{n}" for n in student.model.no_weight_decay()} <= task.no_weight_decay()
+
+
+@pytest.mark.parametrize("name, more", [("basd", dict(losses=dict(cka={}))), ("basd_fourier", {})])
+def test_a_task_goes_to_another_process(name, more, tmp_path):
+    "A task that is pickled here and read by a fresh interpreter outputs the same loss there"
+    task, (x, y) = basd.create_task(name, *models(), **more).eval(), batch()
+    (tmp_path/"task.pkl").write_bytes(pickle.dumps((task, x, y, AT)))
+    code = ("import pickle, sys\nwith open(sys.argv[1], 'rb') as f: task, x, y, at = pickle.load(f)\n"
+            "print(task(x, y, **at)['loss'].item())")
+    there = subprocess.run([sys.executable, "-c", code, str(tmp_path/"task.pkl")], capture_output=True, text=True, check=True)
+    assert float(there.stdout) == pytest.approx(task(x, y, **AT)["loss"].item(), rel=1e-6)
 
 
 def test_one_hot_labels_and_resized_teacher():

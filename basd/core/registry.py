@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'LOSSES', 'SELECTORS', 'DIFFICULTIES', 'suggestion', 'trusting', 'trusted', 'imported', 'Registry',
-           'options_dataclass', 'options_from', 'refuse_unread']
+           'options_dataclass', 'pickled_by', 'options_from', 'refuse_unread']
 
 # %% ../../nbs/core/06_registry.ipynb #f3e41eaf
 import difflib
@@ -15,6 +15,7 @@ import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, make_dataclass
+from functools import lru_cache
 from typing import Any
 
 # %% ../../nbs/core/06_registry.ipynb #f0d3c394
@@ -127,19 +128,34 @@ def options_dataclass(
     cls.__pydantic_config__ = dict(extra='forbid')
     return dataclass(cls)
 
+# %% ../../nbs/core/06_registry.ipynb #82a9546e
+def _blank(make, args, kwargs): return object.__new__(make(*args, **kwargs))
+
+# %% ../../nbs/core/06_registry.ipynb #37036017
+def pickled_by(
+    cls,    # class without a name to import it by
+    make,   # function that returns it, the same class for the same arguments
+    *args,  # of `make`
+    **kwargs,
+):          # `cls`
+    "Have instances of `cls` pickled and copied as a call of `make` and their values"
+    cls.__reduce__ = lambda self: (_blank, (make, args, kwargs), vars(self))
+    return cls
+
 # %% ../../nbs/core/06_registry.ipynb #51c00232
+@lru_cache(None, typed=True)
 def options_from(
     target,         # class or function whose keyword arguments are the options
     *skip:str,      # arguments that the method itself supplies
     **defaults,     # defaults that differ from the signature's
 ):
-    "A `options_dataclass` dataclass with one field for each argument of `target` that has a default"
+    "An `options_dataclass` with one field for each argument of `target` that has a default"
     given = [p for n,p in inspect.signature(target).parameters.items() if n not in skip and p.default is not p.empty]
     fields = [(p.name, Any if p.annotation is p.empty else p.annotation, field(default=defaults.get(p.name, p.default)))
               for p in given]
     made = options_dataclass(make_dataclass(f'{target.__name__}Options', fields))
     made.reads = target                                      # whose comments document each option
-    return made
+    return pickled_by(made, options_from, target, *skip, **defaults)
 
 # %% ../../nbs/core/06_registry.ipynb #33649be9
 def refuse_unread(

@@ -21,7 +21,7 @@ from torch.profiler import record_function
 
 from ..core.chunking import chunk_size, chunked_mean
 from ..core.features import Features
-from ..core.registry import LOSSES, METHODS, SELECTORS, refuse_unread, options_from, options_dataclass, suggestion
+from ..core.registry import LOSSES, METHODS, SELECTORS, refuse_unread, options_from, options_dataclass, pickled_by, suggestion
 from ..core.sampling import sample_images, step_generator
 from ..geometry.alignment import InterpolationAligner, TokenAligner, target_statistics
 from ..geometry.layer_maps import FixedSelector, layer_pairs
@@ -73,7 +73,7 @@ def _loss_section(more):
     made = options_dataclass(make_dataclass('LossOptions', [(n, options_from(LOSSES.get(n), *SHAPE_ARGUMENTS)|None, field(default=None)) for n in more],
                                    bases=(LossOptions,)))
     made.__doc__, made.reads = LossOptions.__doc__, LossOptions
-    return made
+    return pickled_by(made, _loss_section, more)
 
 def _checked_losses(
     given, # name → options, or `LossOptions`
@@ -98,7 +98,7 @@ def _selector_options(cls, name):
     own = options_from(cls, 'widths_s', 'widths_t', 'procrustes')  # samples need no rotation
     made = options_dataclass(make_dataclass(own.__name__, [('name', Literal[name], field(default=name))], bases=(own,), kw_only=True))
     made.__doc__, made.reads = cls.__doc__, cls
-    return made
+    return pickled_by(made, _selector_options, cls, name)
 
 def selector_options(
     name:str, # of a selector
