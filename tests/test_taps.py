@@ -5,6 +5,7 @@ import pickle
 import pytest
 import timm
 import torch
+import torchvision
 from fastcore.test import test_eq as equals
 from torch import nn
 from torch.testing import assert_close
@@ -94,6 +95,27 @@ def test_tapped_maps_equal_unfused_attention(name, kwargs):
     with tap(model) as taps: model(x)
     for a,true in zip(taps.features().attention, unfused_maps(model, x), strict=True):
         assert_close(a.full_map(), true, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tapped_maps_of_multihead_attention():
+    "Those of torchvision's ViT and of PyTorch's encoder equal the weights that the module returns"
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=48,
+                                               mlp_dim=96, num_classes=10).eval()
+    text = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2,
+                                 enable_nested_tensor=False).eval()
+    for model,x,grid in ((vit, torch.randn(2, 3, 32, 32), (4, 4)), (text, torch.randn(2, 7, 32), None)):
+        heads, given = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)], []
+        for m in heads: nn.init.normal_(m.in_proj_bias)              # zero by default, where a forgotten bias would not show
+        handles = [m.register_forward_pre_hook(lambda module, args, kwargs: given.append(args[0]), with_kwargs=True)
+                   for m in heads]
+        with tap(model) as taps: model(x)
+        for h in handles: h.remove()
+        f = taps.features()
+        equals(f.grid_sizes, [grid]*2)
+        for a,m,z in zip(f.attention, heads, given, strict=True):
+            assert_close(a.full_map(), m(z, z, z, average_attn_weights=False)[1], rtol=0, atol=1e-5)
 
 
 def test_attention_that_is_not_read():
