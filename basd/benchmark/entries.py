@@ -30,9 +30,9 @@ def stage_references(
     recipe:Recipe,
 )->dict: # "teacher", "student" or the number of a further teacher → stage
     "The stages on which a recipe builds"
-    said = (dict(teacher=recipe.teacher.run, student=recipe.student.checkpoint)
-            | {i: o.get('run') for i,o in enumerate(recipe.teacher.others)})
-    return {k: v.removeprefix('stage:') for k,v in said.items() if (v or '').startswith('stage:')}
+    given = (dict(teacher=recipe.teacher.run, student=recipe.student.checkpoint)
+             | {i: o.get('run') for i,o in enumerate(recipe.teacher.others)})
+    return {k: v.removeprefix('stage:') for k,v in given.items() if (v or '').startswith('stage:')}
 
 # %% ../../nbs/benchmark/86_entries.ipynb #73b9eb51
 def shared_settings(

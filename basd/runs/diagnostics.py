@@ -95,7 +95,7 @@ def threshold_curve(
 def collapsed_targets(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
-    "Do targets tell images apart, in more than one direction?"
+    "Curves of aligned targets: their spread and cosine over images, and their rank"
     name, change = 'collapsed targets', ("a student that ignores its image can meet them: set method.aligner.kind=interp, which has nothing "
                                          "to train (of basd_literal, first method.targets=constant)")
     return (threshold_curve(rows, 'target/batch_std', name, .1,

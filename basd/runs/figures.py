@@ -158,12 +158,12 @@ def plot_run(
     for key,title in {'mixing': 'mixing weights, last logged', 'distance': 'subspace distances, last logged'}.items():
         if key in keys:
             panels.append(lambda ax, key=key, title=title: plot_matrix(log_series(rows, key)[1][-1], ax, title=title))
-    said = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(complaints, 1)]
+    lines = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(complaints, 1)]
     with page_style():
         fig, axs = _panels_by_inches(len(panels), -(-max(len(parts), len(shares))//4),
-                                    sum(len(s.splitlines()) for s in said))
+                                    sum(len(s.splitlines()) for s in lines))
         for ax,draw in zip(axs, panels): draw(ax)
-        if said: fig.text(.01, .005, '\n'.join(said), fontsize=7.5)
+        if lines: fig.text(.01, .005, '\n'.join(lines), fontsize=7.5)
         create_private_folder(Path(run)/'figures')
         save_figure(fig, Path(run)/'figures'/'run.png')
         plt.close(fig)

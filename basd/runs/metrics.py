@@ -77,7 +77,7 @@ class MetricsLogger:
         self.board = _board(run, step)
 
     def write(self,
-        row:dict, # plain values; `kind` says of what the row is
+        row:dict, # plain values; `kind` is the kind of row
     ):
         "Append one row"
         line = json.dumps(row)

@@ -212,7 +212,7 @@ def _sentence(error, cls, prefix=''):
     m = e['msg'].removeprefix('Value error, ')
     key, inner = f"{prefix}{'.'.join(loc)}".rstrip('.'), re.match(r'\w+', m)
     if e['type'] == 'value_error' and (not loc or isinstance(e['input'], dict) and _known(cls, loc)):
-        # of a whole section, which says itself which of its keys it is about
+        # of a whole section; its message names the key
         if inner and inner[0] in _keys(cls, loc): return f"{key}.{m}".lstrip('.')
         return f"{key or 'recipe'}: {m[:1].lower() + m[1:]}"
     m = m[:1].lower() + m[1:]
@@ -230,7 +230,7 @@ def validate_tree(
     tree:dict,
     prefix:str='', # of the keys, for the message
 ):
-    "Fill `cls` from `tree`, or say in one sentence what is wrong"
+    "Fill `cls` from `tree`; what is wrong is an error of one sentence"
     if not isinstance(tree, dict):
         raise ValueError(f"{prefix.rstrip('.') or 'recipe'}={_short(tree)}: should be a section")
     odd = [k for k in tree if not isinstance(k, str)]
@@ -259,7 +259,7 @@ def _finite(x, path, default=None):
 def _origin(
     m,               # `TeacherRecipe` or `StudentRecipe`
     key:str='teacher', # its section, for the message
-)->str|None: # "run", "checkpoint", "pretrained", "untrained", "" if nothing is said; None: there is no model
+)->str|None: # "run", "checkpoint", "pretrained", "untrained", "" if none is given; None: there is no model
     "Where a model's weights come from; two places are refused"
     given = lambda k: getattr(m, k, None) not in (None, False, {}, '')
     if getattr(m, 'run', None) is not None:
@@ -471,7 +471,7 @@ def _nearest(cls, paths):
     return ''
 
 def _takes(cls, path):
-    "Has the dataclass `cls` a field at `path`? What is below a field that is no section is for the method to say"
+    "Whether the dataclass `cls` has a field at `path`; below a field that is no section the method decides"
     for part in path:
         if cls is None: return True
         kind = next((f.type for f in fields(cls) if f.name == part), None)
@@ -521,9 +521,9 @@ def diff_recipes(
 @cache
 def _meanings(
     cls, # an `options_dataclass`
-)->dict: # key → its meaning, '' where nobody has written one
+)->dict: # key → its meaning, '' where none is written
     "What each key of a section means, in the words beside its definition"
-    from fastcore.docments import docments                     # parses source; only when somebody asks
+    from fastcore.docments import docments                     # parses source; imported on demand
     words, in_yaml = {}, {'None': 'null', 'True': 'true', 'False': 'false'}
     for c in reversed(cls.__mro__):
         if not is_dataclass(c): continue
@@ -537,7 +537,7 @@ _in_words = {bool: 'true or false', int: 'whole number', float: 'number', str: '
              Any: 'text, number or list'}
 
 def _range(metadata):
-    "The bounds of a number, where they say something"
+    "The bounds of a number, where it has any"
     b = {type(m).__name__: getattr(m, type(m).__name__.lower()) for f in metadata for m in getattr(f, 'metadata', ())}
     low, high = b.get('Ge', b.get('Gt')), b.get('Le', b.get('Lt'))
     if high is None or high >= 2**31: return '' if low is None else f" {'≥' if 'Ge' in b else '>'} {low:g}"
@@ -641,7 +641,7 @@ def recipe_keys(
 # %% ../../nbs/runs/62_recipes.ipynb #d592417f
 def keys_table(
     rows, # of `_Key`
-)->str: # Markdown, with code as HTML, which nobody takes for a symbol to be linked
+)->str: # Markdown, with code as HTML, so that it is not linked as a symbol
     "Keys as a table: key, type or choices, default, meaning"
     code = lambda text: f'<code class="key">{text}</code>' if text else ''     # unbroken, but for a key's dots
     safe = lambda text: text.replace('&', '&amp;').replace('<', '&lt;').replace('|', '&#124;')
@@ -657,7 +657,7 @@ def keys_table(
 _wide = 78 # characters of a line
 
 def _comment(f, value, meaning):
-    "What is said of a key: its choices, its meaning, its default where the value is another"
+    "Description of a key: its choices, its meaning, its default where the value is another"
     inner, default = _section(f.type), _default(f)
     choices = f"null | section of {', '.join(k.name for k in fields(inner))}" if inner and value is None else \
         ' | '.join(map(_flow, _choices(f.type)))

@@ -36,7 +36,7 @@ def save_checkpoint(
 ):
     "Write a checkpoint atomically, with a digest of its content"
     def write(p):
-        # a file of ours tells why it could not be written
+        # our own file: the error has the reason
         with open(p, 'wb') as f: torch.save({'state': state, 'digest': checksum(state)}, f)
     write_atomic(path, write, keep)
 
@@ -79,7 +79,7 @@ def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0
 def load_last(
     run,       # run directory
 )->dict|None:  # None: nothing has been saved yet
-    "The state in `last.pt`; where it cannot be read, says what else there is"
+    "The state in `last.pt`; where it cannot be read, the error names `previous.pt`"
     last, previous = (Path(run)/n for n in ('last.pt', 'previous.pt'))
     if not last.is_file() and not previous.is_file(): return None
     try: return load_checkpoint(last)
@@ -230,7 +230,7 @@ def add_note(
     path,       # run directory
     **entries,
 ):
-    "Add to what `environment.json` says the run is made of"
+    "Add entries to what `environment.json` lists the run as made of"
     file = Path(path)/'environment.json'
     try: there = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError): there = {}
