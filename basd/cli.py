@@ -81,7 +81,7 @@ def train(
         with process_group(device, max(r.train.rank_timeout for r in stages.values())) as here:
             run, results = Path(_at_home(run_dir) or _default_run_dir(recipe)), {}
             if resume and not run.is_dir(): raise FileNotFoundError(f"there is no run at {run} to resume")
-            whole = {k: replace(r, teacher=replace(r.teacher, others=[*map(dict, r.teacher.others)]),
+            whole = {k: replace(r, teacher=replace(r.teacher, extra_teachers=[*map(dict, r.teacher.extra_teachers)]),
                                 student=replace(r.student)) for k,r in stages.items()}
             for stage in stages: resolve_stages(stages, stage, run)
             begun = '' not in stages and not (run/'recipe.yaml').exists()
@@ -158,12 +158,12 @@ def resolve_stages(
     # relative, however the run was named: the stages move together
     def place(reference): return os.path.relpath(run/_earlier(reference, stages, stage))
     if (r.teacher.run or '').startswith('stage:'): r.teacher.run = place(r.teacher.run)
-    for o in r.teacher.others:
+    for o in r.teacher.extra_teachers:
         if (o.get('run') or '').startswith('stage:'): o['run'] = place(o['run'])
     if (r.student.checkpoint or '').startswith('stage:'):
         r.student.checkpoint = os.path.join(place(r.student.checkpoint), 'student.safetensors')
     check_teachers(r)
-    for model in (r.student.model, r.teacher.model, *(o.get('model') for o in r.teacher.others)):
+    for model in (r.student.model, r.teacher.model, *(o.get('model') for o in r.teacher.extra_teachers)):
         if model is not None: check_model_name(model)
 
 # %% ../nbs/90_cli.ipynb #415e17bb
@@ -186,7 +186,7 @@ def _read_result(
     "Result of a finished stage"
     try:
         found = json.loads((Path(place)/'result.json').read_text())
-        if found['test'][found['headline']]['top1'] + found['seconds'] >= 0: return found
+        if found['test'][found['exported']]['top1'] + found['seconds'] >= 0: return found
     except (ValueError, KeyError, TypeError, RecursionError): pass
     raise ValueError(f"{place}/result.json is damaged; delete it, and --resume evaluates that stage again")
 
@@ -223,11 +223,11 @@ def print_summary(
             print(f"{run/stage}: stopped on request " + (f"and saved; go on with basd resume {run}"
                                                          if run.is_dir() else "before it began"))
             continue
-        rest = ', '.join(f"{k} {v['top1']:.2f}" for k,v in r['test'].items() if k != r['headline'])
-        print(f"{run/stage}: test top-1 {r['test'][r['headline']]['top1']:.2f} % "
-              f"({r['headline']} weights; {rest}), {r['seconds']:.0f} s")
+        rest = ', '.join(f"{k} {v['top1']:.2f}" for k,v in r['test'].items() if k != r['exported'])
+        print(f"{run/stage}: test top-1 {r['test'][r['exported']]['top1']:.2f} % "
+              f"({r['exported']} weights; {rest}), {r['seconds']:.0f} s")
     if len(results) > 1 and all(results.values()):
-        print('accuracy ' + ' · '.join(f"{k} {v['test'][v['headline']]['top1']:.2f} %" for k,v in results.items()))
+        print('accuracy ' + ' · '.join(f"{k} {v['test'][v['exported']]['top1']:.2f} %" for k,v in results.items()))
 
 # %% ../nbs/90_cli.ipynb #772dcd2b
 class _Parser(argparse.ArgumentParser):
@@ -270,8 +270,8 @@ def parser()->argparse.ArgumentParser:
                                    'report.json and report.png in the run directory.')
     e.add_argument('run_dir')
     e.add_argument('--weights', default='all',
-                   help='last, best, ema, headline or all (default); '
-                        'the report is about the headline unless one is named')
+                   help='last, best, ema, exported or all (default); '
+                        'the report is about the exported weights unless one is named')
     e.add_argument('--on', metavar='SOURCE',
                    help="judge on other images, in the words of data.source, as torch/cifar10 or a folder")
     e.add_argument('--quick', action='store_true', help='accuracy only: no report.json and no figure sheet')
@@ -282,7 +282,7 @@ def parser()->argparse.ArgumentParser:
     a.add_argument('run_dirs', nargs='+', metavar='run_dir')
     a.add_argument('--metrics', help='which of them, with commas (default: all)')
     a.add_argument('--output-dir', default='analysis', help='gets analysis.json and the figures (default analysis)')
-    a.add_argument('--weights', default='headline', help='last, best, ema or headline (default)')
+    a.add_argument('--weights', default='exported', help='last, best, ema or headline (default)')
     a.add_argument('--images', type=_int_range(1), default=512, help='images shown (default 512)')
     c = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure',
                        description='Resumes what was interrupted. Labels alone are added as the baseline. '
@@ -423,7 +423,7 @@ def evaluate_command(
     try: found and write_evaluation(args.run_dir, found, args.on)
     except OSError as e: print_error(e); return                     # a run that cannot be written to is evaluated all the same
     if args.quick or is_launched().world > 1: return
-    print(summary(evaluate_run(args.run_dir, 'headline' if args.weights == 'all' else args.weights, args.device, args.on,
+    print(summary(evaluate_run(args.run_dir, 'exported' if args.weights == 'all' else args.weights, args.device, args.on,
                        args.corrupted, trust=args.trust)))
 
 def _of_some(r): return f", judged among their own {r['classes']} classes" if 'classes' in r else ''

@@ -9,8 +9,8 @@ from pathlib import Path
 from basd.runs.run_directory import load_run_recipe
 from basd.runs.metrics import read_metrics
 
-KEEP = ("step", "raw/", "normalised/", "weight/", "ramp/", "pull/", "share/", "conflict", "mixing", "distance",
-        "entropy", "target/", "loss", "part/")
+KEEP = ("step", "loss_unweighted/", "loss_normalized/", "loss_weight/", "ramp/", "grad_norm/", "grad_ratio/", "grad_cosine", "selector/weights", "selector/distance",
+        "selector/entropy", "target/", "loss", "loss/")
 
 
 def rounded(x):
@@ -34,4 +34,4 @@ if __name__ == "__main__":
     found = json.loads(out.read_text()) if out.is_file() else {}  # runs that are not in the folder stay as they were
     found |= {p.name: gather(p) for p in sorted(Path(sys.argv[1]).iterdir()) if (p/"result.json").is_file()}
     out.write_text(json.dumps(rounded(found)))
-    print(out.name, {k: v["result"]["test"][v["result"]["headline"]]["top1"] for k, v in found.items()})
+    print(out.name, {k: v["result"]["test"][v["result"]["exported"]]["top1"] for k, v in found.items()})

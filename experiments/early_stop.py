@@ -34,7 +34,7 @@ def bench(depth):
         data=dict(batch_size=64),
         student=dict(model="deit_tiny_patch16_224", img_size=32, patch_size=4, depth=4, width=96, heads=3),
         teacher=dict(model="vit_tiny_patch16_224", untrained=True, img_size=96),
-        method=dict(name="basd", points=[0, 1, 2, 3], rule=rule, weight=.3))))
+        method=dict(name="basd", student_layers=[0, 1, 2, 3], layer_map=rule, distill_weight=.3))))
 
 
 def seconds(f):

@@ -27,7 +27,7 @@ def finished(run, recipe, *overrides):
     if not (run/"result.json").is_file():
         train(recipe, *overrides, run_dir=str(run), resume=(run/"recipe.yaml").is_file(), bars=False)
     r = json.loads((run/"result.json").read_text())
-    return dict(val=r["val_top1"], test=r["test"][r["headline"]]["top1"], seconds=r["seconds"])
+    return dict(val=r["val_top1"], test=r["test"][r["exported"]]["top1"], seconds=r["seconds"])
 
 
 if __name__ == "__main__":

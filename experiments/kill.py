@@ -33,16 +33,16 @@ from basd.core.files import write_atomic
 from basd.runs.run_directory import environment
 
 TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=4",
-         "train.save_every=3", "train.precision=float32"]
+         "train.checkpoint_every=3", "train.precision=float32"]
 CONFIGURATIONS = {                          # name → words, ranks
     "one process": ([], 1),
     "a reader process": (["data.workers=1"], 1),
-    "two accumulation steps": (["train.accumulate=2"], 1),
-    "reader and accumulation": (["data.workers=1", "train.accumulate=2"], 1),
+    "two accumulation steps": (["train.grad_accum_steps=2"], 1),
+    "reader and accumulation": (["data.workers=1", "train.grad_accum_steps=2"], 1),
     "two ranks": ([], 2),
-    "two ranks, reader, accumulation": (["data.workers=1", "train.accumulate=2"], 2),
+    "two ranks, reader, accumulation": (["data.workers=1", "train.grad_accum_steps=2"], 2),
     "torchrun": ([], 2),
-    "teacher cache": (["data.train_size=1100", "data.batch_size=256", "views.geometry=fixed", "views.flip=0"], 1),
+    "teacher cache": (["data.train_size=1100", "data.batch_size=256", "views.crop=center", "views.flip=0"], 1),
 }
 SHARES = {"any time": 12, "start": 2, "cache": 5, "step": 10, "checkpoint": 10, "epoch": 4, "evaluation": 4,
           "end": 3}    # 50 kills

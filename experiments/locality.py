@@ -20,20 +20,20 @@ from basd.cli import train
 from basd.runs.builders import input_size
 
 REDUCED = ["data.download=false", "data.val_size=2000", "data.train_size=5000", "data.batch_size=128", "data.workers=0",
-           "views.geometry=fixed", "train.epochs=12", "train.warmup_epochs=1", "train.log_every=20"]
+           "views.crop=center", "train.epochs=12", "train.warmup_epochs=1", "train.log_every=20"]
 STUDENT = ["student.depth=6", "student.width=96", "student.heads=3", "student.drop_path=0"]
 CNN = ["student.kwargs={channels: [16, 32, 64, 128]}", "views.mixup=0", "views.cutmix=0"]
 VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.img_size=128"]
-SAMPLED = ["method.weight=0.3", "method.selector.max_rows=1024", "method.losses.rsd.max_rows=1024",
+SAMPLED = ["method.distill_weight=0.3", "method.selector.max_rows=1024", "method.losses.rsd.max_rows=1024",
            "method.losses.attn.rows=16", "method.losses.spectral.samples=32", "method.aligner.samples=32"]
 ROWS = {
     "cnn": ("resnet18_cifar", CNN),
     "ce": ("deit_cifar", STUDENT),
     "cnn-taught": ("deit_cifar_distill", STUDENT),
-    "cka-taught": ("deit_ss_distill_cka_cifar", [*STUDENT, *VIT, "method.layers=[2, 5, 8, 11]"]),
+    "cka-taught": ("deit_ss_distill_cka_cifar", [*STUDENT, *VIT, "method.teacher_layers=[2, 5, 8, 11]"]),
     # the default when the results were made
     "basd-taught": ("basd_study",
-                    [*STUDENT, *VIT, "method.layers=[1, 3, 5, 7, 9, 11]", *SAMPLED, "method.balance.u_max=2"]),
+                    [*STUDENT, *VIT, "method.teacher_layers=[1, 3, 5, 7, 9, 11]", *SAMPLED, "method.balance.u_max=2"]),
 }
 
 
@@ -42,7 +42,7 @@ def result(run, recipe, overrides):
     if not (run/"result.json").is_file():
         train(recipe, *overrides, run_dir=str(run), resume=(run/"recipe.yaml").is_file(), bars=False)
     r = json.loads((run/"result.json").read_text())
-    return dict(val=r["val_top1"], test=r["test"][r["headline"]]["top1"], seconds=r["seconds"])
+    return dict(val=r["val_top1"], test=r["test"][r["exported"]]["top1"], seconds=r["seconds"])
 
 
 def looks(run):

@@ -29,7 +29,7 @@ from basd.geometry.selector import GrassmannSelector, mix_blended_tokens
 from basd.core.numerics import effective_rank
 
 FORMS = {
-    "literal": dict(space="channel", mode="learned", normalise="none", tau=2.0, recon_form="mean", recon=.01, orth=.01),
+    "literal": dict(space="channel", mode="learned", normalize="none", tau=2.0, recon_form="mean", recon=.01, orth=.01),
     "channel": dict(space="channel"),
     "procrustes": dict(space="channel", procrustes=True),
     "sample": dict(),

@@ -26,7 +26,7 @@ STAGES = dict(teacher="taught/teacher", ce="alone/ce", basd="taught/basd", unifo
 CE, BY_TEACHER = ["stages.teacher=null", "stages.basd=null"], ["stages.ce=null", "stages.teacher=null",
                                                                "stages.basd.teacher.run={folder}/taught/teacher"]
 PARTS = dict(alone=CE, taught=["stages.ce=null"],
-             uniform=[*BY_TEACHER, "stages.basd.method.rule=uniform", "stages.basd.method.selector=null"],
+             uniform=[*BY_TEACHER, "stages.basd.method.layer_map=uniform", "stages.basd.method.selector=null"],
              logits=[*BY_TEACHER, "stages.basd.method={{name: distill, alpha: 0.9, T: 4.0}}"],
              longer=[*CE, "train.epochs=110"])
 

@@ -23,28 +23,28 @@ from basd.benchmark.compare import compare
 from basd.runs.recipe_files import read_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
-RIVALS = ["digits", "hinton", "ctkd", "fitnets", "cka", "rsd", "vrm", "map_uniform"]
+RIVALS = ["digits", "kd", "ctkd", "fitnets", "cka", "rsd", "vrm", "basd_map_uniform"]
 PHOTOS = ["data.download=false", "views.flip=0.5", "student.img_size=32", "student.patch_size=4"]
 TEACHER = ["student.model=vit_tiny_patch16_224", "student.patch_size=16", "student.depth=12", "student.width=192",
            "train.lr=2e-4"]
-POINTS = ["basd", "map_uniform", "cka", "rsd"]          # stages that compare several layers
+POINTS = ["basd", "basd_map_uniform", "cka", "rsd"]          # stages that compare several layers
 RACES = {
     "cifar10": dict(
         jobs=2, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=96", "train.epochs=3"],
         frame=[*PHOTOS, "data.val_size=1000", "data.train_size=4000", "data.batch_size=64", "student.depth=4",
                "student.width=96", "student.heads=3", "train.epochs=8", "train.warmup_epochs=1"],
-        stages=["stages.fitnets.method.layers=[5]",
-                *(f"stages.{s}.method.layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "map_uniform"))],
+        stages=["stages.fitnets.method.teacher_layers=[5]",
+                *(f"stages.{s}.method.layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "basd_map_uniform"))],
         controls_only=["stages.ce_as_long.train.epochs=34", "stages.basd_longer.train.epochs=34",
-                       "stages.ce_longest.train.epochs=150", "stages.basd_longer.method.layers=[1, 3, 5, 7, 9, 11]"]),
+                       "stages.ce_longest.train.epochs=150", "stages.basd_longer.method.teacher_layers=[1, 3, 5, 7, 9, 11]"]),
     "cifar10_gpu": dict(
         jobs=8, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=128", "train.epochs=4"],
         frame=[*PHOTOS, "data.train_split=train[:12000]", "data.val_size=2000", "data.batch_size=128", "data.workers=2",
                "student.depth=6", "student.width=192", "student.heads=3", "train.epochs=10", "train.warmup_epochs=1",
                "train.lr=1e-3", "train.precision=bf16"],
-        stages=["stages.fitnets.method.points=[2]", "stages.fitnets.method.layers=[5]",
+        stages=["stages.fitnets.method.student_layers=[2]", "stages.fitnets.method.teacher_layers=[5]",
                 *(f"stages.{s}.method.points=[1, 2, 4, 5]" for s in POINTS),
-                *(f"stages.{s}.method.selector.{o}" for s in ("basd", "map_uniform")
+                *(f"stages.{s}.method.selector.{o}" for s in ("basd", "basd_map_uniform")
                   for o in ("dim=96", "rank=16", "max_rows=4096"))]),
 }
 

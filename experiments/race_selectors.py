@@ -42,25 +42,25 @@ RIVALS = ["leap", "lift", "wide_last", "last_layer"]
 POINTS, DEPTH = 4, 6                    # of the packaged recipes' student and teacher
 
 # entry → packaged recipe with other options: what the moving targets make of more time
-VARIANTS = dict(progressive_slow=("select_progressive", dict(method=dict(selector=dict(share=.45, fast=.4, until=.9)))),
-                ramp_slow=("select_ramp", dict(method=dict(selector=dict(until=.9)))))
+VARIANTS = dict(progressive_slow=("basd_select_progressive", dict(method=dict(selector=dict(share=.45, fast=.4, until=.9)))),
+                ramp_slow=("basd_select_ramp", dict(method=dict(selector=dict(until=.9)))))
 
 # the quickstart of November 2026, where labels alone are in the middle of their rise
 DIGITS = dict(
     data=dict(source="digits", val_size=.15, batch_size=64, workers=0),
-    views=dict(crop_scale=[.6, 1.], flip=0., blend_prob=.5),
+    views=dict(crop_scale=[.6, 1.], flip=0., mix_prob=.5),
     student=dict(model="deit_tiny_patch16_224", img_size=24, patch_size=4, depth=4, width=48, heads=3),
-    train=dict(epochs=15, lr=2e-3, warmup_epochs=2, log_every=20, gradient_shares=False))
-PLAIN = dict(mixup=0., cutmix=0., photometry="none", erase=0.)          # views of teachers
+    train=dict(epochs=15, lr=2e-3, warmup_epochs=2, log_every=20, log_gradients=False))
+PLAIN = dict(mixup=0., cutmix=0., color="none", erase=0.)          # views of teachers
 SMALL = dict(student=dict(depth=6, width=72), views=PLAIN, train=dict(epochs=20))
 CNN = dict(student=dict(model="resnet18", img_size=48, patch_size=None, depth=None, width=None, heads=None,
                         kwargs=dict(channels=[24, 36, 48, 72])), views=PLAIN, train=dict(epochs=20))
 # race.py's frame for two cores
 CIFAR10 = dict(
     data=dict(download=False, val_size=1000, train_size=4000, batch_size=64, workers=0),
-    views=dict(crop_scale=[.6, 1.], flip=.5, blend_prob=.5),
+    views=dict(crop_scale=[.6, 1.], flip=.5, mix_prob=.5),
     student=dict(model="deit_tiny_patch16_224", img_size=32, patch_size=4, depth=4, width=96, heads=3),
-    train=dict(lr=2e-3, warmup_epochs=1, log_every=20, gradient_shares=False))
+    train=dict(lr=2e-3, warmup_epochs=1, log_every=20, log_gradients=False))
 VIT_TINY = dict(student=dict(model="vit_tiny_patch16_224", img_size=96, patch_size=16, depth=12, width=192),
                 views=PLAIN, train=dict(epochs=3, lr=2e-4))
 LAYERS = [1, 3, 5, 7, 9, 11]
@@ -96,9 +96,9 @@ FRAMES = dict(
 def entries():
     "entry → packaged recipe, in the order of work"
     names = recipe_names()
-    found = {"ce": None} | {n: n for n in RIVALS if n in names} | {n.removeprefix("map_"): n for n in names if n.startswith("map_")}
-    for n in (n for n in names if n.startswith("select_")):         # another method's rule as BASD's selector keeps its long name
-        found[n if n.removeprefix("select_") in found else n.removeprefix("select_")] = n
+    found = {"ce": None} | {n: n for n in RIVALS if n in names} | {n.removeprefix("basd_map_"): n for n in names if n.startswith("basd_map_")}
+    for n in (n for n in names if n.startswith("basd_select_")):         # another method's rule as BASD's selector keeps its long name
+        found[n.removeprefix("basd_") if n.removeprefix("basd_select_") in found else n.removeprefix("basd_select_")] = n
     found.setdefault("nearest", "digits")
     found |= {n: recipe for n, (recipe, _) in VARIANTS.items()}
     return dict(sorted(found.items(), key=lambda e: FIRST.index(e[0]) if e[0] in FIRST else len(FIRST)))
@@ -128,14 +128,14 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
     options = build_recipe({k: v for k,v in tree.items() if k != "teacher"}).method.options
     if "last_width" in tree["student"].get("kwargs", {}):           # as wide as the teacher
         tree["student"]["kwargs"] = tree["student"]["kwargs"] | dict(last_width=frame["teacher"]["student"]["width"] or 72)
-    if hasattr(options, "points"):
-        tree["method"]["points"] = placed(options.points, frame.get("points"), POINTS)
-    if hasattr(options, "layers"):
+    if hasattr(options, "student_layers"):
+        tree["method"]["student_layers"] = placed(options.student_layers, frame.get("points"), POINTS)
+    if hasattr(options, "teacher_layers"):
         every = frame.get("layers") or (range(len(frame["copies"])) if "copies" in frame else
                                         frame.get("depth") and range(frame["depth"]))
-        given = options.layers
-        tree["method"]["layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
-    if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(weight=.3) | (SAMPLED if frame.get("sampled") else {}))
+        given = options.teacher_layers
+        tree["method"]["teacher_layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
+    if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(distill_weight=.3) | (SAMPLED if frame.get("sampled") else {}))
     told = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
     key = fingerprint([told, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])[:8]
     if entry != "ce" and teacher:
@@ -152,7 +152,7 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
 def teacher_runs(frame, seeds, folder, local):
     "seed → the run of its teacher"
     tree = merge_recipes(merge_recipes(frame["base"], local), frame["teacher"])
-    tree = merge_recipes(tree, dict(train=dict(gradient_shares=True))) | dict(method=dict(name="ce"))
+    tree = merge_recipes(tree, dict(train=dict(log_gradients=True))) | dict(method=dict(name="ce"))
     key = fingerprint([merge_recipes(tree, dict(student=dict(checkpoint=None))) | dict(data=frame["base"]["data"])])[:8]
     out = {}
     for seed in seeds:
@@ -192,10 +192,10 @@ def processor():
 
 def thinned(rows, count=40):
     "[step, weights (P, L)] of about `count` logged steps, first and last among them"
-    rows = [r for r in rows if isinstance(r.get("mixing"), list)]
+    rows = [r for r in rows if isinstance(r.get("selector/weights"), list)]
     if not rows: return []
-    width = max(len(w) for r in rows for w in r["mixing"])          # a teacher that stops early has fewer columns
-    full = lambda r: [[round(x, 3) for x in w] + [0.]*(width - len(w)) for w in r["mixing"]]
+    width = max(len(w) for r in rows for w in r["selector/weights"])          # a teacher that stops early has fewer columns
+    full = lambda r: [[round(x, 3) for x in w] + [0.]*(width - len(w)) for w in r["selector/weights"]]
     if all(full(r) == full(rows[0]) for r in rows): return [[rows[-1]["step"], full(rows[-1])]]      # a fixed map
     keep = sorted({round(i*(len(rows) - 1)/(count - 1)) for i in range(count)})
     return [[rows[i]["step"], full(rows[i])] for i in keep]
@@ -204,7 +204,7 @@ def thinned(rows, count=40):
 def kind_of(recipe):
     "Kind of entry that a recipe is"
     if recipe is None: return "labels"
-    return "map" if recipe.startswith("map_") else "rival" if recipe in RIVALS else "selector"
+    return "map" if recipe.startswith("basd_map_") else "rival" if recipe in RIVALS else "selector"
 
 
 def commit_of(at):

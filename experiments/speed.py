@@ -40,7 +40,7 @@ CPU = {
     "small growth": [*SMALL, FP32, *SAMPLED, "--growth", "--reps", "3"],
 }
 LENT = ["data.batch_size=256", BF16]
-FOLLOWED = ["method.selector.solver=track", "method.losses.spectral.form=moments", ALL]
+FOLLOWED = ["method.selector.solver=tracking", "method.losses.spectral.form=moments", ALL]
 GPU = {
     "gpu all spectra eager": ["basd_imagenet", *LENT, ALL],
     "gpu eager": ["basd_imagenet", *LENT],
@@ -59,12 +59,12 @@ def varied(recipe, what, value):
     if what == "B": return replace(recipe, data=replace(recipe.data, batch_size=value))
     if what == "N": return replace(recipe, student=replace(s, img_size=value*(s.patch_size or 16)))
     if what == "D": return replace(recipe, student=replace(s, width=value, heads=max(1, value//64)))
-    return options(layers=spread(value, 12)) if what == "L" else options(points=spread(value, depth))
+    return options(teacher_layers=spread(value, 12)) if what == "L" else options(student_layers=spread(value, depth))
 
 
 def growth(recipe, steps=2):
     "How each part of a step grows with each size, up to the recipe's own: seconds of `overhead` and of the bound"
-    B, side = recipe.data.batch_size//recipe.train.accumulate, (recipe.student.img_size or 224)//(recipe.student.patch_size or 16)
+    B, side = recipe.data.batch_size//recipe.train.grad_accum_steps, (recipe.student.img_size or 224)//(recipe.student.patch_size or 16)
     sizes = dict(B=[B//4, B//2, B], N=[side//2, 3*side//4, side], D=[64, 128, 192], L=[3, 6, 12], P=[1, 2, 4])
     out = {}
     for what, values in sizes.items():

@@ -11,7 +11,7 @@ TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.trai
         "student.heads=2", "student.drop_path=0.1", "teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false",
         "teacher.untrained=true", "teacher.img_size=32",
         "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}",
-        "method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4", "train.epochs=3",
+        "method.student_layers=[0, 1]", "method.selector.dim=24", "method.selector.rank=4", "train.epochs=3",
         "train.warmup_epochs=1", "train.log_every=4", "train.ema=0.9"]
 NO_MODEL = ["teacher.model=null", "teacher.untrained=false", "teacher.img_size=null", "teacher.kwargs=null"] # of TINY's
 

@@ -155,7 +155,7 @@ def alive(group):
     return True
 
 
-def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(run)]
+def rows(run): return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in read_metrics(run)]
 
 
 def left(run):

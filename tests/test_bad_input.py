@@ -109,7 +109,7 @@ RECIPES = {
     "unknown key of the method": ("method: {name: basd, wieght: 3}", "did you mean 'weight'?"),
     "unknown key of a loss": ("method: {name: basd, losses: {rsd: {kapa: 1}}}", "kapa"),
     "unknown loss": ("method: {name: basd, losses: {rds: {}}}", "method.losses: unknown loss 'rds' (did you mean 'rsd'?)"),
-    "unknown key of another teacher": ("teacher: {others: [{modle: x}]}", "did you mean 'model'?"),
+    "unknown key of another teacher": ("teacher: {extra_teachers: [{modle: x}]}", "did you mean 'model'?"),
     "section of a word": ("train: fast", "train='fast'"),
     "section of a list": ("data: [digits]", "data=['digits']"),
     "section of nothing": ("train:", "train=None"),
@@ -137,13 +137,13 @@ RECIPES = {
     "endless": ("train: {lr: .inf}", "train.lr=inf"),
     "no number": ("train: {weight_decay: .nan}", "train.weight_decay=nan"),
     "no number in a view": ("views: {crop_scale: [.nan, 1]}", "views.crop_scale"),
-    "no number in a method": ("method: {name: basd, weight: .nan}", "method.weight=nan"),
+    "no number in a method": ("method: {name: basd, distill_weight: .nan}", "method.distill_weight=nan"),
     "no number in a loss": ("method: {name: basd, losses: {rsd: {kappa: .inf}}}", "method.losses.rsd.kappa=inf"),
     "long warm-up": ("train: {warmup_epochs: 1e308}", "train.warmup_epochs='1e308'"),
     "share of two": ("views: {flip: 2}", "views.flip=2"),
     "crop of three": ("views: {crop_scale: [1, 2, 3]}", "views.crop_scale"),
     "crop of nothing": ("views: {crop_scale: [0, 0]}", "crop_scale"),
-    "unknown choice": ("views: {geometry: free}", "'shared', 'independent' or 'fixed'"),
+    "unknown choice": ("views: {crop: free}", "'shared', 'student_only' or 'center'"),
     "unknown optimizer": ("train: {optimizer: lion}", "train.optimizer='lion'"),
     "path of a number": ("data: {root: 3}", "data.root=3"),
     "keyword said twice": ("student: {kwargs: {num_classes: 3}}", "student.kwargs.num_classes"),
@@ -236,13 +236,13 @@ ARGUMENTS = [
     ([*TRAIN, "student.checkpoint=nowhere.pth"], "nowhere.pth"), ([*TRAIN, "student.kwargs={colour: red}"], "colour"),
     ([*TRAIN, "student.kwargs={norm_layer: 7}"], "norm_layer"), ([*TRAIN, "student.heads=3"], "heads=3"),
     ([*TRAIN, "student.patch_size=32"], "patches of 32"), ([*TRAIN, "teacher.img_size=31"], "patches of 8"),
-    ([*TRAIN, "method.points=[0, 7]"], "7"), ([*TRAIN, "method.points=[0, x]"], "x"),
+    ([*TRAIN, "method.student_layers=[0, 7]"], "7"), ([*TRAIN, "method.student_layers=[0, x]"], "x"),
     ([*TRAIN, "method.selector.rank=24"], "24"),
-    ([*TRAIN, "data.batch_size=33", "train.accumulate=2"], "multiple of 2"),
+    ([*TRAIN, "data.batch_size=33", "train.grad_accum_steps=2"], "multiple of 2"),
     ([*TRAIN, "data.batch_size=4096"], "lower it"),
     *(([*TRAIN, f"data.labeled={x}"], "data.labeled") for x in (1.5, 1e9, 0)),
     ([*TRAIN, "data.train_size=100000"], "data.train_size"), ([*TRAIN, "data.val_size=1e9"], "data.val_size"),
-    ([*TRAIN, "teacher.cache=cache"], "views.geometry"),
+    ([*TRAIN, "teacher.cache=cache"], "views.crop"),
     (["train", "quickstart", "--resume"], "--run-dir"),
     (["train", "quickstart", "--resume", "--run-dir", "nowhere"], "nowhere"),
     ([*CE, "--run-dir", "file"], "file is not empty"), ([*CE, "--run-dir", "full"], "full is not empty"),
@@ -250,8 +250,8 @@ ARGUMENTS = [
     ([*CE, "--run-dir", "x"*300], "xxx"), ([*CE, "--resume", "--run-dir", "full"], "full is not a run directory"),
     ([*CE, "--resume", "--run-dir", "file"], "file"),
     (["bench", "basd_cifar10", *TINY, "--out", "file"], "file"), (["compare", "ce", "--folder", "file"], "file"),
-    (["compare", "hinton", "--set", "train.seed=3"], "train.seed=3"),
-    (["compare", "hinton", "--set", "epochs"], "write key=value"),
+    (["compare", "kd", "--set", "train.seed=3"], "train.seed=3"),
+    (["compare", "kd", "--set", "epochs"], "write key=value"),
     (["evaluate", "nowhere"], "nowhere"), (["evaluate", "file"], "file"),
     (["evaluate", "full"], "full is not a run directory"), (["evaluate", "."], "is not a run directory"),
     (["analyze", "run", "--output-dir", "file"], "file"),
@@ -359,13 +359,13 @@ def test_folders(name, here, capsys):
 @pytest.mark.parametrize("memory", ["true", "false"])
 def test_an_image_that_breaks_later(memory, here, capsys):
     ("Found while a set is read into memory, or, in a worker process, when its turn comes; "
-     "left out where `data.on_bad` allows it")
+     "left out where `data.on_error` allows it")
     pets(here/"pets", 3)
     (here/"pets"/"train"/"dog"/"1.png").write_bytes(b"no image")
-    words = [*CE, *SMALL, f"data.memory={memory}", "--run-dir"]
+    words = [*CE, *SMALL, f"data.in_memory={memory}", "--run-dir"]
     assert "pets/train/dog/1.png cannot be decoded (8 bytes in no known format)" in refusal(
         [*words, "run", "data.workers=1"], capsys)
-    works([*words, "skipping", "data.on_bad=skip"], capsys)
+    works([*words, "skipping", "data.on_error=skip"], capsys)
     assert json.loads((here/"skipping"/"result.json").read_text())["skipped_images"] == 1
 
 
@@ -385,8 +385,8 @@ def test_two_hundred_damaged_pngs(memory, here, capsys):
     pets(here/"pets", 8)
     rng = random.Random(0)
     for i in range(200): (here/"pets"/"train"/"dog"/f"bad{i:03}.png").write_bytes(damaged(encoded(image(), "png"), rng))
-    words = [*CE, *SMALL, f"data.memory={memory}", "data.workers=1", "data.batch_size=8", "--run-dir"]
-    works([*words, "skipping", "data.on_bad=skip"], capsys)
+    words = [*CE, *SMALL, f"data.in_memory={memory}", "data.workers=1", "data.batch_size=8", "--run-dir"]
+    works([*words, "skipping", "data.on_error=skip"], capsys)
     assert json.loads((here/"skipping"/"result.json").read_text())["skipped_images"] == 200
     assert "pets/train/dog/bad" in refusal([*words, "run"], capsys)
 
@@ -460,7 +460,7 @@ def test_odd_images(here, capsys):
         if name not in GOOD: continue
         wanted = np.asarray((IMAGES[name][1] or PICTURE).convert("RGB")).astype(int)
         assert np.abs(source[i][0].permute(1, 2, 0).numpy().astype(int) - wanted).mean() < 2, name
-    works([*CE, *SMALL, "views.geometry=independent", "data.memory=false", "--run-dir", "run"], capsys)
+    works([*CE, *SMALL, "views.crop=student_only", "data.in_memory=false", "--run-dir", "run"], capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -604,13 +604,13 @@ def test_damaged_runs(words, file, what, content, finished, here, capsys):
     assert not (here/"marker").exists() and {k: v for k, v in tree(here).items() if k in before} == before
 
 
-CACHE = ["views.geometry=fixed", "teacher.cache=kept"]
+CACHE = ["views.crop=center", "teacher.cache=kept"]
 
 
 @pytest.mark.parametrize("file", ["shard-00000.bin", "cache.json"])
 def test_evil_caches(file, here, capsys):
     "Records are plain numbers and their note is JSON: no file of a cache can run code"
-    words = [*TRAIN, *CACHE, "train.gradient_shares=false"]
+    words = [*TRAIN, *CACHE, "train.log_gradients=false"]
     works([*words, "--run-dir", "first"], capsys)
     whole = (here/"kept"/file).read_bytes()
     (here/"kept"/file).write_bytes(pickle.dumps(Evil()))

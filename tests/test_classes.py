@@ -11,7 +11,7 @@ from basd.cli import main
 
 COLOURS = dict(ant=(220, 30, 30), bee=(30, 220, 30), cow=(30, 30, 220), dog=(220, 220, 30))
 WORDS = ["data.train_split=Training", "data.test_split=Testing", "data.workers=0", "data.batch_size=12", "data.val_size=12",
-         "views.photometry=none", "views.erase=0", "views.mixup=0", "views.cutmix=0", "student.img_size=16",
+         "views.color=none", "views.random_erasing=0", "views.mixup=0", "views.cutmix=0", "student.img_size=16",
          "student.patch_size=8", "student.depth=1", "student.width=32", "student.heads=2", "student.drop_path=0",
          "train.epochs=8", "train.lr=0.01", "train.warmup_epochs=0", "train.ema=null", "train.log_every=4"]
 CE, LOGITS = ["deit_cifar", *WORDS, "method.name=ce"], ["deit_cifar", *WORDS, "method.name=distill"]

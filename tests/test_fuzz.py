@@ -91,8 +91,8 @@ def small(r):
     sizes = [s.img_size, s.patch_size, s.depth, s.width, s.heads, t.img_size, r.data.batch_size]
     return (all(x is not None and x <= 128 for x in sizes[:5]) and (t.img_size or 999) <= 64 and s.patch_size > 1
             and r.data.workers < 3 and r.data.source == "digits"
-            and not (s.pretrained or t.pretrained or any(o.get("pretrained") for o in t.others))
-            and all(map(sized, (s.kwargs, t.kwargs, t.others, vars(r.method.options) if all(
+            and not (s.pretrained or t.pretrained or any(o.get("pretrained") for o in t.extra_teachers))
+            and all(map(sized, (s.kwargs, t.kwargs, t.extra_teachers, vars(r.method.options) if all(
                 isinstance(v, (int, float, str, list, dict, type(None)))
                 for v in vars(r.method.options).values()) else {})))
             and ("depth" in t.kwargs or t.model is None) and s.model.startswith(("deit_tiny", "vit_tiny", "resnet18"))

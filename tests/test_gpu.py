@@ -13,9 +13,9 @@ from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-METHODS = METHODS | {"followed": [*BASD, "method.selector.solver=track", "method.selector.settle=3",
+METHODS = METHODS | {"followed": [*BASD, "method.selector.solver=tracking", "method.selector.warmup_steps=3",
                                   "method.losses.spectral.form=moments"]}
-QUIET = ["train.log_every=1000", "train.gradient_shares=false"]
+QUIET = ["train.log_every=1000", "train.log_gradients=false"]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (5, 1, 33, 33), (64, 64)])
@@ -44,7 +44,7 @@ def trainer(folder, *words, device="cuda", resume=False):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_step_waits(name, tmp_path):
     "Twenty steps of the trainer in a mode in which waiting for the device is an error"
-    t = trainer(tmp_path/"run", *QUIET, "train.epochs=40", "train.precision=bf16", "views.blend_prob=0.7",
+    t = trainer(tmp_path/"run", *QUIET, "train.epochs=40", "train.precision=bf16", "views.mix_prob=0.7",
                 *METHODS[name])
     batches = [b for e in range(4) for b in t.data.read(e, e*t.data.per_epoch, (e + 1)*t.data.per_epoch)]
     for b in batches[:12]: t.run_step([b])      # created once: position embeddings, resampling matrices, optimizer state
@@ -90,9 +90,9 @@ def test_numbers_are_those_of_a_cpu(name, blend, tmp_path, record_property):
     for k in grads1: assert (grads[k] - grads1[k]).abs().max() < 1e-4*size(grads1[k]) + 1e-9, k
 
 
-@pytest.mark.parametrize("words", [[], ["train.precision=bf16", "train.accumulate=2"],
+@pytest.mark.parametrize("words", [[], ["train.precision=bf16", "train.grad_accum_steps=2"],
                                    ["train.precision=bf16", "train.compile=true"],
-                                   ["views.geometry=fixed", "teacher.cache=CACHE"]],
+                                   ["views.crop=center", "teacher.cache=CACHE"]],
                          ids=["float32", "bf16", "compiled", "cached"])
 def test_a_run_from_the_shell(words, basd, tmp_path):
     "Train, evaluate; every logged number is finite"

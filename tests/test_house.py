@@ -98,3 +98,10 @@ def test_the_loop_fits_on_a_screen():
     from basd.training.trainer import Trainer
     for name in ("fit", "run_epoch", "run_step", "emit"):
         assert len(inspect.getsource(getattr(Trainer, name)).splitlines()) <= 30, name
+
+
+def test_a_label_has_the_number_of_its_page():
+    texts = [(ROOT/"_quarto.yml").read_text(), *("".join(c["source"]) for p in ROOT.glob("nbs/*.ipynb") for c in json.loads(p.read_text())["cells"])]
+    found = [m for t in texts for pattern in (r'text: "(\d\d) [^"]*", href: [\w/]*?(\d\d)_', r"\[(\d\d) [^\]\n]*\]\((?:[\w./]*/)?(\d\d)_")
+             for m in re.findall(pattern, t)]
+    assert len(found) > 100 and [m for m in found if m[0] != m[1]] == []

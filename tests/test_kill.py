@@ -12,9 +12,9 @@ import pytest
 from conftest import TINY
 
 TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=2",
-         "train.save_every=3", "train.precision=float32"]
-ALONE, HELPED = TRAIN, [*TRAIN, "train.accumulate=2", "data.workers=1"]
-CACHED = [*TRAIN, "data.train_size=1100", "data.batch_size=256", "views.geometry=fixed", "views.flip=0",
+         "train.checkpoint_every=3", "train.precision=float32"]
+ALONE, HELPED = TRAIN, [*TRAIN, "train.grad_accum_steps=2", "data.workers=1"]
+CACHED = [*TRAIN, "data.train_size=1100", "data.batch_size=256", "views.crop=center", "views.flip=0",
           "train.epochs=1"]  # three shards
 
 

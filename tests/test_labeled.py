@@ -12,7 +12,7 @@ from basd.runs.run_directory import save_checkpoint, set_rng_state
 from basd.training.nonfinite import diagnose_nonfinite, rerun_step
 from basd.training.build import build_trainer, in_lines, loader_arguments, replay
 
-FEW = ["data.labeled=.1", "views.blend_prob=.7", "train.gradient_shares=false"]
+FEW = ["data.labeled=.1", "views.mix_prob=.7", "train.log_gradients=false"]
 
 
 def first_batch(trainer): return next(iter(trainer.data.read(0, 0, 1)))

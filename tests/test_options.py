@@ -24,20 +24,20 @@ NO = object()
 
 # values to try where the type does not determine them; the first option path that ends like it counts
 TRY = {
-    "points": [[0, 2]], "layers": [[1, 2]], "layer_map": ["reversed"], "rule": ["uniform"], "losses.kappa": ["1/D"],
+    "student_layers": [[0, 2]], "teacher_layers": [[1, 2]], "layer_map": ["reversed"], "losses.kappa": ["1/D"],
     "kappa": [.1, "1/D"], "scores": [["margin"]], "temperatures": [(1., 3.)], "alphas": [(.5, 1.)],
-    "starts": [dict(rsd=.5)], "weights": [dict(rsd=.1, rel=.2, attn=.3, spectral=.4), None], "relations": [("qk", "vv")],
-    "temperature": [{}, 3.], "losses": [dict(token={})], "debias": [False, True], "images": [4], "max_rows": [16],
-    "leap.limit": [1.], "settle": [2], "goal": ["last"], "share": [1e9], "fast": [.01], "until": [.9, .01], "batches": [1], "selector": [dict(name="ramp")],
+    "ramp_starts": [dict(rsd=.5)], "weights": [dict(rsd=.1, rel=.2, attn=.3, spectral=.4), None], "relations": [("qk", "vv")],
+    "temperature": [{}, 3.], "losses": [dict(token_cosine={})], "debias": [False, True], "images": [4], "max_rows": [16],
+    "leap.limit": [1.], "warmup_steps": [2], "goal": ["last"], "share": [1e9], "fast": [.01], "until": [.9, .01], "batches": [1], "selector": [dict(name="ramp")],
 }
 # words that are checked where they are used
 WORDS = {"rsd.reduction": ("dim", "sum", "mean"), "rsd.norm": ("layer", "batch"), "spectral.align": ("truncate", "pool"),
          "spectral.reduction": ("sum", "mean"), "rel.form": ("direction", "gram", "smooth_l1"),
-         "spectral.form": ("svd", "batch", "moments"), "balance.form": ("reference", "equal", "paper", "original", "fixed"),
+         "spectral.form": ("svd", "batch", "moments"), "balance.form": ("uwso_ema", "equal", "uwso", "uwso_original", "fixed"),
          "gram.form": ("squared", "norm"), "cka.rows": ("token", "image", "within")}
 # options that rightly change nothing in this short training, and why
 EXPLAINED = {
-    "start_from_teacher": "refused where the models differ in shape, as these do",
+    "init_from_teacher": "refused where the models differ in shape, as these do",
     ("match", "logits"): "is in the base already",
     # the teacher layers of the pairs are all there are, so "joint" and "all_layers" are one; "point" differs
     ("match", "losses.attn.scope"): "all pairs are compared in either",
@@ -45,7 +45,7 @@ EXPLAINED = {
     "balance.floor": "acts when a loss has fallen to a quarter of its first level (page on balance)",
     **{(n, "selector.dim"): "is for layers of different widths, and these have one" for n in ("complementary", "arc_length")},
     **dict.fromkeys(("losses.leap.ahead", "selector.ahead"), "is what is run between two rows of the log, and here every step has one"),
-    "balance.settle": "is how many steps that first level is a mean of",
+    "balance.warmup_steps": "is how many steps that first level is a mean of",
 }
 
 
@@ -123,7 +123,7 @@ def lesson(name, words):
     if name in ("amtml", "diverse"): f = f[0], of_two(f[1])
     torch.manual_seed(2)
     objective = cls(options, FeatureShapes.from_features(f[0]), FeatureShapes.from_features(f[1]) if needs.teacher else None, C)
-    second = getattr(options, "head", None) == "distillation"
+    second = getattr(options, "head", None) == "dist"
     if second: student.model.head_dist, student.model.set_distilled_training = torch.nn.Identity(), lambda on: None
     objective.train(); objective.setup(student, teacher if needs.teacher else None)
     params = [p for m in (student, objective) for p in m.parameters() if p.requires_grad]
@@ -163,7 +163,7 @@ def tried(name, words):
 
 ALONE = ("basd", "basd_literal")  # too many forms to move each option beside each of them
 AT = dict(progressive=dict(share=1e-9)) # where an option is seen in a few steps: the frontier moves
-NEEDED = dict(heads=dict(heads=2), rel=dict(form="gram"))  # options that a loss cannot be without here
+NEEDED = dict(qkv_relations=dict(heads=2), rel=dict(form="gram"))  # options that a loss cannot be without here
 CASES = [(n, {}) for n in METHODS if n not in ("ce", "match")] + [
     ("match", dict(losses={n: NEEDED.get(n, {})}, **({} if LOSSES.get(n).inputs == "all_layers" else {"layer_map": "uniform"})))
     for n in LOSSES] + [("match", dict(losses=dict(gram={}), logits={}))] + [
@@ -215,7 +215,7 @@ def test_no_number_is_negative(name):
     if name == "basd": cases += [(("selector", n), selector_options(n)) for n in SELECTORS]
     for at, cls in cases:
         for path, hint, _ in leaves(cls):
-            if path[0] in ("points", "layers", "layer_map") or not {int, float} & set(kinds(hint)): continue
+            if path[0] in ("student_layers", "teacher_layers", "layer_map") or not {int, float} & set(kinds(hint)): continue
             path = (*at, *path)
             if at[:1] == ("selector",): words = dict(name=name, selector=dict(name=at[1]) | {path[-1]: -1})
             else:
@@ -225,8 +225,8 @@ def test_no_number_is_negative(name):
 
 
 def test_what_a_rule_leaves_unread():
-    "Options of the selector beside a rule that takes its place"
-    rule = dict(name="basd", rule="uniform")
+    "Options of the selector beside a map that takes its place"
+    rule = dict(name="basd", layer_map="uniform")
     for path, hint, default in of_selector("nearest"):
         for v in values(path, hint, default):
             with pytest.raises(ValueError, match=f"selector.{path[-1]}"): build_recipe(dict(method=put(rule, path, v)))
@@ -257,7 +257,7 @@ def test_what_is_refused_is_named(name, base):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_in_both_methods(method, loss):
     "A registered loss is finite and reaches the student, under MixUp, under CutMix and on whole images"
-    own = dict(dynamics=dict(space="cka"))              # aligned targets are no layers that the teacher's head reads
+    own = dict(trajectory=dict(space="cka"))              # aligned targets are no layers that the teacher's head reads
     cls, more = METHODS.get(method), {loss: NEEDED.get(loss, {}) if method == "match" else NEEDED.get(loss, {}) | own.get(loss, {})}
     words = dict.fromkeys(("rsd", "rel", "attn", "spectral")) | more if method == "basd" else more
     options = TypeAdapter(cls.Options).validate_python(dict(losses=words))
@@ -275,6 +275,6 @@ def test_every_loss_in_both_methods(method, loss):
         reach = sum(g.abs().sum() for g in gradients if g is not None)
         assert part.isfinite() and reach.isfinite()
         cut = blend is not None and blend.box is not None
-        assert reach > 0 or cut and loss in ("scores", "heads"), "a loss without a target under CutMix is zero, others are not"
+        assert reach > 0 or cut and loss in ("attention_scores", "qkv_relations"), "a loss without a target under CutMix is zero, others are not"
         assert not any(g is not None and g.any() for g in torch.autograd.grad(
             part, list(teacher.parameters()), retain_graph=True, allow_unused=True)), "the teacher has a gradient"

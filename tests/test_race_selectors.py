@@ -31,7 +31,7 @@ def test_every_entry_has_a_recipe_in_every_frame(frame):
 
 def test_keys_do_not_depend_on_the_place_of_the_data():
     f = race.FRAMES["cifar10_8"]
-    keys = {race.recipe_of(f, "uniform", "map_uniform", 0, dict(data=dict(source=f"hfds/{d}")), Path("/r/teachers/t"))[1]
+    keys = {race.recipe_of(f, "uniform", "basd_map_uniform", 0, dict(data=dict(source=f"hfds/{d}")), Path("/r/teachers/t"))[1]
             for d in "ab"}
     assert len(keys) == 1
 
@@ -58,10 +58,10 @@ def test_copied_layers_change_nothing(tmp_path):
 
 
 def test_weights_are_thinned_and_filled_up():
-    rows = [dict(step=s, mixing=[[1.] if s < 50 else [1 - s/100, s/100]]) for s in range(100)] + [dict(step=100)]
+    rows = [{"step": s, "selector/weights": [[1.] if s < 50 else [1 - s/100, s/100]]} for s in range(100)] + [dict(step=100)]
     kept = race.thinned(rows)
     assert len(kept) == 40 and kept[0] == [0, [[1., 0.]]] and kept[-1] == [99, [[.01, .99]]]
-    assert race.thinned([dict(step=s, mixing=[[0., 1.]]) for s in range(9)]) == [[8, [[0., 1.]]]] and race.thinned([]) == []
+    assert race.thinned([{"step": s, "selector/weights": [[0., 1.]]} for s in range(9)]) == [[8, [[0., 1.]]]] and race.thinned([]) == []
 
 
 def test_rows_replace_their_elders(tmp_path, monkeypatch):

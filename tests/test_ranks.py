@@ -48,7 +48,7 @@ def parts_and_gradients(trainer, batch):
     result = trainer.forward(batch)
     result["loss"].backward()
     said = result["losses"] | {k: v for k, v in result["metrics"].items()
-                              if k.split("/")[0] in ("raw", "mixing", "distance", "leap", "reached")}
+                              if k.split("/")[0] in ("loss_unweighted", "selector", "leap")}
     return ({k: all_reduce_mean(v.detach()) for k, v in said.items()},
             {n: p.grad for n, p in trainer.task.named_parameters() if p.grad is not None})
 
@@ -63,7 +63,7 @@ def test_two_ranks_equal_one(seed, tmp_path):
     words = [*TINY, f"train.seed={seed}", "student.drop_path=0"]  # drop-path draws differ between ranks on purpose
     (parts1, grads1), (parts2, grads2) = (
         on_ranks(one_method, words, tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))
-    assert (set(parts1) >= {"ce", "rsd", "rel", "attn", "spectral", "raw/rsd", "raw/attn", "mixing"}
+    assert (set(parts1) >= {"ce", "rsd", "rel", "attn", "spectral", "loss_unweighted/rsd", "loss_unweighted/attn", "selector/weights"}
             and set(grads1) == set(grads2))
     for k in parts1: assert_close(parts2[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
     for k in grads1: assert_close(grads2[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
@@ -84,7 +84,7 @@ def test_a_hole_on_one_rank(tmp_path):
     ("An image that only one rank sees ends the run on both; it is found on that rank, "
      "and the saved batch is that of all")
     run, out = tmp_path/"run", tmp_path/"out.txt"
-    words = [*TINY, "train.epochs=1", "train.warmup_epochs=0", "train.accumulate=2"]
+    words = [*TINY, "train.epochs=1", "train.warmup_epochs=0", "train.grad_accum_steps=2"]
     status = end(start(main_with_a_hole, ["train", "basd_cifar10", *words, "--run-dir", str(run)], out=out, ranks=2))
     said = out.read_text()
     assert status == [2, 2], said
@@ -110,9 +110,9 @@ def pieces(x, y, b):
         return whitened_scores(z, *principal_subspace(covariance(z), k))[None]
     along = lambda z, k=3: orthonormal_scores(center(z), torch.eye(z.shape[-1], k, dtype=z.dtype))[None]
     interp = made(InterpolationAligner, 9, E, 4)
-    selectors = dict(eigh={}, tracked=dict(solver="track"), turned=dict(space="channel", procrustes=True), channel=dict(space="channel"))
+    selectors = dict(eigh={}, tracked=dict(solver="tracking"), turned=dict(space="channel", procrustes=True), channel=dict(space="channel"))
     selectors = {k: made(GrassmannSelector, [D], [E, E], rank=3, dim=8, **v) for k, v in selectors.items()}
-    frequency, balances = made(FrequencySelector, [D], [E, E], bins=2), {f: LossBalancer(["a", "b"], form=f) for f in ("reference", "paper", "original")}
+    frequency, balances = made(FrequencySelector, [D], [E, E], bins=2), {f: LossBalancer(["a", "b"], form=f) for f in ("uwso_ema", "uwso", "uwso_original")}
     mixed = lambda s: (m := s([x], [y, y.square()], *([[(3, 3)], [(3, 3)]*2] if s is frequency else []))).weights.sum(0)*n + m.regularizer
     rsd = {f"{norm} {center} {pooled}": made(RSDLoss, [D], [E], norm=norm, center=center, pooled=pooled)
            for norm in ("layer", "batch") for center in (True, False) for pooled in (True, False)}
@@ -174,24 +174,24 @@ def test_every_piece_on_several_ranks(tmp_path):
 
 FRAME = [w for w in TINY if not w.startswith(("method.", "teacher.kwargs"))] + [
     "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}", "student.drop_path=0"]
-LOSSES = ["hidden", "at", "cka", "gram", "token", "correlation", "fourier", "rkd", "crd", "rsd", "scores", "heads",
-          "dynamics"]
-BASD = ["method.name=basd", "method.points=[0, 1]", "method.selector={dim: 24, rank: 4}"]
-OWN = {"cka": "debias: true", "heads": "heads: 4", "rkd": "images: 8"}
+LOSSES = ["hidden_states", "at", "cka", "gram", "token_cosine", "batch_similarity", "fourier", "rkd", "crd", "rsd", "attention_scores", "qkv_relations",
+          "trajectory"]
+BASD = ["method.name=basd", "method.student_layers=[0, 1]", "method.selector={dim: 24, rank: 4}"]
+OWN = {"cka": "debias: true", "qkv_relations": "heads: 4", "rkd": "images: 8"}
 METHODS = {
-    "match": ["method.name=match", "method.points=[0, 1]", "method.logits={weight: 1.0, temperature: {kind: sample}}",
+    "match": ["method.name=match", "method.student_layers=[0, 1]", "method.logits={weight: 1.0, temperature: {kind: sample}}",
               "method.losses={" + ", ".join(f"{n}: {{{OWN.get(n, '')}}}" for n in LOSSES) + "}"],
-    "stops early": ["method.name=match", "method.points=[0, 1]", "method.layer_map=first", "method.losses={cka: {}, gram: {}}"],
+    "stops early": ["method.name=match", "method.student_layers=[0, 1]", "method.layer_map=first", "method.losses={cka: {}, gram: {}}"],
     "distill": ["method.name=distill", "method.loss=dkd"],
-    "vrm": ["method.name=distill", "method.loss=vrm", "method.virtual=true"],
-    "leap": ["method.name=match", "method.points=[0, 1]", "method.losses={leap: {memory: 0.5}}"],
-    "leap selector": ["method.name=basd", "method.points=[0, 1]", "method.selector={name: leap, memory: 0.5}"],
-    "learned maps": ["method.name=match", "method.points=[0, 1]", "method.losses={lad: {}, alp: {}}"],
-    "ofa": ["method.name=ofa", "method.points=[0, 1]"], "byot": ["method.name=byot", "method.points=[0, 1]"],
-    "dual_head": ["method.name=dual_head", "method.points=[0, 1]"],
-    "basd_fourier": ["method.name=basd_fourier", "method.points=[0, 1]"],
-    "amtml": ["method.name=amtml", "method.points=[0, 1]"], "diverse": ["method.name=diverse", "method.points=[0, 1]"],
-    "basd": BASD, "uniform": [*BASD, "method.selector=null", "method.rule=uniform"], "pocl": ["method.name=pocl"],
+    "vrm": ["method.name=distill", "method.loss=vrm", "method.two_views=true"],
+    "leap": ["method.name=match", "method.student_layers=[0, 1]", "method.losses={leap: {ema_decay: 0.5}}"],
+    "leap selector": ["method.name=basd", "method.student_layers=[0, 1]", "method.selector={name: leap, ema_decay: 0.5}"],
+    "learned maps": ["method.name=match", "method.student_layers=[0, 1]", "method.losses={lad: {}, alp: {}}"],
+    "ofa": ["method.name=ofa", "method.student_layers=[0, 1]"], "byot": ["method.name=byot", "method.student_layers=[0, 1]"],
+    "dual_head": ["method.name=dual_head", "method.student_layers=[0, 1]"],
+    "basd_fourier": ["method.name=basd_fourier", "method.student_layers=[0, 1]"],
+    "amtml": ["method.name=amtml", "method.student_layers=[0, 1]"], "diverse": ["method.name=diverse", "method.student_layers=[0, 1]"],
+    "basd": BASD, "uniform": [*BASD, "method.selector=null", "method.layer_map=uniform"], "pocl": ["method.name=pocl"],
     "sampled": [*BASD, "method.selector.max_rows=128",
                 "method.losses={rsd: {max_rows: 128}, attn: {rows: 4}, spectral: {samples: 16}}",
                 "method.aligner={samples: 16}"],

@@ -11,6 +11,7 @@ import yaml
 
 from basd.cli import main, train
 from basd.runs.recipe_files import merge_override, RECIPES_DIR, read_recipe, recipe_names
+from basd.runs.recipes import load_recipe
 
 CIFAR10 = os.environ.get("BASD_CIFAR10")
 SHORT = ["data.batch_size=32", "data.workers=0", "data.train_size=96", "data.val_size=64", "train.epochs=1",
@@ -20,13 +21,13 @@ DEIT = ["student.depth=2", "student.width=48", "student.heads=3", "student.patch
 RESNET = ["student.kwargs={channels: [8, 8, 16, 16]}"]
 VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.untrained=true", "teacher.img_size=32",
        "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}"]
-SELECTOR = ["method.points=[0, 1]", "method.selector.dim=24", "method.selector.rank=4"]
+SELECTOR = ["method.student_layers=[0, 1]", "method.selector.dim=24", "method.selector.rank=4"]
 TEACHERS = {"resnet18_cifar": RESNET, "cifar_improved": ["student.kwargs={channels: [8, 8, 16, 16], hidden: 16}"],
             "convnext_v2_cifar": ["student.model=convnextv2_atto_cifar", "student.pretrained=false"]}
 STUDENTS = {"deit_cifar": [], "deit_cifar_distill": ["teacher.run=CNN"],
             "deit_cifar_distill_token": ["teacher.run=CNN"], "deit_ss_distill_cka_cifar": VIT,
             "deit_ss_distill_gram_ablation": VIT, "deit_ss_distill_cifar_ablation_ce_only": [],
-            "basd_fourier": [*VIT, "method.points=[0, 1]"], "basd_study": [*VIT, *SELECTOR]}
+            "basd_fourier": [*VIT, "method.student_layers=[0, 1]"], "basd_study": [*VIT, *SELECTOR]}
 DIGITS = [n for n in recipe_names() if read_recipe(n).get("stages") and n not in ("digits", "quickstart")]
 
 
@@ -133,3 +134,41 @@ def test_mnist(tmp_path):
     train("mnist_improved", *SHORT, f"data.root={tmp_path}", "data.download=false", "data.val_size=40",
           "train.epochs=3", run_dir=str(tmp_path/"run"), bars=False)
     assert result(tmp_path/"run")["test"]["best"]["n"] == 50
+
+
+# changes of a recipe in former names of keys, losses and values → the name that the error gives
+FORMER = {
+    "quickstart": {"method.points=[0]": "student_layers", "method.layers=[0]": "teacher_layers",
+        "method.rule=uniform": "layer_map", "method.weight=1": "distill_weight", "method.align=1": "align_weight",
+        "method.starts={}": "ramp_starts", "method.aligner.codes=false": "pos_embed",
+        "method.selector={name: nearest, memory: 0.5}": "ema_decay",
+        "method.selector={name: nearest, settle: 3}": "warmup_steps", "method.balance.settle=3": "warmup_steps",
+        "method.balance.form=reference": "uwso_ema", "method.losses.token={}": "token_cosine",
+        "data.memory=false": "in_memory", "data.on_bad=skip": "on_error", "views.geometry=shared": "crop",
+        "views.crop=fixed": "center", "views.photometry=none": "color", "views.erase=0": "random_erasing",
+        "views.blend_prob=1": "mix_prob", "views.teacher_sees_blend=true": "mix_teacher_input",
+        "views.smoothing=0": "label_smoothing", "teacher.others=[]": "extra_teachers",
+        "train.momenta_apart=0.05": "dot_delta", "train.clip=1": "clip_grad",
+        "train.accumulate=2": "grad_accum_steps", "train.gradient_shares=false": "log_gradients",
+        "train.skip_nonfinite=1": "max_nonfinite_steps", "train.save_every=1": "checkpoint_every",
+        "train.headline=last": "export"},
+    "pkd": {"method.labels=1": "ce_weight", "method.start=0.1": "kd_start", "method.rise=0.1": "kd_warmup",
+        "method.start_from_teacher=true": "init_from_teacher", "method.losses={hidden: {}}": "hidden_states",
+        "method.losses.hidden_states.normalise=unit": "normalize", "method.logits.virtual=true": "two_views"},
+    "kd": {"method.head=distillation": "dist", "method.virtual=true": "two_views"},}
+
+
+@pytest.mark.parametrize("recipe, change, new", [(r, w, n) for r, d in FORMER.items() for w, n in d.items()])
+def test_a_former_name_is_answered_with_todays(recipe, change, new):
+    with pytest.raises(ValueError, match=rf"\(it is now '[\w.]*{new}'\)"): load_recipe(recipe, [change])
+
+
+@pytest.mark.parametrize("former, new", dict(hinton="kd", cosine="token_cosine", patient="patient_kd", map_uniform="basd_map_uniform",
+                                             select_ramp="basd_select_ramp").items())
+def test_a_former_recipe_is_answered_with_todays(former, new):
+    with pytest.raises(ValueError, match=f"'{new}'"): load_recipe(former)
+
+
+def test_a_loss_is_added_by_an_override():
+    losses = load_recipe("quickstart", ["method.losses.cka={rows: image}", "method.losses.rsd=null"])["basd"].method.options.losses
+    assert losses.cka.rows == "image" and losses.rsd is None and losses.rel is not None

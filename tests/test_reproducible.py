@@ -20,11 +20,11 @@ WORDS = [*TINY, "data.train_size=128", "train.epochs=2", "train.warmup_epochs=1"
 METHODS = {"basd": [], "labels": ["method.name=ce"],
            "logits": ["method.name=distill",
                       "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}"],
-           "bf16": ["train.precision=bf16", "train.accumulate=2"],
-           "two readers": ["data.workers=2", "data.memory=false"]}
+           "bf16": ["train.precision=bf16", "train.grad_accum_steps=2"],
+           "two readers": ["data.workers=2", "data.in_memory=false"]}
 
 
-def rows(run): return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(run)]
+def rows(run): return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in read_metrics(run)]
 
 
 def results(run): return {k: v for k, v in json.loads((run/"result.json").read_text()).items() if k != "seconds"}

@@ -13,13 +13,13 @@ from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
 
 # so that in 16 steps frontiers move by measurement and by the clock, and maps settle
-OWN = {"progressive": dict(share=.3, memory=.5, until=.8, fast=.5), "ramp": dict(until=.9), "complementary": dict(batches=3),
+OWN = {"progressive": dict(share=.3, ema_decay=.5, until=.8, fast=.5), "ramp": dict(until=.9), "complementary": dict(batches=3),
        "arc_length": dict(batches=3)}
 # columns distance, temperature, entropy in the log: what is not measured is not there
 LOGGED = {"progressive": [True, False, False]} | {n: [False]*3 for n in ("ramp", "complementary", "arc_length", "leap", "fixed")}
 WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs"))] + [
     "teacher.kwargs={patch_size: 8, depth: 6, embed_dim: 48, num_heads: 3}", "student.drop_path=0", "train.log_every=2", "train.epochs=2",
-    "train.gradient_shares=false"]
+    "train.log_gradients=false"]
 
 
 def words_of(name):
@@ -28,7 +28,7 @@ def words_of(name):
     return [*WORDS, "method.selector={" + ", ".join(f"{k}: {v}" for k,v in options.items()) + "}"]
 
 
-def moved(run): return [(r["step"], r["mixing"], r.get("frontier")) for r in read_metrics(run) if r["kind"] == "step"]
+def moved(run): return [(r["step"], r["selector/weights"], r.get("selector/frontier")) for r in read_metrics(run) if r["kind"] == "step"]
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -46,7 +46,7 @@ def test_stop_and_go_on(name, tmp_path):
         assert state_of(tmp_path/f"half-{stop}") == state_of(tmp_path/"whole")
         assert moved(tmp_path/f"half-{stop}") == moved(tmp_path/"whole")
     row = next(r for r in read_metrics(tmp_path/"whole") if r["kind"] == "step")
-    assert [c in row for c in ("distance", "temperature", "entropy")] == LOGGED.get(name, [True, True, True])
+    assert [f"selector/{c}" in row for c in ("distance", "temperature", "entropy")] == LOGGED.get(name, [True, True, True])
     if name in OWN: # the test can fail: something has moved
         first, *_, last = moved(tmp_path/"whole")
         assert first[1:] != last[1:] or "batches" in OWN[name]
@@ -57,7 +57,7 @@ def whole_run(words, run):
     trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
     trainer.step = 0
     trainer.fit()
-    return torch.tensor([r["mixing"] for r in read_metrics(run) if r["kind"] == "step"]), trainer.task.method.selector.depth
+    return torch.tensor([r["selector/weights"] for r in read_metrics(run) if r["kind"] == "step"]), trainer.task.method.selector.depth
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -50,7 +50,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
 
 
 def test_non_finite_loss_is_named(tmp_path, capsys):
-    assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0") == 2
+    assert run_tiny(tmp_path, "train.lr=1e30", "train.clip_grad=null", "train.warmup_epochs=0") == 2
     err = capsys.readouterr().err
     from basd.runs.run_directory import load_checkpoint
     from basd.training.build import replay
@@ -59,15 +59,15 @@ def test_non_finite_loss_is_named(tmp_path, capsys):
             and "Traceback" not in err)
     assert all(v.isfinite().all() for v in load_checkpoint(tmp_path/"run"/"last.pt")["task"].values())
     assert {k: found[k] for k in ("term", "of", "layer")}.items() <= replay(tmp_path/"run").items()
-    assert run_tiny(tmp_path, "train.lr=1e30", "train.clip=null", "train.warmup_epochs=0", "--resume") == 2
+    assert run_tiny(tmp_path, "train.lr=1e30", "train.clip_grad=null", "train.warmup_epochs=0", "--resume") == 2
     assert capsys.readouterr().err == err
 
 
 def test_a_comparison_without_its_baseline_has_failed(tmp_path, capsys):
     "The table is written, and the exit status reports that its baseline is missing"
-    words = ["compare", "hinton", "--seeds", "1", "--folder", str(tmp_path), "--set", "data.train_size=128",
+    words = ["compare", "kd", "--seeds", "1", "--folder", str(tmp_path), "--set", "data.train_size=128",
              "train.epochs=1", "train.warmup_epochs=0", "student.width=24", "student.depth=2"]
-    assert main([*words, "train.clip=null", "train.lr=1.0e+30", "stages.teacher.train.lr=1.0e-3"]) == 1
+    assert main([*words, "train.clip_grad=null", "train.lr=1.0e+30", "stages.teacher.train.lr=1.0e-3"]) == 1
     assert "failed: loss 'ce' was not finite" in capsys.readouterr().out and (tmp_path/"table.md").is_file()
     assert main(words) == 2 and "run of another recipe" in capsys.readouterr().err
 
@@ -83,7 +83,7 @@ def test_a_terminal_without_utf8_gets_question_marks():
 def test_a_rank_that_is_no_number(tmp_path, capsys, monkeypatch):
     "Whatever the launcher left in the environment: one sentence, and no run is begun"
     monkeypatch.setenv("RANK", "x")
-    assert run_tiny(tmp_path) == 2 and main(["compare", "hinton", "--folder", str(tmp_path/"race")]) == 2
+    assert run_tiny(tmp_path) == 2 and main(["compare", "kd", "--folder", str(tmp_path/"race")]) == 2
     err = capsys.readouterr().err
     assert err.count("basd: RANK='x' in the environment should be a whole number") == 2 and "Traceback" not in err
     assert not [*tmp_path.iterdir()]
@@ -94,8 +94,8 @@ HEAVY = ("torch", "timm", "torchvision", "sklearn", "matplotlib", "scipy", "nump
 
 @pytest.mark.parametrize("words, status, said", [
     (["--help"], 0, "COMMAND"), (["--version"], 0, "basd "), (["train", "--help"], 0, "key=value"), (["recipes"], 0, "quickstart"),
-    (["recipes", "hinton"], 0, "stages:"), (["recipes", "hintn", "--all"], 2, "did you mean 'hinton'?"), (["trian"], 2, "did you mean 'train'?"),
-    (["train", "quikstart"], 2, "did you mean 'quickstart'?"), (["compare", "hinton", "--seed", "3"], 2, "--seed 3"),
+    (["recipes", "kd"], 0, "stages:"), (["recipes", "hintn", "--all"], 2, "did you mean 'kd'?"), (["trian"], 2, "did you mean 'train'?"),
+    (["train", "quikstart"], 2, "did you mean 'quickstart'?"), (["compare", "kd", "--seed", "3"], 2, "--seed 3"),
     (["bench", "quickstart", "data.batch_size"], 2, "write key=value")])
 def test_words_alone_import_nothing_heavy(words, status, said):
     "Help, the list of recipes and the refusal of a misspelled word come before torch is imported"
@@ -109,7 +109,7 @@ def test_words_alone_import_nothing_heavy(words, status, said):
 
 def test_changes_among_the_recipes_of_a_race(tmp_path, capsys):
     "Changes apply to all recipes; a key that one of them lacks is refused before anything is trained"
-    race = ["compare", "hinton", "data.train_size=128", "cka", "--seeds", "1", "--folder", str(tmp_path/"race")]
+    race = ["compare", "kd", "data.train_size=128", "cka", "--seeds", "1", "--folder", str(tmp_path/"race")]
     for word, sentence in (("train.epoch=1", "did you mean 'epochs'?"), ("method.T=2", "no stage has a method with this key")):
         assert main([*race, word]) == 2
         err = capsys.readouterr().err
@@ -120,11 +120,11 @@ def test_a_change_to_the_method_goes_to_the_stages_that_have_the_key(tmp_path, c
     "The command names them; where none has it, nothing is trained and the error names the nearest key of each stage"
     assert main(["train", "quickstart", "method.wieght=0.5", "--run-dir", str(tmp_path/"run")]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "teacher (ce), ce (ce), basd (basd, did you mean method.weight?)" in err, err
+    assert err.count("\n") == 1 and "teacher (ce), ce (ce), basd (basd, did you mean method.distill_weight?)" in err, err
     assert not (tmp_path/"run").exists()
-    assert main(["train", "quickstart", "method.weight=0.5", "data.root=" + str(tmp_path/"none"), "data.source=torch/cifar10",
+    assert main(["train", "quickstart", "method.distill_weight=0.5", "data.root=" + str(tmp_path/"none"), "data.source=torch/cifar10",
                  "data.download=false", "--run-dir", str(tmp_path/"run")])
-    assert "method.weight=0.5 goes to basd; the method of teacher, ce has no such key" in "".join(capsys.readouterr())
+    assert "method.distill_weight=0.5 goes to basd; the method of teacher, ce has no such key" in "".join(capsys.readouterr())
 
 
 def test_a_recipe_of_stages_is_timed_by_its_last(tmp_path, capsys):

@@ -35,7 +35,7 @@ FRAME = ["data.source=digits", "data.train_size=128", "data.val_size=64", "data.
 MODEL = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.untrained=true", "teacher.img_size=32",
          "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}"]
 LOGITS = [*MODEL[:-1], "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}"]
-TEACHER = ["method.points=[0, 1]", *MODEL]
+TEACHER = ["method.student_layers=[0, 1]", *MODEL]
 SMALL = ["method.selector.dim=24", "method.selector.rank=4"]
 BASD = ("basd_cifar10", [*FRAME, *TEACHER, *SMALL])
 STEPS = 8
@@ -46,21 +46,21 @@ distill = lambda *words: plain(*LOGITS, *words)
 CASES = dict(
     ce=plain("method={name: ce}", "teacher.model=null"),
     basd=basd(),
-    basd_accumulated_bf16=basd("train.accumulate=2", "train.precision=bf16"),
-    basd_tracked=basd("method.selector.solver=track", "method.selector.settle=2", "method.selector.max_rows=64"),
+    basd_accumulated_bf16=basd("train.grad_accum_steps=2", "train.precision=bf16"),
+    basd_tracked=basd("method.selector.solver=tracking", "method.selector.warmup_steps=2", "method.selector.max_rows=64"),
     basd_progressive=basd("method.selector={name: progressive, dim: 24, rank: 4}"),
     basd_complementary=basd("method.selector={name: complementary, dim: 24, rank: 4, batches: 2}"),
     basd_labeled=basd("data.labeled=0.25"),
     basd_cached=basd("teacher.cache=CACHE", "teacher.cache_views=2"),
     literal=("basd_literal", [*FRAME, *TEACHER, "method.selector.dim=24", "method.selector.rank=4"]),
-    hinton=distill("method={name: distill, alpha: 0.5, T: 4.0}"),
-    dot=distill("method={name: distill, alpha: 0.5, T: 4.0}", "train.optimizer=sgd", "train.momenta_apart=0.075"),
-    dot_accumulated=distill("method={name: distill, alpha: 0.5, T: 4.0}", "train.optimizer=sgd", "train.momenta_apart=0.075",
-                            "train.accumulate=2"),
+    kd=distill("method={name: distill, alpha: 0.5, T: 4.0}"),
+    dot=distill("method={name: distill, alpha: 0.5, T: 4.0}", "train.optimizer=dot"),
+    dot_accumulated=distill("method={name: distill, alpha: 0.5, T: 4.0}", "train.optimizer=dot",
+                            "train.grad_accum_steps=2"),
     pocl=distill("method={name: pocl}"),
-    vrm_two_views=distill("method={name: distill, loss: vrm, alpha: 0.5, virtual: true}"),
-    match=distill("method={name: match, losses: {hidden: {weight: 1.0}}, logits: {weight: 0.5}, points: [0, 1]}"),
-    leap=plain(*MODEL, "method={name: match, losses: {leap: {weight: 1.0}}, points: [1]}"),
+    vrm_two_views=distill("method={name: distill, loss: vrm, alpha: 0.5, two_views: true}"),
+    match=distill("method={name: match, losses: {hidden_states: {weight: 1.0}}, logits: {weight: 0.5}, student_layers: [0, 1]}"),
+    leap=plain(*MODEL, "method={name: match, losses: {leap: {weight: 1.0}}, student_layers: [1]}"),
     sgd=basd("train.optimizer=sgd"),
 )
 
@@ -98,7 +98,7 @@ def fingerprint(case, run, stop=None):
     name, words = CASES[case]
     t = train(load_recipe(name, [w.replace("CACHE", str(run/"cache")) for w in words])[""], run/"run", stop)
     assert t.step == STEPS, t.step
-    h, timeless = hashlib.sha256(), lambda row: [v for k,v in row.items() if k not in ("seconds", "offset")]
+    h, timeless = hashlib.sha256(), lambda row: [v for k,v in row.items() if k not in ("seconds", "time/interval", "time/elapsed", "offset")]
     for x in (t.task.state_dict(), average(t), t.optimizer.state_dict()): digest(x, h)
     digest([timeless(r) for r in read_metrics(run/"run")], h)
     digest(timeless(json.loads((run/"run"/"result.json").read_text())), h)

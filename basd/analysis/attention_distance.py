@@ -49,7 +49,7 @@ def mean_distance(
     low, high = (v.item() for v in A.sum(-1).aminmax())
     if not 1 - 3e-3 < low <= high < 1 + 3e-3:
         raise ValueError(f"rows of the attention sum to {low:.3g} to {high:.3g}; give distributions over patches, "
-                         "normalised again where prefix tokens were removed")
+                         "normalized again where prefix tokens were removed")
     with autocast_disabled(A): return upcast(A).flatten(-2) @ delta.flatten().to(upcast(A).dtype) / len(delta)
 
 # %% ../../nbs/analysis/79_attention_distance.ipynb #67e950fd

@@ -61,7 +61,7 @@ class OpenedRun:
         source, indices = (self.train, self.fit) if train else (self.test, range(len(self.test)))
         data = ViewDataset(source, subsample(indices, self.images),
                            DualViewTransform(input_size(self.student), None if other is None else input_size(other),
-                                 geometry='fixed'), train=False)
+                                 crop='center'), train=False)
         for b in DataLoader(data, batch):
             x = b['student'].to(self.device)
             yield ((x, b['label'].to(self.device)) if train
@@ -71,7 +71,7 @@ class OpenedRun:
 def open_run(
     run,                   # run directory
     name:str|None=None,    # to call it; the directory's name if None
-    weights:str='headline',# "last", "best", "ema" or "headline"
+    weights:str='exported',# "last", "best", "ema" or "exported"
     images:int=512,        # how many are shown
     device='cpu',
     trust:bool=False,      # the run's recipe may import code of its own and fetch what it names
@@ -143,7 +143,7 @@ def analyze(
     *run_dirs:str,                # runs, drawn in this order
     wanted:list|None=None,        # names of metrics; None: all
     output_dir:str='analysis',    # gets analysis.json and a PNG a metric
-    weights:str='headline',       # of each run
+    weights:str='exported',       # of each run
     images:int=512,               # shown for each metric
     device:str|None=None,         # "cpu" or "cuda"; a GPU where there is one if None
     trust:bool=False,             # the runs' recipes may import code of their own and fetch what they name

@@ -294,7 +294,7 @@ def plot_landscape(
     if not results: raise ValueError("there is nothing to draw; give {name: result of landscape}")
     with page_style():
         fig, axs = plt.subplots(1, 2, figsize=(7, 2.7))
-        labels = dict(eigenvector='top eigenvector', random='random direction, filters normalised')
+        labels = dict(eigenvector='top eigenvector', random='random direction, filters normalized')
         for ax, (line, label) in zip(axs, labels.items()):
             for name,r in results.items():
                 losses = [math.nan if v is None else v for v in r[line]['loss']]

@@ -55,7 +55,7 @@ def predict(
     among:list|None=None, # numbers of the classes that are evaluated; None: those of `images.among`, or all
 )->dict: # on the CPU: logits (n, C) or None without a head, features (n, D) or None without taps, labels (n,)
     "Logits, pooled features and labels of clean images, in float32 and evaluation mode"
-    data = ViewDataset(images, indices, DualViewTransform(size, None, geometry='fixed'), train=False)
+    data = ViewDataset(images, indices, DualViewTransform(size, None, crop='center'), train=False)
     if not len(data): raise ValueError("indices is empty; give at least one position, or None for all images")
     rows = []
     with eval_mode(model):

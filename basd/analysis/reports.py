@@ -42,14 +42,14 @@ def saved_weights(
 # %% ../../nbs/analysis/83_reports.ipynb #e7708ae2
 def weights_path(
     found:dict,  # of `saved_weights`
-    name:str,    # "last", "best", "ema", or "headline"
+    name:str,    # "last", "best", "ema", or "exported"
     recipe,      # of the run
     run='',      # for the message
 )->str:          # a key of `found`
     "Name of the set of weights that `weights` selects"
-    if name == 'headline': return recipe.train.headline if recipe.train.headline in found else 'last'
+    if name == 'exported': return recipe.train.export if recipe.train.export in found else 'last'
     if name not in ('last', 'best', 'ema'):
-        raise ValueError(f"weights={name!r}: should be 'last', 'best', 'ema', 'headline' or 'all'")
+        raise ValueError(f"weights={name!r}: should be 'last', 'best', 'ema', 'exported' or 'all'")
     if name not in found: raise ValueError(f"{run} holds no {name!r} weights; it has {', '.join(found)}")
     return name
 
@@ -134,7 +134,7 @@ def write_evaluation(
 # %% ../../nbs/analysis/83_reports.ipynb #ef1f84d2
 def evaluate_student(
     run_dir:str,          # of a run
-    weights:str='all',    # "last", "best", "ema", "headline" or "all"
+    weights:str='all',    # "last", "best", "ema", "exported" or "all"
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     on:str|None=None,     # other images, in the words of `data.source`
     trust:bool=False,     # the run's recipe may import code of its own and fetch what it names
@@ -143,7 +143,7 @@ def evaluate_student(
     "Accuracy of a run's weights on its test split, exact on any number of ranks"
     run = Path(run_dir)
     recipe, out = load_run_recipe(run, trust), {}
-    if weights not in ('all', 'headline'): weights_path(dict.fromkeys(('last', 'best', 'ema')), weights, recipe)
+    if weights not in ('all', 'exported'): weights_path(dict.fromkeys(('last', 'best', 'ema')), weights, recipe)
     found = saved_weights(run)
     names = list(found) if weights == 'all' else [weights_path(found, weights, recipe, run)]
     with process_group(device) as here:
@@ -209,7 +209,7 @@ def _taught_by(
 # %% ../../nbs/analysis/83_reports.ipynb #dc1d1726
 def evaluate_run(
     run_dir:str,          # of a run
-    weights:str='headline',
+    weights:str='exported',
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     on:str|None=None,     # other images, in the words of `data.source`
     corrupted:int=1000,   # test images that are corrupted; 0: none

@@ -149,7 +149,7 @@ def plot_spectra(
         for ax,(name,r) in zip(axs.flat, results.items()):
             plot_spectrum(r, ax)
             ax.set_title(name)
-        for ax in axs[:, 0]: ax.set_ylabel('normalised singular value')
+        for ax in axs[:, 0]: ax.set_ylabel('normalized singular value')
         plot_ranks(results, axs.flat[len(results)])
         for ax in axs.flat[len(results) + 1:]: ax.set_axis_off()
         if path is not None: save_figure(fig, path)
@@ -167,14 +167,14 @@ def layer_weight_history(
     if not log.is_file():
         raise FileNotFoundError(f"{run_dir} holds no metrics.jsonl; "
                                 "give the directory of a run that has begun to train")
-    rows = [r for r in map(json.loads, log.read_text().rpartition('\n')[0].splitlines()) if 'mixing' in r]
+    rows = [r for r in map(json.loads, log.read_text().rpartition('\n')[0].splitlines()) if 'selector/weights' in r]
     if not rows:
         raise ValueError(f"{run_dir} has logged no mixing weights; its method selects no teacher layers, "
                          "or it has not come to its first logged step")
-    w = torch.tensor([r['mixing'] for r in rows], dtype=torch.float64)              # (T, P, L)
+    w = torch.tensor([r['selector/weights'] for r in rows], dtype=torch.float64)    # (T, P, L)
     own = (torch.special.entr(w).sum(-1)/math.log(max(w.shape[-1], 2))).tolist()    # where a method does not report it
     return dict(step=[r['step'] for r in rows], weights=w.tolist(),
-                entropy=[r.get('entropy', e) for r,e in zip(rows, own)],
+                entropy=[r.get('selector/entropy', e) for r,e in zip(rows, own)],
                 layer=(w @ torch.arange(w.shape[-1]).double()).tolist())
 
 # %% ../../nbs/analysis/82_spectra.ipynb #b5c611c9

@@ -31,7 +31,7 @@ def stage_references(
 )->dict: # "teacher", "student" or the number of a further teacher → stage
     "The stages on which a recipe builds"
     given = (dict(teacher=recipe.teacher.run, student=recipe.student.checkpoint)
-             | {i: o.get('run') for i,o in enumerate(recipe.teacher.others)})
+             | {i: o.get('run') for i,o in enumerate(recipe.teacher.extra_teachers)})
     return {k: v.removeprefix('stage:') for k,v in given.items() if (v or '').startswith('stage:')}
 
 # %% ../../nbs/benchmark/86_entries.ipynb #73b9eb51
@@ -45,8 +45,8 @@ def shared_settings(
     tree['train'] = {k: v for k,v in tree['train'].items() if k != 'seed'}
     for side, entry in (('teacher', 'run'), ('student', 'checkpoint')):
         if side in refs: tree[side] = tree[side] | {entry: None}
-    tree['teacher'] = tree['teacher'] | dict(others=[o | dict(run=None) if i in refs else o
-                                                     for i,o in enumerate(tree['teacher']['others'])])
+    tree['teacher'] = tree['teacher'] | dict(extra_teachers=[o | dict(run=None) if i in refs else o
+                                                     for i,o in enumerate(tree['teacher']['extra_teachers'])])
     return tree
 
 # %% ../../nbs/benchmark/86_entries.ipynb #1e8e9978
@@ -57,7 +57,7 @@ def _staged(
     "Load a recipe with the changes that apply to it"
     own = [k for k,v in (read_recipe(recipe).get('stages') or {}).items() if v is not None]
     fits = lambda o: not o.startswith('stages.') or o.split('.')[1].split('=')[0] in own
-    return load_recipe(recipe, ['train.gradient_shares=false', *filter(fits, overrides)])
+    return load_recipe(recipe, ['train.log_gradients=false', *filter(fits, overrides)])
 
 # %% ../../nbs/benchmark/86_entries.ipynb #3ace5236
 def jobs_of(
@@ -143,7 +143,7 @@ def _same_images(
 ):
     "Raise an error for entries whose images are not those of the baseline"
     of = lambda name: {k: v for k,v in to_dict(race.rivals[name].recipe)['data'].items() if k not in
-                       ('train_size', 'val_size', 'split_seed', 'batch_size', 'workers', 'memory', 'download', 'on_bad',
+                       ('train_size', 'val_size', 'split_seed', 'batch_size', 'workers', 'in_memory', 'download', 'on_error',
                         'max_pixels')}
     for name in race.rivals:
         if changed := diff_recipes(of(race.baseline), of(name), 'data.'):
@@ -226,7 +226,7 @@ def _run_of(
     r.name, r.about, r.paper, r.train.seed = f'{leg.place}-{seed}', '', '', seed
     if 'teacher' in leg.refs: r.teacher.run = str(at('teacher'))
     if 'student' in leg.refs: r.student.checkpoint = str(at('student')/'student.safetensors')
-    for i,o in enumerate(r.teacher.others):
+    for i,o in enumerate(r.teacher.extra_teachers):
         if i in leg.refs: o['run'] = str(at(i))
     return Run(r.name, r, [f'{p}-{seed}' for p in dependencies(leg, others)])
 

@@ -76,7 +76,7 @@ def step_seconds(
     rows:list, # of kind "step"
 )->float|None:
     "Seconds per step: the median over rows of the log with nothing but steps between them"
-    spans = [(a['step'], b['step'], b['seconds'], round(b['step']/b['epoch']))
+    spans = [(a['step'], b['step'], b['time/interval'], round(b['step']/b['epoch']))
              for a,b in zip([dict(step=0), *rows], rows)]
     inside = [s/(b - a) for a,b,s,per in spans if a % per and a//per == (b - 1)//per]
     every  = [s/(b - a) for a,b,s,_ in spans]
@@ -92,7 +92,7 @@ def result_of(
     if (run/'failed.txt').is_file(): return dict(failed=(run/'failed.txt').read_text(encoding='utf-8').splitlines()[0])
     if not (run/'result.json').is_file(): return None
     read = lambda at, name='result': json.loads((Path(at)/f'{name}.json').read_text(encoding='utf-8'))
-    r, test = read(run), read(run)['test'][read(run)['headline']]
+    r, test = read(run), read(run)['test'][read(run)['exported']]
     return dict(top1=test['top1'], images=test['n'], val_top1=r['val_top1'], best_epoch=r['best_epoch'],
                 seconds=r['seconds'] + sum(read(e)['seconds'] for e in extra),
                 step=step_seconds(read_metrics(run, 'step')), extra=read(run, 'price')['extra'])

@@ -155,7 +155,7 @@ def first_words(
     if clock: out.append(f"A ramp that goes by the clock alone is beaten by a selector in {len(over)} of {len(clock)} frames"
                          f"{f' ({where(over)})' if over else ''}.")
     if timed: out.append(f"The ramp itself is the best of what is ahead of the uniform map on {where(timed)}.")
-    if not wins and not timed: out.append("Use the uniform map, `method.rule: uniform`: it costs nothing, and nothing is shown to be better.")
+    if not wins and not timed: out.append("Use the uniform map, `method.layer_map: uniform`: it costs nothing, and nothing is shown to be better.")
     return ' '.join(out)
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #9661d98b

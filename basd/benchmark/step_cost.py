@@ -50,7 +50,7 @@ def _without_weights(
 )->TeacherRecipe:
     "The same teacher, and further ones, as they are initialized"
     blank = dict(pretrained=False, checkpoint=None, checkpoint_key=None, untrained=True)
-    return replace(t, others=[o | blank for o in t.others], **blank)
+    return replace(t, extra_teachers=[o | blank for o in t.extra_teachers], **blank)
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #23ded8df
 def _members(
@@ -75,7 +75,7 @@ def _listeners(
     recorder, metrics = StepRecorder(), MetricsLog('.')
     ema = None if recipe.train.ema is None else ModelEmaV3(t.task.student, decay=recipe.train.ema, use_warmup=True)
     return [recorder, NonFiniteGuard(recipe, None, recorder, [] if ema is None else [ema]), Constraints(t.groups[1]), metrics,
-            *[EMA(ema)]*(ema is not None), *[DOT()]*(recipe.train.momenta_apart is not None), *t.task.method.callbacks()]
+            *[EMA(ema)]*(ema is not None), *[DOT()]*(recipe.train.optimizer == 'dot'), *t.task.method.callbacks()]
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #7d62723d
 class StepCost:
@@ -94,7 +94,7 @@ class StepCost:
         needs = METHODS.get(r.method.name).requires(r.method.options)
         r = replace(r, student=replace(r.student, pretrained=False, checkpoint=None, checkpoint_key=None),
                     teacher=_without_weights(r.teacher))
-        self.recipe, self.classes, self.B = r, classes, r.data.batch_size//r.train.accumulate
+        self.recipe, self.classes, self.B = r, classes, r.data.batch_size//r.train.grad_accum_steps
         self.task = build_task(r, classes, None, self.device).train()
         self.plain = build_student(r, classes, needs).to(self.device).train()
         self.plain_teacher = copy.deepcopy(self.task.teacher)
@@ -365,8 +365,8 @@ def pipeline(self:StepCost,
 )->float: # images/s
     "Images per second that the loader delivers"
     v, student = self.recipe.views, input_size(self.task.student)
-    views = DualViewTransform(student, None if self.clean is None else self.clean.shape[-1], geometry=v.geometry,
-                  crop_scale=tuple(v.crop_scale), flip=v.flip, photometry=v.photometry, erase=v.erase)
+    views = DualViewTransform(student, None if self.clean is None else self.clean.shape[-1], crop=v.crop,
+                  crop_scale=tuple(v.crop_scale), flip=v.flip, color=v.color, random_erasing=v.random_erasing)
     noise = _Noise(self.B*(batches + 4), student if student <= 64 else 256)
     batch, start = iter(build_loader(noise, None, views, self.B,
                                      workers=min(self.recipe.data.workers, os.cpu_count()))), None
@@ -393,10 +393,10 @@ def last_stage(
     name, r = list(stages.items())[-1]
     student = lambda run: stages[run.removeprefix('stage:')].student
     def found(run): return (run or '').startswith('stage:') and run.removeprefix('stage:') in stages
-    plain = lambda t: {k: v for k,v in asdict(t).items() if k != 'others'}
-    others = [plain(_stand_in(student(o['run']))) if found(o.get('run')) else o for o in r.teacher.others]
+    plain = lambda t: {k: v for k,v in asdict(t).items() if k != 'extra_teachers'}
+    others = [plain(_stand_in(student(o['run']))) if found(o.get('run')) else o for o in r.teacher.extra_teachers]
     first = _stand_in(student(r.teacher.run)) if found(r.teacher.run) else r.teacher
-    return name, replace(r, teacher=replace(first, others=others))
+    return name, replace(r, teacher=replace(first, extra_teachers=others))
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #4591c6c1
 def bench(
@@ -434,7 +434,7 @@ def _early(b, reps):
 
 def _checked(b):
     "True, or the error that names the waiting operation"
-    settle = getattr(getattr(b.task.method, 'selector', None), 'settle', 0)
+    settle = getattr(getattr(b.task.method, 'selector', None), 'warmup_steps', 0)
     for _ in range(settle): b.full()
     try: return b.without_waiting()
     except RuntimeError as e: return str(e).splitlines()[0]

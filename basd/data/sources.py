@@ -155,7 +155,7 @@ class Source(Dataset):
         try: return decode_picture(raw, max_pixels)
         except Exception as e:
             raise ValueError(f"{self.describe_item(i)} cannot be decoded ({e}); "
-                             f"mend it, remove it, or set on_bad='skip'") from e
+                             f"mend it, remove it, or set on_error='skip'") from e
 
     def __getitem__(self, i:int): # (uint8 (3, h, w), label)
         i = range(len(self))[i]
@@ -482,12 +482,12 @@ class ImageDataset(Dataset):
         source,              # `Source`, or anything that gives (image, label)
         memory:bool=True,    # hold decoded images in memory if they fit
         limit:int=4 * 2**30, # bytes that may be held
-        on_bad:str='raise',  # what an unreadable image does: "raise" or "skip"
+        on_error:str='raise', # what an unreadable image does: "raise" or "skip"
         max_pixels:int|None=MAX_PIXELS, # of an image, larger ones are unreadable; None: no limit
     ):
-        if on_bad not in ('raise', 'skip'): raise ValueError(f"on_bad={on_bad!r}; choose 'raise' or 'skip'")
+        if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r}; choose 'raise' or 'skip'")
         self.source = source if isinstance(source, Source) else Source(source)
-        self.skip, self.max_pixels, self.labels, self.pixels = on_bad == 'skip', max_pixels, self.source.labels, None
+        self.skip, self.max_pixels, self.labels, self.pixels = on_error == 'skip', max_pixels, self.source.labels, None
         self.bad = torch.zeros(len(self.source), dtype=torch.bool).share_memory_() # seen by reader processes, too
         if memory and self._estimate() <= limit: self._load()
 

@@ -105,29 +105,29 @@ class DualViewTransform:
     def __init__(self,
         size_s:int,                  # pixels of the student's view
         size_t:int|None=None,        # pixels of the teacher's view; None: there is no teacher
-        geometry:str='shared',       # crop and flip: "shared", "independent" (student's alone) or "fixed" (neither)
+        crop:str='shared',           # crop and flip: "shared", "student_only" (student's alone) or "center" (neither)
         crop_scale=(.35, 1.),        # area of the random box as a share of the image
         flip:float=.5,               # probability of a mirror image
-        photometry:str='trivial',    # "trivial" or "none"
+        color:str='trivial_augment', # "trivial_augment" or "none"
         magnitude:float=1.,          # strength of TrivialAugment, 1: its own range
-        erase:float=.25,             # probability that a rectangle of the student's view is erased
+        random_erasing:float=.25,    # probability that a rectangle of the student's view is erased
         interpolation:str='bicubic', # of both views; or "bilinear"
         fill:int=128,                # gray level of the erased rectangle
         # crop and flip are one of so many of each image, the same in every run; None: new ones in every epoch
         recorded:int|None=None,
     ):
-        _check('geometry', geometry, ('shared', 'independent', 'fixed'))
-        _check('photometry', photometry, ('trivial', 'none'))
+        _check('crop', crop, ('shared', 'student_only', 'center'))
+        _check('color', color, ('trivial_augment', 'none'))
         _check('interpolation', interpolation, ('bicubic', 'bilinear'))
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={tuple(crop_scale)}; give two shares of the area, 0 < low ≤ high ≤ 1")
-        for k,v in dict(flip=flip, erase=erase, magnitude=magnitude).items():
+        for k,v in dict(flip=flip, random_erasing=random_erasing, magnitude=magnitude).items():
             if not 0 <= v <= 1: raise ValueError(f"{k}={v:g}; give a number from 0 to 1")
-        if recorded is not None and recorded > 1 and geometry != 'shared':
-            raise ValueError(f"{recorded} recorded views with geometry={geometry!r}, which shows the teacher one view "
-                             "of each image; give 1, or geometry='shared'")
+        if recorded is not None and recorded > 1 and crop != 'shared':
+            raise ValueError(f"{recorded} recorded views with crop={crop!r}, which shows the teacher one view "
+                             "of each image; give 1, or crop='shared'")
         store_attr()
-        self.ops = list(color_ops | (geometric_ops if geometry == 'independent' else {}))
+        self.ops = list(color_ops | (geometric_ops if crop == 'student_only' else {}))
 
 # %% ../../nbs/data/47_views.ipynb #f577b78e
 def _check(name, given, allowed):
@@ -144,13 +144,13 @@ def sample_params(self:DualViewTransform,
     "Sample the parameters of both views of an image of `h` × `w` pixels"
     rng, middle = seeded_random(*keys), center_box(h, w)
     flip, op, level, sign, erase = (rng.random() for _ in range(5))
-    if place is not None and self.geometry == 'shared': rng = seeded_random(*place); flip = rng.random()
-    box = middle if self.geometry == 'fixed' else random_resized_crop_box(rng, h, w, self.crop_scale)
-    flip, shared = flip < self.flip and self.geometry != 'fixed', self.geometry == 'shared'
-    op = self.ops[int(op*len(self.ops))] if self.photometry == 'trivial' else 'identity'
+    if place is not None and self.crop == 'shared': rng = seeded_random(*place); flip = rng.random()
+    box = middle if self.crop == 'center' else random_resized_crop_box(rng, h, w, self.crop_scale)
+    flip, shared = flip < self.flip and self.crop != 'center', self.crop == 'shared'
+    op = self.ops[int(op*len(self.ops))] if self.color == 'trivial_augment' else 'identity'
     level = self.magnitude * int(level*31)/30 * (-1 if sign < .5 else 1)
     hole, s = None, self.size_s
-    if erase < self.erase: hole = random_resized_crop_box(seeded_random(*keys, 'erase'), s, s, scale=(.02, 1/3), ratio=(.3, 1/.3))
+    if erase < self.random_erasing: hole = random_resized_crop_box(seeded_random(*keys, 'erase'), s, s, scale=(.02, 1/3), ratio=(.3, 1/.3))
     return ViewParams(box, box if shared else middle, flip, flip and shared, op, level, hole)
 
 # %% ../../nbs/data/47_views.ipynb #cc31f7c4

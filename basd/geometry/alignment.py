@@ -57,14 +57,14 @@ class TokenAligner(nn.Module):
         d_in:int,            # teacher width
         d_out:int,           # width wanted: the student's, or the teacher's as in the original code
         heads:int|None=None, # of the attention, must divide `d_out`; one for each 64 of the width if None
-        codes:bool=True,     # position codes on queries and keys; without them the aligner sees a set
+        pos_embed:bool=True, # position codes on queries and keys; without them the aligner sees a set
         grid_out:tuple[int,int]|None=None, # (height, width) of the wanted tokens, if they lie on a grid
     ):
         super().__init__()
         heads = heads or max(h for h in range(1, max(d_out//64, 1) + 1) if d_out % h == 0)
         if d_out % heads: raise ValueError(f"heads={heads} does not divide d_out={d_out}; choose a divisor")
-        if codes: sincos_position_embedding(n_out, d_out, grid_out) # refuses here what would fail later
-        self.n_out, self.heads, self.codes, self.grid_out = n_out, heads, codes, grid_out and tuple(grid_out)
+        if pos_embed: sincos_position_embedding(n_out, d_out, grid_out) # refuses here what would fail later
+        self.n_out, self.heads, self.pos_embed, self.grid_out = n_out, heads, pos_embed, grid_out and tuple(grid_out)
         self.queries = nn.Parameter(.02*torch.randn(n_out, d_out))
         self.proj = nn.Linear(d_in, d_out)
         self.q, self.k, self.v, self.out = (nn.Linear(d_out, d_out) for _ in range(4))
@@ -88,7 +88,7 @@ def position_embeddings(
     grid_in:tuple[int,int]|None=None,       # (height, width) of the teacher tokens
 )->tuple: # (n_out, d_out) and (N_t, d_out); zeros without codes
     "Position codes of the wanted places and of the teacher's"
-    if not self.codes: return 0., 0.
+    if not self.pos_embed: return 0., 0.
     grid_out, grid_in = (None, None) if grid_in is None or self.grid_out is None else (self.grid_out, grid_in)
     d, like = self.queries.shape[1], dict(device=x.device, dtype=self.queries.dtype)
     return sincos_position_embedding(self.n_out, d, grid_out, **like), sincos_position_embedding(x.shape[1], d, grid_in, **like)

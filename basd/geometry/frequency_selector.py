@@ -118,30 +118,30 @@ class FrequencySelector(nn.Module):
         bins:int|None=8,
         dist:Literal['kl', 'cosine']='kl', # symmetrized divergence of shares, or one minus their cosine, as published
         drop_dc:bool=True,   # leave the mean token out, which drowns the rest
-        normalise:Literal['standard', 'none']='standard', # standardize distances and tokens, or take them as they are
-        tau:float=1.,        # first temperature; in (0.05, 10), or any positive number with normalise='none'
+        normalize:Literal['standard', 'none']='standard', # standardize distances and tokens, or take them as they are
+        tau:float=1.,        # first temperature; in (0.05, 10), or any positive number with normalize='none'
         entropy:float=.01,   # weight λ of the entropy of the mixing weights; 0: temperatures stay as they are
         entropy_sign:Literal[1, -1]=1, # 1: lower the entropy, towards one layer; -1: raise it, towards all of them
     ):
         super().__init__()
-        for name, given, allowed in (('dist', dist, ('kl', 'cosine')), ('normalise', normalise, ('standard', 'none')),
+        for name, given, allowed in (('dist', dist, ('kl', 'cosine')), ('normalize', normalize, ('standard', 'none')),
                                      ('entropy_sign', entropy_sign, (1, -1))):
             if given not in allowed:
                 raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(map(str, allowed))}")
         if bins is not None and bins < 2: raise ValueError(f"bins={bins}; give at least 2 rings, or None for no rings")
         if entropy < 0: raise ValueError(f"entropy={entropy} is negative; set entropy_sign=-1 to raise the entropy")
-        if not (.05 < tau < 10 if normalise == 'standard' else tau > 0):
-            raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or any with normalise='none'")
+        if not (.05 < tau < 10 if normalize == 'standard' else tau > 0):
+            raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or any with normalize='none'")
         self.widths_s, self.widths_t, self.bins, self.dist = list(widths_s), list(widths_t), bins, dist
-        self.drop_dc, self.normalise, self.entropy, self.entropy_sign = drop_dc, normalise, entropy, entropy_sign
+        self.drop_dc, self.normalize, self.entropy, self.entropy_sign = drop_dc, normalize, entropy, entropy_sign
         share = math.log(tau/.05) / math.log(10/.05)
-        rho = math.log(share/(1 - share)) if normalise == 'standard' else tau + math.log(-math.expm1(-tau))
+        rho = math.log(share/(1 - share)) if normalize == 'standard' else tau + math.log(-math.expm1(-tau))
         self.rho = nn.Parameter(torch.full((len(self.widths_s),), rho), requires_grad=entropy != 0)
 
     @property
     def temperatures(self)->Tensor: # positive, (P,)
         "One temperature per student layer"
-        if self.normalise == 'none': return F.softplus(self.rho)
+        if self.normalize == 'none': return F.softplus(self.rho)
         return .05 * (self.rho.sigmoid() * math.log(10/.05)).exp()
 
     @property
@@ -167,7 +167,7 @@ class FrequencySelector(nn.Module):
 
     def extra_repr(self):
         return (f"points={len(self.widths_s)}, layers={len(self.widths_t)}, bins={self.bins}, dist={self.dist}, "
-                f"drop_dc={self.drop_dc}, normalise={self.normalise}")
+                f"drop_dc={self.drop_dc}, normalize={self.normalize}")
 
 # %% ../../nbs/geometry/13_frequency_selector.ipynb #44bec7f1
 @patch
@@ -208,7 +208,7 @@ def forward(self:FrequencySelector,
     "Mixing weights, regularizer and metrics from comparing every student layer with every teacher layer"
     p, q = self.profiles(xs_s, xs_t, grids_s, grids_t, blend)
     d, tau = profile_dist(p[:, None], q, self.dist), self.temperatures
-    w = layer_weights(d, tau.to(d.dtype), self.normalise)
+    w = layer_weights(d, tau.to(d.dtype), self.normalize)
     H = normalized_entropy(w)
     report = dict(distances=d, temperatures=tau, entropy=H)
     return Selection(w, self.entropy_sign*self.entropy*H.mean(), {n: x.detach() for n,x in report.items()})
@@ -236,7 +236,7 @@ def mix(self:FrequencySelector,
 )->list:                # P × (B, N, `mixed_width`); N is the teacher's if its layers agree in tokens, else the point's
     "Mixed teacher tokens for every student layer"
     xs_t = self.one_width(xs_t)
-    norm, grids_t, grids_s = self.normalise == 'standard', grids_t or [None]*len(xs_t), grids_s or [None]*len(n_outs)
+    norm, grids_t, grids_s = self.normalize == 'standard', grids_t or [None]*len(xs_t), grids_s or [None]*len(n_outs)
     if len({(x.shape[1], g and tuple(g)) for x,g in zip(xs_t, grids_t)}) == 1:
-        return list(mix_tokens(weights, xs_t, normalise=norm, constant=constant))
+        return list(mix_tokens(weights, xs_t, normalize=norm, constant=constant))
     return [mix_tokens(w[None], xs_t, n, grids_t, g, norm, constant)[0] for w,n,g in zip(weights, n_outs, grids_s)]

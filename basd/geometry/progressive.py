@@ -40,14 +40,14 @@ class ProgressiveSelector(Frontier, GrassmannSelector):
         goal:str|list='uniform', # fixed map at which the frontiers arrive, as of `layer_map`
         until:float=.6,   # share of the run after which they have arrived at the latest
         fast:float=.1,    # share of the run that the whole way takes at least
-        memory:float=.9,  # decay per step of the running mean of what is measured
+        ema_decay:float=.9, # decay per step of the running mean of what is measured
         recon:float=.1,   # weight of the reconstruction loss, which trains the maps into the common space; 0: none
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, rank=rank, dim=dim, recon=recon, max_rows=max_rows)
         if not share > 0: raise ValueError(f"share={share:g} of the selector; give a share above 0 of the teacher's own overlap")
-        if not 0 <= memory < 1: raise ValueError(f"memory={memory:g} of the selector; remember a share from 0 to below 1")
-        self.share, self.memory = share, memory
+        if not 0 <= ema_decay < 1: raise ValueError(f"ema_decay={ema_decay:g} of the selector; remember a share from 0 to below 1")
+        self.share, self.ema_decay = share, ema_decay
         self.begin(goal, until, fast)
         self.register_buffer('reached', torch.zeros(len(self.widths_s)))
 
@@ -56,7 +56,7 @@ class ProgressiveSelector(Frontier, GrassmannSelector):
         if self.training and time is not None:
             r = share_reached(dist, gram/self.rank, hat_weights(self.frontier, dist.shape[-1]))
             r = torch.where(r.isfinite(), r, self.reached).to(self.reached.dtype)
-            self.reached.lerp_(r, 1 - self.memory)
+            self.reached.lerp_(r, 1 - self.ema_decay)
             self.advance(time, self.reached >= self.share)
         return hat_weights(self.frontier, dist.shape[-1]).to(dist.dtype)
 

@@ -29,11 +29,11 @@ from .projections import SharedProjection, reconstruction_loss
 def layer_weights(
     dist:Tensor, # distances in [0, 1], constant, (P, L)
     tau:Tensor,  # temperatures, positive, (P,)
-    normalise:Literal['standard', 'none']='standard', # standardize distances over layers, or take them as they are
+    normalize:Literal['standard', 'none']='standard', # standardize distances over layers, or take them as they are
     floor:float=.02, # least spread that counts as one; keeps weights uniform where distances are equal up to noise
 )->Tensor:       # positive, rows sum to one, (P, L)
     "Softmax over teacher layers of minus the distance, with gradient to the temperatures"
-    if normalise == 'standard':
+    if normalize == 'standard':
         std, mean = torch.std_mean(dist, -1, correction=0, keepdim=True)
         dist = (dist - mean) / std.clamp(min=floor)
     return (-dist / tau[:, None]).softmax(-1)
@@ -50,17 +50,17 @@ def depth_prior(
     return (weights.log() - z.square()/2).softmax(-1)
 
 # %% ../../nbs/geometry/11_selector.ipynb #985d0f9e
-def _mixture(weights, xs, normalise):
-    x = torch.stack([F.layer_norm(upcast(x), x.shape[-1:]) if normalise else upcast(x) for x in xs])
+def _mixture(weights, xs, normalize):
+    x = torch.stack([F.layer_norm(upcast(x), x.shape[-1:]) if normalize else upcast(x) for x in xs])
     return torch.tensordot(weights.to(x.dtype), x, 1)                                   # (P, B, ..., D)
 
-def _mixtures(weights, xs, normalise):
+def _mixtures(weights, xs, normalize):
     "The same for a few entries at a time, where nothing has to be kept for a gradient"
     size = chunk_size(len(xs)*xs[0][0].numel(), len(xs[0]), xs[0].device)
     if size == len(xs[0]) or torch.is_grad_enabled() and any(t.requires_grad for t in (weights, *xs)):
-        return _mixture(weights, xs, normalise)
+        return _mixture(weights, xs, normalize)
     out = upcast(xs[0].new_empty(0)).new_empty(len(weights), *xs[0].shape)
-    for i in range(0, len(xs[0]), size): out[:, i:i+size] = _mixture(weights, [x[i:i+size] for x in xs], normalise)
+    for i in range(0, len(xs[0]), size): out[:, i:i+size] = _mixture(weights, [x[i:i+size] for x in xs], normalize)
     return out
 
 # %% ../../nbs/geometry/11_selector.ipynb #93f742cf
@@ -70,7 +70,7 @@ def mix_tokens(
     n_out:int|None=None,# tokens wanted; as many as there are if None, for which layers must agree
     grids:list|None=None, # (height, width) of each layer's tokens, or None
     grid_out:tuple[int,int]|None=None, # (height, width) wanted, or None
-    normalise:bool=True,# layer norm without parameters before mixing
+    normalize:bool=True,# layer norm without parameters before mixing
     constant:bool=True, # detach the weights
 )->Tensor:              # (P, B, n_out, D)
     "Mixtures of teacher layers, one per student layer"
@@ -83,9 +83,9 @@ def mix_tokens(
         raise ValueError(f"layers of {[x.shape[1] for x in xs]} tokens on grids {grids} cannot be added; pass n_out")
     with autocast_disabled(xs[0]):
         if not agree:
-            if normalise: xs, normalise = [F.layer_norm(x, x.shape[-1:]) for x in xs], False
+            if normalize: xs, normalize = [F.layer_norm(x, x.shape[-1:]) for x in xs], False
             xs = [resample_tokens(x, n_out, g, grid_out) for x,g in zip(xs, grids)]
-        y = _mixtures(weights.detach() if constant else weights, list(xs), normalise)              # (P, B, N, D)
+        y = _mixtures(weights.detach() if constant else weights, list(xs), normalize)              # (P, B, N, D)
         return resample_tokens(y, n_out, grids[0], grid_out) if agree and n_out else y
 
 # %% ../../nbs/geometry/11_selector.ipynb #97abd579
@@ -116,10 +116,10 @@ def selection_metrics(
     "Metrics of a selection by their names in the log, padded to `L` layers"
     names = dict(distances='distance', temperatures='temperature') | {n: n for n in (
         'entropy', 'orth', 'recon', 'frontier', 'reached', 'neighbors')}
-    told = {names[k]: v for k,v in mix.metrics.items() if k in names}
     more = (0, L - mix.weights.shape[1])
-    if 'distance' in told: told['distance'] = F.pad(told['distance'], more, value=1.)
-    return dict(mixing=F.pad(mix.weights.detach(), more)) | told
+    metrics = dict(weights=F.pad(mix.weights.detach(), more)) | {names[k]: v for k,v in mix.metrics.items() if k in names}
+    if 'distance' in metrics: metrics['distance'] = F.pad(metrics['distance'], more, value=1.)
+    return {f'selector/{k}': v for k,v in metrics.items()}
 
 # %% ../../nbs/geometry/11_selector.ipynb #1529cdf9
 @SELECTORS.register('nearest')
@@ -135,9 +135,9 @@ class GrassmannSelector(nn.Module):
         # a row is a token, or the mean over an image where token places do not correspond
         rows:Literal['token', 'image']='token',
         # standardize distances and tokens and divide the orthogonality penalty by `rank`, or none of these
-        normalise:Literal['standard', 'none']='standard',
+        normalize:Literal['standard', 'none']='standard',
         band:float|None=None, # weights stay in a band of this width around `depth_prior`'s line, a share of the depth; None: no band
-        tau:float=1.,      # first temperature; in (0.05, 10), or any positive number with normalise='none'
+        tau:float=1.,      # first temperature; in (0.05, 10), or any positive number with normalize='none'
         # maps into the common space: learned and kept orthonormal, learned without constraint, or kept as drawn
         mode:Literal['stiefel', 'learned', 'frozen']='stiefel',
         # weight of the orthogonality penalty, the only loss of the temperatures; 0: they stay what they are
@@ -147,24 +147,24 @@ class GrassmannSelector(nn.Module):
         recon_form:Literal['tokens', 'mean']='tokens',
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
         # decompose each batch's covariances, or follow those of their running mean
-        solver:Literal['eigh', 'track']='eigh',
-        memory:float=.99,  # of solver='track': decay of the running mean per step
-        settle:int=50,     # of solver='track': first steps, in which it decomposes too
+        solver:Literal['eigh', 'tracking']='eigh',
+        ema_decay:float=.99, # of solver='tracking': decay of the running mean per step
+        warmup_steps:int=50, # of solver='tracking': first steps, in which it decomposes too
     ):
         super().__init__()
         for name, given, allowed in (('space', space, ('sample', 'channel')), ('rows', rows, ('token', 'image')),
-                                     ('normalise', normalise, ('standard', 'none')),
+                                     ('normalize', normalize, ('standard', 'none')),
                                      ('recon_form', recon_form, ('tokens', 'mean')),
-                                     ('solver', solver, ('eigh', 'track'))):
+                                     ('solver', solver, ('eigh', 'tracking'))):
             if given not in allowed:
                 raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(allowed)}")
-        for name, given, usual in (('memory', memory, .99), ('settle', settle, 50)):
-            if solver != 'track' and given != usual:
-                raise ValueError(f"{name}={given} belongs to solver='track', not to {solver!r}; leave one of them out")
+        for name, given, usual in (('ema_decay', ema_decay, .99), ('warmup_steps', warmup_steps, 50)):
+            if solver != 'tracking' and given != usual:
+                raise ValueError(f"{name}={given} belongs to solver='tracking', not to {solver!r}; leave one of them out")
         if band is not None and not band > 0:
             raise ValueError(f"band={band} of the selector; give a positive share of the teacher's depth, or None for no band")
-        if not (max_rows > 0 and 0 <= memory < 1):
-            raise ValueError(f"max_rows={max_rows}, memory={memory} of the selector; compare at least one row, and remember a "
+        if not (max_rows > 0 and 0 <= ema_decay < 1):
+            raise ValueError(f"max_rows={max_rows}, ema_decay={ema_decay} of the selector; compare at least one row, and remember a "
                              "share below 1")
         if not 0 < rank < dim:
             raise ValueError(f"rank={rank} directions in a common space of dim={dim}; "
@@ -174,29 +174,29 @@ class GrassmannSelector(nn.Module):
         if procrustes and space != 'channel':
             raise ValueError("procrustes=True with space='sample', which needs no rotation; "
                              "set space='channel' or procrustes=False")
-        if not (.05 < tau < 10 if normalise == 'standard' else tau > 0):
-            raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or normalise='none'")
+        if not (.05 < tau < 10 if normalize == 'standard' else tau > 0):
+            raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or normalize='none'")
         self.widths_s, self.widths_t, self.rank, self.space, self.procrustes = (
             list(widths_s), list(widths_t), rank, space, procrustes)
-        self.rows, self.normalise, self.orth, self.recon = rows, normalise, orth, recon
-        self.recon_form, self.max_rows, self.solver, self.memory, self.settle, self.band = (
-            recon_form, max_rows, solver, memory, settle, band)
+        self.rows, self.normalize, self.orth, self.recon = rows, normalize, orth, recon
+        self.recon_form, self.max_rows, self.solver, self.ema_decay, self.warmup_steps, self.band = (
+            recon_form, max_rows, solver, ema_decay, warmup_steps, band)
         self.common = SharedProjection(widths_s, widths_t, dim, mode)
         share = math.log(tau/.05) / math.log(10/.05)
-        self.rho = nn.Parameter(torch.full((len(widths_s),), math.log(share/(1 - share)) if normalise == 'standard'
+        self.rho = nn.Parameter(torch.full((len(widths_s),), math.log(share/(1 - share)) if normalize == 'standard'
                                            else tau + math.log(-math.expm1(-tau))),
                                 requires_grad=orth != 0)
 
-        if solver == 'track':
+        if solver == 'tracking':
             eyes = torch.eye(dim).repeat(len(widths_s) + len(widths_t), 1, 1)
             for name,x in dict(running=eyes, basis=eyes, seen=torch.zeros(())).items():
                 self.register_buffer(name, x.clone())
-        self.warmed_up = False # has 'track' seen enough
+        self.warmed_up = False # has 'tracking' seen enough
 
     @property
     def temperatures(self)->Tensor: # positive, (P,)
         "One temperature per student layer"
-        if self.normalise == 'none': return F.softplus(self.rho)
+        if self.normalize == 'none': return F.softplus(self.rho)
         return .05 * (self.rho.sigmoid() * math.log(10/.05)).exp()
 
     @property
@@ -212,7 +212,7 @@ class GrassmannSelector(nn.Module):
     def after_update(self):
         "Keep the projections orthonormal; to be called after each optimizer step"
         self.common.retract()
-        if self.solver == 'track' and not self.warmed_up: self.warmed_up = bool(self.seen >= self.settle)
+        if self.solver == 'tracking' and not self.warmed_up: self.warmed_up = bool(self.seen >= self.warmup_steps)
 
     def no_weight_decay(self)->set:
         "Names of parameters that weight decay must leave alone, timm's convention"
@@ -220,11 +220,11 @@ class GrassmannSelector(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        if self.solver == 'track': self.warmed_up = bool(self.seen >= self.settle)
+        if self.solver == 'tracking': self.warmed_up = bool(self.seen >= self.warmup_steps)
 
     def extra_repr(self):
         return (f"points={len(self.widths_s)}, layers={len(self.widths_t)}, rank={self.rank}, space={self.space}, "
-                f"normalise={self.normalise}, solver={self.solver}")
+                f"normalize={self.normalize}, solver={self.solver}")
 
 # %% ../../nbs/geometry/11_selector.ipynb #e3e68b0d
 def sample_positions(
@@ -298,7 +298,7 @@ def _followed(self:GrassmannSelector, cov, k):
     X, lam = self.basis, None
     if self.training:
         cov = torch.where(cov.isfinite().all(), cov, self.running)
-        self.running.lerp_(cov.to(self.running.dtype), (1/(self.seen + 1)).clamp(min=1 - self.memory))
+        self.running.lerp_(cov.to(self.running.dtype), (1/(self.seen + 1)).clamp(min=1 - self.ema_decay))
         self.seen.add_(1)
         if self.warmed_up: X, lam = track_eigenvectors(self.running, X)
         else: X = eigh(condition_covariance(self.running)[0])[1]
@@ -335,8 +335,8 @@ def row_groups(self:GrassmannSelector,
         sample_positions(1, len(xs_s[0]), self.rank, self.max_rows)                  # refuses a batch that is too small
         return [(list(range(len(xs_s))), *paired_rows(*pooled))]
     groups = _groups(xs_s, grids_s or [None]*len(xs_s))
-    if self.solver == 'track' and len(groups) > 1:
-        raise ValueError(f"solver='track' with points of {[x.shape[1] for x in xs_s]} tokens; "
+    if self.solver == 'tracking' and len(groups) > 1:
+        raise ValueError(f"solver='tracking' with points of {[x.shape[1] for x in xs_s]} tokens; "
                          "it follows points that share their places, so set solver='eigh'")
     places = (self.sample([x.shape[1] for x in xs_s], grids_s, len(xs_s[0]), device=xs_s[0].device) if places is None
               else places)
@@ -366,7 +366,7 @@ def reconstruct(self:GrassmannSelector,
     rows_t:list,    # teacher rows at the same places, L × (M, D_t)
 )->Tensor:          # ()
     "Reconstruction loss of some student layers, with gradient to the common space alone"
-    standard, w = self.normalise == 'standard', weights.detach()
+    standard, w = self.normalize == 'standard', weights.detach()
     norm = (lambda x: F.layer_norm(x, x.shape[-1:])) if standard else (lambda x: x)
     with autocast_disabled(weights):
         z_s = torch.stack(self.common.student([norm(upcast(x)) for x in rows_s], points))
@@ -401,7 +401,7 @@ def weigh(self:GrassmannSelector,
     time:Tensor|None=None, # share of the run that is over, ()
 )->Tensor:       # rows sum to one, (P, L)
     "Mixing weights, largest for the nearest layer; other selectors override this"
-    w = layer_weights(dist, self.temperatures.to(dist.dtype), self.normalise)
+    w = layer_weights(dist, self.temperatures.to(dist.dtype), self.normalize)
     return w if self.band is None else depth_prior(w, self.band)
 
 # %% ../../nbs/geometry/11_selector.ipynb #65e0eddc
@@ -423,7 +423,7 @@ def forward(self:GrassmannSelector,
     if self.recon:
         recon = recon + sum(self.reconstruct(torch.stack([w[p] for p in points]), points, *rows) * len(points)/P
                             for points, *rows in groups)
-    orth = overlap_penalty(w, gram, self.rank if self.normalise == 'standard' else 1)
+    orth = overlap_penalty(w, gram, self.rank if self.normalize == 'standard' else 1)
     report = dict(distances=dist, temperatures=tau, entropy=torch.special.entr(w).sum(-1) / math.log(max(L, 2)),
                   orth=orth, recon=recon, gap=gap)
     return Selection(w, self.orth*orth + self.recon*recon, {n: x.detach() for n,x in report.items()})
@@ -439,12 +439,12 @@ def mix(self:GrassmannSelector,
     constant:bool=True, # cut the weights from the graph
 )->list:                # P × (B, N, `mixed_width`); N is the teacher's if its layers agree in tokens, else the point's
     "Mixed teacher tokens for every student layer, without gradient to the projections"
-    grids_t, grids_s, norm = grids_t or [None]*len(xs_t), grids_s or [None]*len(n_outs), self.normalise == 'standard'
+    grids_t, grids_s, norm = grids_t or [None]*len(xs_t), grids_s or [None]*len(n_outs), self.normalize == 'standard'
     if len(set(self.widths_t)) > 1:
         with autocast_disabled(xs_t[0]), torch.no_grad():
             xs_t, norm = self.common.teacher([F.layer_norm(upcast(x), x.shape[-1:]) if norm else x
                                               for x in xs_t], range(len(xs_t))), False
-    if len(_groups(xs_t, grids_t)) == 1: return list(mix_tokens(weights, xs_t, normalise=norm, constant=constant))
+    if len(_groups(xs_t, grids_t)) == 1: return list(mix_tokens(weights, xs_t, normalize=norm, constant=constant))
     places, mixed = {}, {}
     for p,(n,g) in enumerate(zip(n_outs, grids_s)): places.setdefault((n, g and tuple(g)), []).append(p)
     for (n, g), points in places.items():

@@ -39,7 +39,7 @@ def _layer_sets(
     "All sets of P teacher layers, with repetition if P > L"
     if math.comb(max(L, L + P - 1 if P > L else L), P) > 100_000:
         raise ValueError(f"{P} of {L} teacher layers can be chosen in {math.comb(L, P)} ways, too many to try; "
-                         "give fewer in method.layers, for instance every second one")
+                         "give fewer in method.teacher_layers, for instance every second one")
     sets = torch.combinations(torch.arange(L), P, with_replacement=P > L)
     return sets[sets[:, -1] == L - 1] if last else sets
 

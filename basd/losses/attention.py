@@ -26,14 +26,14 @@ from .base import FeatureLoss, grid_sizes_of
 def attention_kl(
     scores:Tensor, # student scores before the softmax, (..., H, R, N)
     target:Tensor, # of which each row, or each map, is a distribution, (..., H, R, N)
-    normalise:Literal['row', 'map']='row',   # softmax of the scores over a row, or over the whole map
+    normalize:Literal['row', 'map']='row',   # softmax of the scores over a row, or over the whole map
     reduction:Literal['row', 'batch']='row', # mean over rows or maps; or sum over heads and rows, mean over the rest
 )->Tensor: # nats, 0-d
     "KL of the student's attention from the target; gradient to `scores`, and to `target` only if it carries any"
     with autocast_disabled(scores):
         s, t = upcast(scores, target)
         t = t.clamp(min=torch.finfo(t.dtype).tiny)
-        if normalise == 'map': s, t = s.flatten(-2)[..., None, :], t.flatten(-2)[..., None, :]
+        if normalize == 'map': s, t = s.flatten(-2)[..., None, :], t.flatten(-2)[..., None, :]
         total = (t*(t.log() - s.log_softmax(-1))).sum()
         return total / (s.shape[:-1] if reduction == 'row' else s.shape[:-3]).numel()
 
@@ -80,7 +80,7 @@ class AttentionKLLoss(FeatureLoss):
         heads_t:int|list, # heads of a teacher layer; for `scope="all_layers"` a list of every layer's
         # heads of all student layers against all their targets; of each against its own; or against all teacher layers
         scope:Literal['joint', 'point', 'all_layers']='joint',
-        normalise:Literal['row', 'map']='row',    # one distribution per query, or per map (published)
+        normalize:Literal['row', 'map']='row',    # one distribution per query, or per map (published)
         reduction:Literal['row', 'batch']='row',  # nats per query; or summed over heads and queries (original)
         learn_temperature:bool=False,             # divide scores by a learned temperature, 1 at first
         rows:int|None=None,                       # query rows sampled at each step; None: all of them
@@ -96,14 +96,14 @@ class AttentionKLLoss(FeatureLoss):
         if scope != 'all_layers' and len(set(every)) != 1:
             raise ValueError(f"heads_t={every} differ, so the teacher's maps cannot be mixed; tap layers with equal "
                              "heads or use scope='all_layers'")
-        if rows is not None and (normalise == 'map' or rows < 1):
-            raise ValueError(f"rows={rows} with normalise={normalise!r}: give at least 1 row, and sample rows only "
-                             "with normalise='row'")
+        if rows is not None and (normalize == 'map' or rows < 1):
+            raise ValueError(f"rows={rows} with normalize={normalize!r}: give at least 1 row, and sample rows only "
+                             "with normalize='row'")
         if not 0 <= anneal <= 1: raise ValueError(f"anneal={anneal}; a factor for each epoch, from 0 to 1")
-        self.scope, self.normalise, self.reduction, self.rows, self.anneal = scope, normalise, reduction, rows, anneal
+        self.scope, self.normalize, self.reduction, self.rows, self.anneal = scope, normalize, reduction, rows, anneal
         # at_once: images at a time, where the target is a function; None: as the device has room
         self.points, H, self.at_once = len(heads_s), every[0], None
-        head = lambda s, t: HeadAligner(s, t, noise=noise, bias=normalise == 'map')
+        head = lambda s, t: HeadAligner(s, t, noise=noise, bias=normalize == 'map')
         if scope == 'point': self.heads = nn.ModuleList(head(h, H) for h in heads_s)
         else: self.heads = nn.ModuleList([head(sum(heads_s), sum(every) if scope == 'all_layers' else H*len(heads_s))])
         self.rho = nn.Parameter(torch.tensor(math.log(math.expm1(1.)))) if learn_temperature else None
@@ -130,7 +130,7 @@ def maps(
                          "all points share their places")
     if self.scope == 'all_layers': maps = self._every_layer(attention_t, places[0], grids_t, rows)
     else: maps = self._mixtures(attention_t, weights, places, grids_t[0], rows)
-    return maps if self.normalise == 'row' else _each(maps, lambda A: A.flatten(-2).softmax(-1).view_as(A))
+    return maps if self.normalize == 'row' else _each(maps, lambda A: A.flatten(-2).softmax(-1).view_as(A))
 
 # %% ../../nbs/losses/23_attention.ipynb #43fb0c3e
 @patch
@@ -207,7 +207,7 @@ def scores(
     if None in attention_s or len(attention_s) != self.points:
         raise ValueError(f"student layers {attention_s}: {self.points} layers with attention were announced; tap the "
                          "same layers as at construction")
-    S = [a.scores(rows) if self.normalise == 'row' else a.probs(rows) for a in attention_s]
+    S = [a.scores(rows) if self.normalize == 'row' else a.probs(rows) for a in attention_s]
     if self.scope == 'point': S = [head(s) for head,s in zip(self.heads, S)]
     else:
         if len({s.shape[-1] for s in S}) > 1:
@@ -244,7 +244,7 @@ def decay(
 def compare(self:AttentionKLLoss, attention_s, target, rows=None):
     "Mean over student layers, before annealing"
     pairs = zip(self.scores(attention_s, rows), target, strict=True)
-    return torch.stack([attention_kl(s, t, self.normalise, self.reduction) for s,t in pairs]).mean()
+    return torch.stack([attention_kl(s, t, self.normalize, self.reduction) for s,t in pairs]).mean()
 
 # %% ../../nbs/losses/23_attention.ipynb #ab9a7eb5
 @patch

@@ -16,7 +16,7 @@ from ..geometry.alignment import HeadAligner
 from .base import FeatureLoss
 
 # %% ../../nbs/losses/32_attention_relations.ipynb #b1ec49e4
-@LOSSES.register('scores')
+@LOSSES.register('attention_scores')
 class AttentionScoreLoss(FeatureLoss):
     "Mean squared error of attention scores before the softmax; gradient to the student and the mixtures of heads"
     inputs = 'attention'
@@ -72,7 +72,7 @@ def qkv_relation(
     return (a*a.shape[-1]**-.5 @ b.mT).log_softmax(-1)
 
 # %% ../../nbs/losses/32_attention_relations.ipynb #cf0d2d7d
-@LOSSES.register('heads')
+@LOSSES.register('qkv_relations')
 class QKVRelationLoss(FeatureLoss):
     "Match relations among queries, keys and values; gradient to the student, no parameters"
     inputs = 'attention'

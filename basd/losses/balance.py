@@ -71,18 +71,18 @@ class LossBalancer(nn.Module):
         fraction:float=.1,            # warm-up as a share of all steps
         # losses over their running means, weighed by how far each is below its own; the same, all alike; softmax of
         # inverse losses, as the paper has it; as the original's code has it; or given weights
-        form:Literal['reference', 'equal', 'paper', 'original', 'fixed']='reference',
-        # T of the softmax over losses: large is uniform; None: 1 for "reference", else 2
+        form:Literal['uwso_ema', 'equal', 'uwso', 'uwso_original', 'fixed']='uwso_ema',
+        # T of the softmax over losses: large is uniform; None: 1 for "uwso_ema", else 2
         temperature:float|None=None,
-        u_max:float=1.5,              # of "reference": how many times below its trend a loss may count as
-        beta:float=.99,               # of "reference" and "equal": decay of the running means per step
+        u_max:float=1.5,              # of "uwso_ema": how many times below its trend a loss may count as
+        beta:float=.99,               # of "uwso_ema" and "equal": decay of the running means per step
         floor:float=.25,              # of the same: smallest divisor, relative to the first level
-        settle:int=50,                # of the same: active forward passes whose mean is the first level
+        warmup_steps:int=50,          # of the same: active forward passes whose mean is the first level
         weights:dict|None=None,       # of "fixed": loss → weight; None: all equal
     ):
         super().__init__()
-        if form not in ('reference', 'equal', 'paper', 'original', 'fixed'):
-            raise ValueError(f"form={form!r}; choose 'reference', 'equal', 'paper', 'original' or 'fixed'")
+        if form not in ('uwso_ema', 'equal', 'uwso', 'uwso_original', 'fixed'):
+            raise ValueError(f"form={form!r}; choose 'uwso_ema', 'equal', 'uwso', 'uwso_original' or 'fixed'")
         for what,given in (('starts', starts or {}), ('weights', weights or {})):
             if set(given) - set(names):
                 raise ValueError(f"{what} names {min(set(given) - set(names))!r}, which is no loss; "
@@ -91,20 +91,20 @@ class LossBalancer(nn.Module):
             raise ValueError(f"weights leaves out {min(set(names) - set(weights))!r}; give one of each loss")
         if weights and form != 'fixed':
             raise ValueError(f"weights are for form='fixed'; form={form!r} makes its own")
-        if form != 'reference': refuse_unread(LossBalancer, "form='reference'", repr(form), u_max=u_max)
-        if form not in ('reference', 'equal'):
-            refuse_unread(LossBalancer, "form='reference' and 'equal'", repr(form), beta=beta, floor=floor, settle=settle)
+        if form != 'uwso_ema': refuse_unread(LossBalancer, "form='uwso_ema'", repr(form), u_max=u_max)
+        if form not in ('uwso_ema', 'equal'):
+            refuse_unread(LossBalancer, "form='uwso_ema' and 'equal'", repr(form), beta=beta, floor=floor, warmup_steps=warmup_steps)
         if form in ('equal', 'fixed'):
             refuse_unread(LossBalancer, 'forms that make weights', repr(form), temperature=temperature)
         for what,v,ok in (('temperature', temperature, temperature is None or temperature > 0),
                           ('u_max', u_max, u_max > 0),
-                          ('settle', settle, settle > 0)):
+                          ('warmup_steps', warmup_steps, warmup_steps > 0)):
             if not ok: raise ValueError(f"{what}={v}; it must be positive")
         for what,v in (('beta', beta), ('floor', floor)):
             if not 0 <= v < 1: raise ValueError(f"{what}={v}; it must be at least 0 and below 1")
-        self.names, self.form, self.u_max, self.beta, self.floor, self.settle = (
-            list(names), form, u_max, beta, floor, settle)
-        self.temperature = (1. if form == 'reference' else 2.) if temperature is None else temperature
+        self.names, self.form, self.u_max, self.beta, self.floor, self.warmup_steps = (
+            list(names), form, u_max, beta, floor, warmup_steps)
+        self.temperature = (1. if form == 'uwso_ema' else 2.) if temperature is None else temperature
         self.ramps = Ramps({n: (starts or {}).get(n, 0.) for n in self.names}, 0. if starts is None else fraction)
         fixed = weights or {n: 1/len(self.names) for n in self.names}
         self.register_buffer('fixed', torch.tensor([float(fixed[n]) for n in self.names]), persistent=False)
@@ -122,7 +122,7 @@ def ema_reference(self:LossBalancer,
         use = active & losses.isfinite()
         x = torch.where(use, losses, 0.)
         self.ema.copy_(torch.where(use, self.beta*self.ema + (1 - self.beta)*x, self.ema))
-        self.first.copy_(torch.where(use & (self.count < self.settle),
+        self.first.copy_(torch.where(use & (self.count < self.warmup_steps),
                                      (self.first*self.count + x)/(self.count + 1), self.first))
         self.count.add_(use)
     trend = torch.where(self.count > 0, self.ema/(1 - self.beta**self.count).clamp(min=1e-12), losses)
@@ -137,8 +137,8 @@ def loss_weights(self:LossBalancer,
     "Divisor and weight of each loss"
     active, one = ramps > 0, torch.ones_like(losses)
     if self.form == 'fixed': return one, self.fixed.to(losses.dtype)
-    if self.form == 'paper': return one, uwso_weights(losses, self.temperature)
-    if self.form == 'original':
+    if self.form == 'uwso': return one, uwso_weights(losses, self.temperature)
+    if self.form == 'uwso_original':
         ramped = ramps*losses
         running = ramped > 1e-8
         u = torch.where(running, 1/(self.temperature*ramped.clamp(min=1e-8)), -torch.inf)
@@ -154,14 +154,14 @@ def forward(self:LossBalancer,
     losses:Tensor, # with gradient, (C,)
     step:Tensor,   # steps taken, ()
     total:Tensor,  # steps of the whole run, ()
-    # weighted sum (), and a dictionary: `losses` (C,) with gradient; `ramps`, `weights`, `normalised`, `weighted` (C,) without
+    # weighted sum (), and a dictionary: `losses` (C,) with gradient; `ramps`, `weights`, `normalized`, `weighted` (C,) without
 )->tuple:
     "The balanced sum, and the values from which it was computed"
     with autocast_disabled(losses):
         losses = upcast(losses)
         ramps = self.ramps(step, total).to(losses.dtype)
         divisor, weights = self.loss_weights(all_reduce_mean(losses.detach()), ramps)
-        normalised = losses/divisor
-        parts = ramps*weights*normalised
-        return parts.sum(), dict(losses=parts, ramps=ramps, weights=weights, normalised=normalised.detach(),
+        normalized = losses/divisor
+        parts = ramps*weights*normalized
+        return parts.sum(), dict(losses=parts, ramps=ramps, weights=weights, normalized=normalized.detach(),
                                  weighted=parts.detach())

@@ -74,7 +74,7 @@ def forward(self:GramLoss,
     return torch.stack([self.one(x, y).mean() for x,y in pairs]).mean()
 
 # %% ../../nbs/losses/30_gram.ipynb #bbac9b57
-@LOSSES.register('token')
+@LOSSES.register('token_cosine')
 class TokenCosineLoss(FeatureLoss):
     "One minus the cosine of each token with its teacher token; gradient to the student and the maps"
     def __init__(self,
@@ -114,7 +114,7 @@ def forward(self:TokenCosineLoss,
     return torch.stack([self.one(f(x), y) for f,(x,y) in zip(maps, pairs)]).mean()
 
 # %% ../../nbs/losses/30_gram.ipynb #2ffe9247
-@LOSSES.register('correlation')
+@LOSSES.register('batch_similarity')
 class BatchSimilarityLoss(FeatureLoss):
     "Match the similarities among the images of a batch; gradient to the student, no parameters"
     def __init__(self,

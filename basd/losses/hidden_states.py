@@ -19,15 +19,15 @@ from .base import FeatureLoss, pair_aligned
 # %% ../../nbs/losses/28_hidden_states.ipynb #4c6c3813
 def normalize_tokens(
     h:Tensor,        # tokens, (..., D)
-    normalise:Literal['none', 'layer', 'unit'], # as they are, standardized token by token, or of unit length
+    normalize:Literal['none', 'layer', 'unit'], # as they are, standardized token by token, or of unit length
 )->Tensor:           # (..., D)
     "Tokens in the coordinates in which they are compared; zero, with gradient zero, where there is nothing to normalize"
-    if normalise == 'none': return h
-    if normalise == 'unit': return unit_directions(h)
+    if normalize == 'none': return h
+    if normalize == 'unit': return unit_directions(h)
     return h.shape[-1]**.5*unit_directions(h - h.mean(-1, keepdim=True), of=h)
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #9a76d55e
-@LOSSES.register('hidden')
+@LOSSES.register('hidden_states')
 class HiddenStateLoss(FeatureLoss):
     "Mean squared error of mapped student tokens; gradient to the student and the maps"
     def __init__(self,
@@ -35,19 +35,19 @@ class HiddenStateLoss(FeatureLoss):
         widths_t:list,       # D_t of each pair
         # compare tokens as they are (TinyBERT, FitNets), standardized one by one (ours for pre-norm transformers), or
         # at unit length (Patient KD)
-        normalise:Literal['none', 'layer', 'unit']='none',
+        normalize:Literal['none', 'layer', 'unit']='none',
         bias:bool=False,     # whether the maps from the student's to the teacher's width have a bias
         mapped:bool=True,    # False: compare without maps, where student and teacher are equally wide
     ):
         super().__init__()
-        if normalise not in ('none', 'layer', 'unit'):
-            raise ValueError(f"normalise={normalise!r}; choose 'none', 'layer' or 'unit'")
+        if normalize not in ('none', 'layer', 'unit'):
+            raise ValueError(f"normalize={normalize!r}; choose 'none', 'layer' or 'unit'")
         unequal = [(a, b) for a,b in zip(widths_s, widths_t, strict=True) if a != b]
         if unequal and not mapped:
             raise ValueError(f"mapped=False compares tokens of width {unequal[0][0]} with tokens of width {unequal[0][1]}; "
                              "leave it out, or take a student whose layer is as wide (deit_tiny_lift, deit_tiny_wide_last)")
         if not mapped: refuse_unread(HiddenStateLoss, 'mapped=True', 'mapped=False', bias=bias)
-        self.normalise = normalise
+        self.normalize = normalize
         self.maps = nn.ModuleList(nn.Linear(a, b, bias=bias) if mapped else nn.Identity()
                                   for a,b in zip(widths_s, widths_t))
 
@@ -57,8 +57,8 @@ class HiddenStateLoss(FeatureLoss):
     )->Tensor:    # ()
         "Loss of one pair, in float32"
         with autocast_disabled(x):
-            d = normalize_tokens(upcast(x), self.normalise) - normalize_tokens(upcast(y), self.normalise)
-            return d.square().sum(-1).mean() if self.normalise == 'unit' else d.square().mean()
+            d = normalize_tokens(upcast(x), self.normalize) - normalize_tokens(upcast(y), self.normalize)
+            return d.square().sum(-1).mean() if self.normalize == 'unit' else d.square().mean()
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #1fdcb83b
 @patch

@@ -98,21 +98,21 @@ def forward(self:RKDLoss,
 # %% ../../nbs/losses/33_instance_relations.ipynb #13f91429
 def _pairs_of(
     n:int,             # vertices
-    virtual:bool,      # those of the second half are second views of the first
+    two_views:bool,    # those of the second half are second views of the first
     device='cpu',
 )->tuple[Tensor, Tensor]: # i, j: each pair once, n(n−1)/2; or each of the first half with each of the second, n²/4
     "Which vertices an edge joins"
-    if not virtual: return tuple(torch.triu_indices(n, n, 1, device=device))
+    if not two_views: return tuple(torch.triu_indices(n, n, 1, device=device))
     i, j = torch.meshgrid(torch.arange(n//2, device=device), torch.arange(n//2, n, device=device), indexing='ij')
     return i.flatten(), j.flatten()
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #b66ccd0a
 def edge_directions(
     z:Tensor,          # vertices, (V, D)
-    virtual:bool=False,# those of the second half are second views of the first
+    two_views:bool=False,# those of the second half are second views of the first
 )->Tensor:             # unit vectors, (V(V−1)/2, D) or (V²/4, D)
     "Directions between vertices; zero, with gradient zero, where two coincide"
-    i, j = _pairs_of(len(z), virtual, z.device)
+    i, j = _pairs_of(len(z), two_views, z.device)
     return unit_directions(z[i] - z[j], of=z)
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #00d4d7e0
@@ -122,11 +122,11 @@ class VRMLoss(nn.Module):
         images:float=1.,  # weight of edges between images
         classes:float=1., # weight of edges between classes
         prune:float=.1,   # share of the edges between images that is left out, those of the largest joint entropy
-        virtual:bool=False, # the second half of the batch shows the first again: edges between the halves alone
+        two_views:bool=False, # the second half of the batch shows the first again: edges between the halves alone
     ):
         super().__init__()
         if not 0 <= prune < 1: raise ValueError(f"prune={prune}; give a share from 0 to below 1")
-        self.images, self.classes, self.prune, self.virtual = images, classes, prune, virtual
+        self.images, self.classes, self.prune, self.two_views = images, classes, prune, two_views
 
     def forward(self,
         z_s:Tensor,    # student logits, (B, C)
@@ -138,12 +138,12 @@ class VRMLoss(nn.Module):
             if min(s.shape) < 2:
                 raise ValueError(f"logits {tuple(s.shape)} are of one image or one class, which has no edges; "
                                  "raise data.batch_size, or choose another loss")
-            if self.virtual and len(s) % 2:
-                raise ValueError(f"virtual=True with {len(s)} images, whose second half cannot show the first again; "
+            if self.two_views and len(s) % 2:
+                raise ValueError(f"two_views=True with {len(s)} images, whose second half cannot show the first again; "
                                  "give an even number")
             x, y = (normalize_tokens(z, 'layer') for z in (s, t))
             huber = lambda a, b: F.smooth_l1_loss(a, b, reduction='none').sum(-1)
-            between = self.prune_edges(huber(edge_directions(x, self.virtual), edge_directions(y, self.virtual)), s.detach())
+            between = self.prune_edges(huber(edge_directions(x, self.two_views), edge_directions(y, self.two_views)), s.detach())
             return self.images*between.mean() + self.classes*huber(edge_directions(x.mT), edge_directions(y.mT)).mean()
 
     def prune_edges(self,
@@ -152,7 +152,7 @@ class VRMLoss(nn.Module):
     )->Tensor:       # of the edges that are not pruned
         "Losses of the edges, without the share of largest joint entropy"
         h = torch.special.entr(s.softmax(-1)).sum(-1)
-        i, j = _pairs_of(len(s), self.virtual, s.device)
+        i, j = _pairs_of(len(s), self.two_views, s.device)
         return each[(h[i] + h[j]).topk(max(1, round(len(each)*(1 - self.prune))), largest=False).indices]
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #08946f8d

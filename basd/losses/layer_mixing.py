@@ -23,14 +23,14 @@ class _Pooled(FeatureLoss):
     "Base of losses on mean tokens of all student and teacher layers, the student's mapped to the teacher's width"
     inputs = 'all_layers'
 
-    def __init__(self, widths_s, widths_t, normalise):
+    def __init__(self, widths_s, widths_t, normalize):
         super().__init__()
         if len(set(widths_t)) != 1:
             raise ValueError(f"teacher layers of widths {', '.join(map(str, sorted(set(widths_t))))} cannot be mixed; "
                              "name layers of one width")
-        if normalise not in ('none', 'layer', 'unit'):
-            raise ValueError(f"normalise={normalise!r}; choose 'none', 'layer' or 'unit'")
-        self.normalise, self.L = normalise, len(widths_t)
+        if normalize not in ('none', 'layer', 'unit'):
+            raise ValueError(f"normalize={normalize!r}; choose 'none', 'layer' or 'unit'")
+        self.normalize, self.L = normalize, len(widths_t)
         self.maps = nn.ModuleList(nn.Linear(d, widths_t[0], bias=False) for d in widths_s)
 
     def vectors(self, xs, ys)->tuple: # (B, P, D_t), (B, L, D_t)
@@ -40,7 +40,7 @@ class _Pooled(FeatureLoss):
                              f"but made for {len(self.maps)} and {self.L}")
         q = torch.stack([f(upcast(x.mean(1))) for f,x in zip(self.maps, xs)], 1)
         h = torch.stack([upcast(y.mean(1)) for y in ys], 1).detach()
-        return normalize_tokens(q, self.normalise), normalize_tokens(h, self.normalise)
+        return normalize_tokens(q, self.normalize), normalize_tokens(h, self.normalize)
 
 # %% ../../nbs/losses/35_layer_mixing.ipynb #f9a63ca0
 @LOSSES.register('alp')
@@ -50,10 +50,10 @@ class ALPLoss(_Pooled):
         widths_s:list,      # D_s of each student layer
         widths_t:list,      # D_t of each teacher layer, all equal
         # mean tokens as they are (ALP-KD), standardized, or at unit length
-        normalise:Literal['none', 'layer', 'unit']='layer',
+        normalize:Literal['none', 'layer', 'unit']='layer',
         scaled:bool=True,   # divide inner products by the root of the teacher's width; ALP-KD does not
     ):
-        super().__init__(widths_s, widths_t, normalise)
+        super().__init__(widths_s, widths_t, normalize)
         self.scale = widths_t[0]**-.5 if scaled else 1.
 
     def weights(self,
@@ -81,9 +81,9 @@ class LADLoss(_Pooled):
     def __init__(self,
         widths_s:list,      # D_s of each student layer
         widths_t:list,      # D_t of each teacher layer, all equal
-        normalise:Literal['none', 'layer', 'unit']='layer', # mean tokens as they are, standardized, or at unit length
+        normalize:Literal['none', 'layer', 'unit']='layer', # mean tokens as they are, standardized, or at unit length
     ):
-        super().__init__(widths_s, widths_t, normalise)
+        super().__init__(widths_s, widths_t, normalize)
         self.reach = [l for _,l in layer_map('uniform', len(widths_s), self.L)]
         self.gates = nn.ModuleList(nn.Linear(2*widths_t[0], widths_t[0]) for _ in widths_t[1:])
         for g in self.gates: nn.init.normal_(g.weight, std=.02); nn.init.zeros_(g.bias)

@@ -26,18 +26,18 @@ class LayerLadder:
     "One teacher layer as the target, which climbs by a measurement or by time"
     def _begin(self,
         threshold:float, # average CKA at which a layer counts as reached
-        memory:float,    # decay per step of the average
+        ema_decay:float, # decay per step of the average
         limit:float,     # most time on the clock that a layer is the target
         ahead:int,       # layers beyond the target that are run
     ):
         if not 0 < threshold <= 1: raise ValueError(f"threshold={threshold:g} of leap; CKA is between 0 and 1, give a number above 0 and up to 1")
-        if not 0 <= memory < 1: raise ValueError(f"memory={memory:g} of leap; remember a share from 0 to below 1")
+        if not 0 <= ema_decay < 1: raise ValueError(f"ema_decay={ema_decay:g} of leap; remember a share from 0 to below 1")
         if not limit > 0: raise ValueError(f"limit={limit:g} of leap; give a positive time")
         if ahead < 1: raise ValueError(f"ahead={ahead} of leap; run at least 1 layer beyond the target, to which it can move")
         if len(set(self.widths_t)) > 1:
             raise ValueError(f"teacher layers of widths {', '.join(map(str, sorted(set(self.widths_t))))}, and leap has one map for "
                              "all of them; name layers of one width")
-        self.threshold, self.memory, self.limit, self.ahead = threshold, memory, limit, ahead
+        self.threshold, self.ema_decay, self.limit, self.ahead = threshold, ema_decay, limit, ahead
         self.map = nn.Linear(self.widths_s[-1], self.widths_t[0])
         for name, value in dict(current=0., average=0., since=0., started=0., opened=float(len(self.widths_t))).items():
             self.register_buffer(name, torch.tensor(value))
@@ -104,7 +104,7 @@ def step(self:LayerLadder,
         z = self.map(upcast(x))
         if moves: self.in_time(z, ys, grid_s, grids_t, blend, clock := clock.to(self.since))
         w = self.on_target(len(ys)).to(z.dtype)
-        y = mix_tokens(w[None], ys, n, grids_t, grid_s, normalise=False)[0]
+        y = mix_tokens(w[None], ys, n, grids_t, grid_s, normalize=False)[0]
         y = self.wanted(y, n, grid_s, grid_s, blend)
         if moves:
             self.average.copy_(self.averaged(cka(z.detach().flatten(0, 1), y.flatten(0, 1))))
@@ -117,7 +117,7 @@ def averaged(self:LayerLadder,
     c:Tensor, # CKA of this step, ()
 )->Tensor:    # ()
     "The average with this step's CKA in it"
-    return torch.lerp(self.average, torch.where(c.isfinite(), c, self.average).to(self.average), 1 - self.memory)
+    return torch.lerp(self.average, torch.where(c.isfinite(), c, self.average).to(self.average), 1 - self.ema_decay)
 
 # %% ../../nbs/losses/36_leap.ipynb #18b7e142
 @patch
@@ -140,13 +140,13 @@ class LEAPLoss(LayerLadder, FeatureLoss):
         widths_s:list,      # D_s of each student layer
         widths_t:list,      # D_t of each teacher layer, all equal
         threshold:float=.85, # average CKA at which the next layer becomes the target
-        memory:float=0.,    # decay per step of the average; 0: the CKA of the last batch
+        ema_decay:float=0., # decay per step of the average; 0: the CKA of the last batch
         limit:float=5.,     # epochs that a layer is the target at most
         ahead:int=1,        # layers beyond the target that are run, by which it may move between two rows of the log
     ):
         super().__init__()
         self.widths_s, self.widths_t, self.norm = list(widths_s), list(widths_t), nn.Identity()
-        self._begin(threshold, memory, limit, ahead)
+        self._begin(threshold, ema_decay, limit, ahead)
 
     def setup(self,
         student, # `TappedModel`
@@ -179,12 +179,12 @@ class LEAPSelector(LayerLadder, FixedSelector):
         widths_s:list,      # widths of the student's layers, P integers
         widths_t:list,      # widths of the teacher's layers, all equal, L integers
         threshold:float=.85, # average CKA at which the next layer becomes the target
-        memory:float=0.,    # decay per step of the average; 0: the CKA of the last batch
+        ema_decay:float=0., # decay per step of the average; 0: the CKA of the last batch
         limit:float=.05,    # share of the run that a layer is the target at most
         ahead:int=1,        # layers beyond the target that are run, by which it may move between two rows of the log
     ):
         super().__init__(widths_s, widths_t)
-        self._begin(threshold, memory, limit, ahead)
+        self._begin(threshold, ema_decay, limit, ahead)
 
     def norm(self, y:Tensor)->Tensor:
         "Tokens standardized one by one"

@@ -66,7 +66,7 @@ def trajectory_delta_loss(
     return torch.where(still, 0., 1 - (a*b).sum(-1)).mean()
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #d4c47499
-@LOSSES.register('dynamics')
+@LOSSES.register('trajectory')
 class TrajectoryLoss(FeatureLoss):
     "Match predictions over depth and their changes; gradient to the student"
     def __init__(self,

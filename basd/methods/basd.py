@@ -21,7 +21,9 @@ from torch.profiler import record_function
 
 from ..core.chunking import chunk_size, chunked_mean
 from ..core.features import Features
-from ..core.registry import LOSSES, METHODS, SELECTORS, refuse_unread, options_from, options_dataclass, pickled_by, suggestion
+from basd.core.registry import (
+    LOSSES, METHODS, SELECTORS, options_dataclass, options_from, pickled_by, refuse_unread, suggestion,
+    validation_hint)
 from ..core.sampling import sample_images, step_generator
 from ..geometry.alignment import InterpolationAligner, TokenAligner, target_statistics
 from ..geometry.layer_maps import FixedSelector, layer_pairs
@@ -41,14 +43,14 @@ class AlignerOptions:
     "How teacher tokens are mapped to the student's grid and width"
     kind:Literal['cross', 'interp'] = 'cross'       # cross-attention, or resampling and a fixed projection
     width:Literal['student', 'teacher'] = 'student' # of the aligned tokens; the original code used the teacher's
-    codes:bool = True                               # of "cross": position embeddings on queries and keys
+    pos_embed:bool = True                           # of "cross": position embeddings on queries and keys
     # of "cross": images per step whose reconstruction trains the aligner, over all ranks; null: all
     samples:int|None = None
 
     def __post_init__(self):
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples={self.samples} images of the aligner; give at least 2, or null for all")
-        if self.kind == 'interp': refuse_unread(AlignerOptions, "kind='cross'", "'interp'", codes=self.codes, samples=self.samples)
+        if self.kind == 'interp': refuse_unread(AlignerOptions, "kind='cross'", "'interp'", pos_embed=self.pos_embed, samples=self.samples)
 
 # %% ../../nbs/methods/51_basd.ipynb #5dda4869
 RSDOptions, RelationalOptions = options_from(RSDLoss, 'widths_s', 'widths_t', 'pooled', 'norm'), options_from(TokenRelationLoss)
@@ -58,6 +60,7 @@ AttentionOptions, SpectralOptions = options_from(AttentionKLLoss, 'heads_s', 'he
 @options_dataclass
 class LossOptions:
     "The four structural losses (null leaves one out), and any other registered loss by its name"
+    registry = LOSSES
     # content: redundancy suppression between student channels and aligned teacher channels; null: leave it out
     rsd:RSDOptions|None = field(default_factory=RSDOptions)
     # directions between the tokens of an image; null: leave it out
@@ -87,7 +90,7 @@ def _checked_losses(
     try: return TypeAdapter(_loss_section(more)).validate_python(given)
     except ValidationError as e:
         first = e.errors()[0]
-        raise ValueError(f"losses.{'.'.join(map(str, first['loc'][:2]))}: {first['msg'].lower()}") from None
+        raise ValueError(f"losses.{'.'.join(map(str, first['loc'][:2]))}: {first['msg'].lower()}{validation_hint(first)}") from None
 
 # %% ../../nbs/methods/51_basd.ipynb #5b97dfe7
 BalanceOptions = options_from(LossBalancer, 'names', 'starts')
@@ -123,7 +126,7 @@ def _checked_selector(
     try: return TypeAdapter(kind).validate_python(given)
     except ValidationError as e:
         first, own = e.errors()[0], [f.name for f in fields(kind)]
-        raise ValueError(f"selector.{'.'.join(map(str, first['loc'][:1]))}: {first['msg'].lower()}; options of {name!r}: "
+        raise ValueError(f"selector.{'.'.join(map(str, first['loc'][:1]))}: {first['msg'].lower()}{validation_hint(first, own)}; options of {name!r}: "
                          f"{', '.join(own)} (selector=null first takes back what an extended recipe gives)") from None
 
 # %% ../../nbs/methods/51_basd.ipynb #cc7b80aa
@@ -134,14 +137,14 @@ SelectorOptions = selector_options('nearest')
 class BASDOptions:
     "Options of BASD"
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
-    points:Any = 'default'
-    layers:Any = 'all'                      # teacher layers that are mixed: "all", or a list of indices or names
+    student_layers:Any = 'default'
+    teacher_layers:Any = 'all'              # teacher layers that are mixed: "all", or a list of indices or names
     # how teacher layers are weighted for each student layer: name of a selector ("nearest" if none is given) and its options;
     # null clears what an extended recipe has set
     selector:Any = None
     # a fixed map in place of the selector: "uniform", "first_to_last", "skip", "last", "final", "first", "reversed",
     # "random", a list of [student layer, teacher layer], or "mean" for equal weights; null: the selector
-    rule:Any = None
+    layer_map:Any = None
     # how mixed teacher tokens are mapped to the student's grid and width
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
     # the four structural losses, and others
@@ -149,20 +152,20 @@ class BASDOptions:
     # how losses of different size are balanced, and over which share of the run they are ramped up
     balance:BalanceOptions = field(default_factory=BalanceOptions)
     # loss → where its ramp starts, as a share of the warm-up `balance.fraction`; 0 where it is not named
-    starts:dict[str, float] = field(default_factory=lambda: dict(rsd=0., rel=.25, attn=.25, spectral=.5))
-    weight:float = 1.                       # λ of the balanced sum of structural losses, beside cross-entropy
-    align:float = 1.                        # λ of the aligner's own loss, which trains the aligner alone
+    ramp_starts:dict[str, float] = field(default_factory=lambda: dict(rsd=0., rel=.25, attn=.25, spectral=.5))
+    distill_weight:float = 1.               # λ of the balanced sum of structural losses, beside cross-entropy
+    align_weight:float = 1.                 # λ of the aligner's own loss, which trains the aligner alone
 
     def __post_init__(self):
         names = [f.name for f in fields(self.losses)]
-        if wrong := set(self.starts) - set(names):
-            raise ValueError(f"starts names {min(wrong)!r}, which is no loss; the losses are {', '.join(names)}")
+        if wrong := set(self.ramp_starts) - set(names):
+            raise ValueError(f"ramp_starts names {min(wrong)!r}, which is no loss; the losses are {', '.join(names)}")
         self.selector = _checked_selector(self.selector)
-        if self.rule is not None:
+        if self.layer_map is not None:
             usual = _checked_selector(None)
             for name,given in vars(self.selector).items():
                 if given != getattr(usual, name, None):
-                    raise ValueError(f"selector.{name}={given!r} belongs to learned weights, not to rule={self.rule!r}; leave "
+                    raise ValueError(f"selector.{name}={given!r} belongs to learned weights, not to layer_map={self.layer_map!r}; leave "
                                      "one of them out (selector=null takes back what an extended recipe gives)")
 
 # %% ../../nbs/methods/51_basd.ipynb #4bfc7c96
@@ -190,13 +193,13 @@ class BASD(Method):
             raise ValueError("method.losses leaves no loss; keep at least one of rsd, rel, attn, spectral, or name another")
         if hasattr(self.selector, 'common') and not self.selector.recon:    # nothing trains the projections
             self.selector.common.requires_grad_(False)
-        self.balance = LossBalancer(list(self.losses), {n: options.starts.get(n, 0.) for n in self.losses},
+        self.balance = LossBalancer(list(self.losses), {n: options.ramp_starts.get(n, 0.) for n in self.losses},
                                **vars(options.balance))
 
     def make_selector(self, options):
         "Selector or fixed map, as the options name it"
         widths = self.student.widths, self.teacher.widths
-        if options.rule is not None: return FixedSelector(*widths, options.rule)
+        if options.layer_map is not None: return FixedSelector(*widths, options.layer_map)
         given = {k: v for k,v in vars(options.selector).items() if k != 'name'}
         return SELECTORS.get(options.selector.name)(*widths, **given)
 
@@ -209,7 +212,7 @@ class BASD(Method):
 
     @classmethod
     def requires(cls, options):
-        return Requires(student_layers=options.points, teacher_layers=options.layers,
+        return Requires(student_layers=options.student_layers, teacher_layers=options.teacher_layers,
                      attention=any(o is not None and LOSSES.get(n).inputs == 'attention'
                                    for n,o in vars(options.losses).items()), teacher=True)
 
@@ -223,7 +226,7 @@ def make_aligner(self:BASD,
     d_in = self.selector.mixed_width
     d_out = s.widths[p] if o.width == 'student' else d_in
     make = TokenAligner if o.kind == 'cross' else InterpolationAligner
-    return make(s.tokens[p], d_in, d_out, grid_out=s.grid_sizes[p], **({'codes': o.codes} if o.kind == 'cross' else {}))
+    return make(s.tokens[p], d_in, d_out, grid_out=s.grid_sizes[p], **({'pos_embed': o.pos_embed} if o.kind == 'cross' else {}))
 
 # %% ../../nbs/methods/51_basd.ipynb #fa58f915
 @patch
@@ -396,7 +399,7 @@ def factors(self:BASD,
     drawn:dict, # of `sample`
 )->dict:        # name → number, or 0-d tensor
     "Factor of each balanced loss"
-    return {n: self.options.weight*loss.decay(drawn['epoch']) for n,loss in self.losses.items()}
+    return {n: self.options.distill_weight*loss.decay(drawn['epoch']) for n,loss in self.losses.items()}
 
 # %% ../../nbs/methods/51_basd.ipynb #4c4d5a34
 @patch
@@ -405,7 +408,7 @@ def own_losses(self:BASD,
     recon:Tensor, # L_align, ()
 )->dict:          # name → 0-d tensor
     "The selector's and the aligner's own losses"
-    return dict(selector=mix.regularizer, align=self.options.align*recon)
+    return dict(selector=mix.regularizer, align=self.options.align_weight*recon)
 
 # %% ../../nbs/methods/51_basd.ipynb #e6a3be25
 @patch
@@ -434,10 +437,10 @@ def metrics(self:BASD,
 )->dict:
     "Metrics of a step"
     each = {f'{kind}/{n}': v
-            for kind,key in dict(normalised='normalised', weight='weights', ramp='ramps', weighted='weighted').items()
+            for kind,key in dict(loss_normalized='normalized', loss_weight='weights', ramp='ramps', loss_weighted='weighted').items()
             for n,v in zip(self.losses, balanced[key])}
     noted = {f'{n}/{k}': v for n,l in self.losses.items() for k,v in l.metrics().items()}
-    return {f'raw/{n}': v for n,v in raw.items()} | each | noted | selection_metrics(mix, len(self.teacher.widths))
+    return {f'loss_unweighted/{n}': v for n,v in raw.items()} | each | noted | selection_metrics(mix, len(self.teacher.widths))
 
 # %% ../../nbs/methods/51_basd.ipynb #c81ada02
 @patch

@@ -34,15 +34,15 @@ FourierOptions = options_from(FourierLoss, 'widths_s', 'widths_t')
 class BASDFourierOptions:
     "Options of Fourier BASD"
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
-    points:Any = 'default'
-    layers:Any = 'all'         # teacher layers that are mixed: "all", or a list of indices or names
+    student_layers:Any = 'default'
+    teacher_layers:Any = 'all' # teacher layers that are mixed: "all", or a list of indices or names
     # how teacher layers are weighted for each student layer, from energy by spatial frequency
     selector:SelectorOptions = field(default_factory=SelectorOptions)
     # how mixed teacher tokens are mapped to the student's grid and width
     aligner:AlignerOptions = field(default_factory=AlignerOptions)
     fourier:FourierOptions = field(default_factory=FourierOptions) # the loss on Fourier transforms of the tokens
-    weight:float = .2          # λ of the Fourier loss, beside cross-entropy
-    align:float = 1.           # λ of the aligner's own loss, which trains the aligner alone
+    distill_weight:float = .2  # λ of the Fourier loss, beside cross-entropy
+    align_weight:float = 1.    # λ of the aligner's own loss, which trains the aligner alone
 
     def __post_init__(self):
         # the teacher is mapped to the student's width, so no channels differ
@@ -71,14 +71,14 @@ class BASDFourier(Method):
             self.selector = FrequencySelector(student.widths, teacher.widths, **vars(options.selector))
         o, width = options.aligner, self.selector.mixed_width
         widths = student.widths if o.width == 'student' else [width]*len(student.widths)
-        make = (lambda *a, **k: TokenAligner(*a, codes=o.codes, **k)) if o.kind == 'cross' else InterpolationAligner
+        make = (lambda *a, **k: TokenAligner(*a, pos_embed=o.pos_embed, **k)) if o.kind == 'cross' else InterpolationAligner
         self.aligners = nn.ModuleList()
         for p,(n,d,g) in enumerate(zip(student.tokens, widths, student.grid_sizes)):
             with seeded(f'aligners.{p}'): self.aligners.append(make(n, width, d, grid_out=g))
         with seeded('loss'): self.loss = FourierLoss(student.widths, widths, **vars(options.fourier))
 
     @classmethod
-    def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=options.layers, teacher=True)
+    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=options.teacher_layers, teacher=True)
 
 # %% ../../nbs/methods/56_basd_fourier.ipynb #d00164a6
 @patch
@@ -110,12 +110,12 @@ def forward(self:BASDFourier, student:Features, teacher:Features, target:Target,
               else progress).samples
     ys, align = self.targets(mix.weights.detach(), student, teacher, images)
     raw = mixed_loss(self.loss, Layers(student.tokens, student.grid_sizes), Layers(ys, student.grid_sizes), target.mix)
-    parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.weight*raw,
-                 selector=mix.regularizer, align=self.options.align*align)
+    parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.distill_weight*raw,
+                 selector=mix.regularizer, align=self.options.align_weight*align)
     health = {f'target/{k}': torch.stack([target_statistics(y)[k] for y in ys])
               for k in ('batch_std', 'effective_rank', 'cosine')} if progress.should_log else {}
     return method_output(student.logits, parts,
-                   {'raw/fourier': raw}
+                   {'loss_unweighted/fourier': raw}
                    | selection_metrics(mix, mix.weights.shape[1]) | health)
 
 # %% ../../nbs/methods/56_basd_fourier.ipynb #0549f261

@@ -31,7 +31,7 @@ class LiteralBASDOptions(BASDOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.targets == 'live':
-            refuse_unread(LiteralBASDOptions, "targets='constant'", "'live'", align=self.align)
+            refuse_unread(LiteralBASDOptions, "targets='constant'", "'live'", align_weight=self.align_weight)
             if self.aligner.samples is not None:
                 raise ValueError(f"aligner.samples={self.aligner.samples} belongs to targets='constant', not to 'live'; "
                                  "leave one of them out")
@@ -52,7 +52,7 @@ class LiteralBASD(BASD):
         self.live = options.targets == 'live'
         if not self.live: return
         for a in self.aligners: getattr(a, 'decoder', nn.Identity()).requires_grad_(False)
-        if options.rule is None and options.selector.name == 'nearest': self.selector.rho.requires_grad_()
+        if options.layer_map is None and options.selector.name == 'nearest': self.selector.rho.requires_grad_()
 
 # %% ../../nbs/methods/53_basd_literal.ipynb #6898d4fe
 @patch

@@ -265,4 +265,4 @@ def forward(self:POCL, student:Features, teacher:Features, target:Target, progre
     kl = lambda z_t: kd_loss(z, z_t, T, self.options.direction)
     raw = kl(z_t) if b is None else torch.lerp(kl(z_t[b.partner]), kl(z_t), b.lam.to(z.dtype))
     return method_output(z, dict(ce=(1 - alpha)*cross_entropy(z, target.labels), logits=alpha*raw),
-                   {'raw/logits': raw, 'stage': self.stage, 'temperature': T, 'share': alpha})
+                   {'loss_unweighted/logits': raw, 'stage': self.stage, 'temperature': T, 'kd_alpha': alpha})

@@ -51,9 +51,9 @@ class DualHeadOptions:
     "Options of the dual head"
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names;
     # the last one carries the second head
-    points:Any = 'default'
+    student_layers:Any = 'default'
     T:Annotated[float, Field(gt=0)] = 2.      # temperature that divides the logits
-    weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, on the second head
+    distill_weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, on the second head
 
 # %% ../../nbs/methods/60_dual_head.ipynb #8e9fd301
 @METHODS.register('dual_head')
@@ -72,7 +72,7 @@ class DualHead(Method):
                                               nn.Linear(student.widths[-1], classes))
 
     @classmethod
-    def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=[], teacher=True, logits=True)
+    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=[], teacher=True, logits=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
         "Loss, logits and metrics of one batch"
@@ -81,5 +81,5 @@ class DualHead(Method):
         second = self.head(self.norm(student.tokens[-1]).mean(1))
         raw = mixed_mean(lambda z_t: bce_kl(second, z_t, o.T), z_t, b)
         agree = (second.argmax(-1) == student.logits.argmax(-1)).float().mean()
-        return method_output(student.logits, dict(ce=cross_entropy(student.logits, target.labels), teacher=o.weight*raw),
-                       {'raw/teacher': raw, 'heads_agree': agree})
+        return method_output(student.logits, dict(ce=cross_entropy(student.logits, target.labels), teacher=o.distill_weight*raw),
+                       {'loss_unweighted/teacher': raw, 'heads_agree': agree})

@@ -57,9 +57,9 @@ def ofa_loss(
 class OFAOptions:
     "Options of OFA"
     # layers with an exit, student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
-    points:Any = 'default'
+    student_layers:Any = 'default'
     gamma:Annotated[float, Field(ge=1)] = 1.5 # how much the true class is enhanced where the teacher is sure; 1: not
-    weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, a mean over exits and the student's own head
+    distill_weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, a mean over exits and the student's own head
 
 # %% ../../nbs/methods/57_early_exits.ipynb #aef3825a
 @METHODS.register('ofa')
@@ -77,15 +77,15 @@ class OFA(Method):
         self.exits, self.classes = AuxiliaryClassifiers(student.widths, classes), classes
 
     @classmethod
-    def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=[], teacher=True, logits=True, labels=True)
+    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=[], teacher=True, logits=True, labels=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
         "Loss, logits and metrics of one batch"
         p, o = _mixed_teacher_probs(teacher.logits, target, self.classes), self.options
         each = torch.stack([ofa_loss(z, p, target.labels, o.gamma) for z in [*self.exits(student.tokens), student.logits]])
         return method_output(student.logits,
-                       dict(ce=cross_entropy(student.logits, target.labels), exits=o.weight*each.mean()),
-                       {'raw/exits': each})
+                       dict(ce=cross_entropy(student.logits, target.labels), exits=o.distill_weight*each.mean()),
+                       {'loss_unweighted/exits': each})
 
 # %% ../../nbs/methods/57_early_exits.ipynb #7958e7f8
 def _mixed_teacher_probs(
@@ -104,7 +104,7 @@ class BYOTOptions:
     "Options of BYOT"
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names;
     # the last one is the target of the others
-    points:Any = 'default'
+    student_layers:Any = 'default'
     alpha:Annotated[float, Field(ge=0, le=1)] = .3 # share of the deepest predictions in an exit's loss; labels: the rest
     T:Annotated[float, Field(gt=0)] = 3.           # temperature that divides the logits
     beta:Annotated[float, Field(ge=0)] = .03       # weight of the distance to the deepest features
@@ -127,7 +127,7 @@ class BYOT(Method):
         self.exits, self.hint = AuxiliaryClassifiers(early, classes), HiddenStateLoss(early, [last]*len(early))
 
     @classmethod
-    def requires(cls, options): return Requires(student_layers=options.points)
+    def requires(cls, options): return Requires(student_layers=options.student_layers)
 
 # %% ../../nbs/methods/57_early_exits.ipynb #950af708
 @patch
@@ -140,4 +140,4 @@ def forward(self:BYOT, student:Features, teacher, target:Target, progress:StepSt
     hint = self.hint(Layers(student.tokens[:-1], student.grid_sizes[:-1]), Layers(student.tokens[-1:]*n, student.grid_sizes[-1:]*n))
     parts = dict(ce=cross_entropy(z, target.labels), exits=(1 - o.alpha)*ce.sum(), self=o.alpha*kl.sum(),
                  hint=o.beta*n*hint)
-    return method_output(z, parts, {'raw/exits': ce, 'raw/self': kl, 'raw/hint': hint})
+    return method_output(z, parts, {'loss_unweighted/exits': ce, 'loss_unweighted/self': kl, 'loss_unweighted/hint': hint})

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from ..core.features import Features
-from ..core.registry import LOSSES, METHODS, options_from, options_dataclass
+from ..core.registry import LOSSES, METHODS, options_dataclass, options_from, validation_hint
 from ..core.sampling import step_generator
 from ..geometry.layer_maps import layer_map, layer_pairs
 from ..losses.balance import cosine_ramp
@@ -56,7 +56,7 @@ def _checked_loss(
     try: return tuple(TypeAdapter(kind).validate_python(side) for kind,side in zip(kinds, sides))
     except ValidationError as e:
         first = e.errors()[0]
-        raise ValueError(f"losses.{name}.{first['loc'][0]}: {first['msg'].lower()}; "
+        raise ValueError(f"losses.{name}.{first['loc'][0]}: {first['msg'].lower()}{validation_hint(first, [*shared, *own])}; "
                          f"options: {', '.join([*shared, *own])}") from None
 
 # %% ../../nbs/methods/55_feature_distillation.ipynb #dd795ca7
@@ -73,17 +73,17 @@ class FeatureDistillationOptions:
     losses:dict[str, Any] = field(default_factory=dict)
     logits:LogitTerm|None = None        # compare the teacher's logits as well; null: do not
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
-    points:Any = 'default'
-    layers:Any = 'all'                  # teacher layers that may be paired: "all", or a list of indices or names
+    student_layers:Any = 'default'
+    teacher_layers:Any = 'all'          # teacher layers that may be paired: "all", or a list of indices or names
     # teacher layer of each student layer: "uniform", "first_to_last", "skip", "last", "final", "first", "reversed",
     # "random", or a list of [student layer, teacher layer], both counted from 0
     layer_map:Any = 'uniform'
-    labels:float = 1.                   # weight of cross-entropy with the labels; 0: labels are not used
-    start:Annotated[float, Field(ge=0, lt=1)] = 0. # share of the run before the teacher's losses start
+    ce_weight:float = 1.                # weight of cross-entropy with the labels; 0: labels are not used
+    kd_start:Annotated[float, Field(ge=0, lt=1)] = 0. # share of the run before the teacher's losses start
     # share of the run over which their weight rises to its full value, after `start`
-    rise:Annotated[float, Field(ge=0, le=1)] = 0.
+    kd_warmup:Annotated[float, Field(ge=0, le=1)] = 0.
     # initialize the student from evenly spaced layers of a teacher of the same width (DistilBERT)
-    start_from_teacher:bool = False
+    init_from_teacher:bool = False
 
     def __post_init__(self):
         self.losses = {n: o for n,o in self.losses.items() if o is not None}
@@ -145,10 +145,10 @@ class FeatureDistillation(Method):
     @classmethod
     def requires(cls, options):
         attends = any(LOSSES.get(n).inputs == 'attention' for n in options.losses)
-        return Requires(student_layers=options.points if options.losses else None, teacher_layers=options.layers if options.losses else [],
+        return Requires(student_layers=options.student_layers if options.losses else None, teacher_layers=options.teacher_layers if options.losses else [],
                      attention=attends, teacher=True, logits=options.logits is not None,
                      labels=options.logits is not None and options.logits.loss == 'dkd',
-                     views_per_image=1 + (options.logits is not None and options.logits.virtual))
+                     views_per_image=1 + (options.logits is not None and options.logits.two_views))
 
 # %% ../../nbs/methods/55_feature_distillation.ipynb #2a0fdae8
 @patch
@@ -173,7 +173,7 @@ def compare(self:FeatureDistillation,
 def sample(self:FeatureDistillation, progress:StepState, batch:int, device)->StepState:
     "`progress` with the ramp and the samples of this step"
     o, number, g = self.options, lambda v: torch.full((), float(v), device=device), step_generator(progress.seed*31 + 7, progress.step, device)
-    rho = cosine_ramp(number(progress.step), number(o.start*progress.total_steps), number((o.start + o.rise)*progress.total_steps))
+    rho = cosine_ramp(number(progress.step), number(o.kd_start*progress.total_steps), number((o.kd_start + o.kd_warmup)*progress.total_steps))
     sample = {n: loss.sample([self.tokens[p] for p in self.sides[n][0]], batch, g, device) for n,loss in self.losses.items()}
     return progress._replace(samples=dict(ramp=rho, epoch=number(progress.epoch), losses=sample))
 
@@ -186,13 +186,13 @@ def forward(self:FeatureDistillation, student:Features, teacher:Features, target
     raw = {n: self.compare(n, student, teacher, target.mix, drawn['losses'][n], drawn['epoch']) for n in self.losses}
     parts = {n: drawn['ramp']*self.weights[n]*self.losses[n].decay(drawn['epoch'])*v for n,v in raw.items()}
     ce = cross_entropy(logits, target.labels)
-    if o.labels: parts = dict(ce=o.labels*ce) | parts
+    if o.ce_weight: parts = dict(ce=o.ce_weight*ce) | parts
     else: parts['ce'] = 0.*logits.sum()                          # a head without a loss still gets a gradient, zero
-    report = {f'raw/{n}': v for n,v in raw.items()} | dict(ramp=drawn['ramp'], label_loss=ce)
+    report = {f'loss_unweighted/{n}': v for n,v in raw.items()} | {'ramp': drawn['ramp'], 'loss_unweighted/ce': ce}
     report |= {f'{n}/{k}': v for n,l in self.losses.items() for k,v in l.metrics().items()}
     if self.logits is None: return method_output(logits, parts, report)
     soft, tau, anchor = self.logits(logits, teacher.logits, target, drawn['epoch'])
-    parts['logits'], report['raw/logits'] = drawn['ramp']*o.logits.weight*soft, soft
+    parts['logits'], report['loss_unweighted/logits'] = drawn['ramp']*o.logits.weight*soft, soft
     return (method_output(logits, parts, report) if tau is None
             else method_output(logits, parts | dict(anchor=anchor), report | dict(temperature=tau)))
 
@@ -200,7 +200,7 @@ def forward(self:FeatureDistillation, student:Features, teacher:Features, target
 @patch
 def setup(self:FeatureDistillation, student, teacher):
     "Initialize from the teacher if the options set it, and hand both models to the losses that read their weights"
-    if self.options.start_from_teacher: init_from_teacher_layers(student.model, teacher.model)
+    if self.options.init_from_teacher: init_from_teacher_layers(student.model, teacher.model)
     for loss in self.losses.values(): loss.setup(student, teacher)
 
 # %% ../../nbs/methods/55_feature_distillation.ipynb #eb783648

@@ -33,7 +33,7 @@ class LogitOptions:
     direction:Literal['forward', 'reverse'] = 'forward' # of "kl": KL(teacher‖student), or KL(student‖teacher)
     beta:float = 8.                            # of "dkd": weight of the ranking of other classes
     # of "vrm": two views per image in a batch, edges between first and second views only
-    virtual:bool = False
+    two_views:bool = False
     temperature:options_from(LearnedTemperature, 'classes')|None = None # of "kl": a temperature that is learned in place of `T`
     # of "kl": mean over images; "numel" divides by the classes, too, as DeiT's code does
     reduction:Literal['batch', 'numel'] = 'batch'
@@ -44,7 +44,7 @@ class LogitOptions:
         here = lambda to, what=repr(self.loss), **given: refuse_unread(LogitOptions, to, what, **given)
         if self.loss != 'kl': here("loss='kl'", direction=self.direction, reduction=self.reduction)
         if self.loss != 'dkd': here("loss='dkd'", beta=self.beta)
-        if self.loss != 'vrm': here("loss='vrm'", virtual=self.virtual)
+        if self.loss != 'vrm': here("loss='vrm'", two_views=self.two_views)
         if self.loss in ('hard', 'vrm'): here("loss='kl' and 'dkd'", T=self.T)
         if self.temperature is not None: here("a fixed temperature", 'one that is learned', T=self.T)
 
@@ -58,7 +58,7 @@ class LogitDistillationLoss(nn.Module):
         super().__init__()
         o, self.classes = options, classes
         self.loss = dict(kl=lambda: KDLoss(o.T, o.direction, o.reduction), dkd=lambda: DKDLoss(o.T, beta=o.beta), hard=HardLabelLoss,
-                         vrm=lambda: VRMLoss(virtual=o.virtual))[o.loss]()
+                         vrm=lambda: VRMLoss(two_views=o.two_views))[o.loss]()
         self.temperature = LearnedTemperature(classes, **vars(o.temperature)) if o.temperature is not None else None
 
     def forward(self,
@@ -88,10 +88,10 @@ class LogitDistillationOptions(LogitOptions):
     "Options of logit distillation"
     # weight of the teacher's loss; cross-entropy with the labels has 1 − alpha
     alpha:Annotated[float, Field(ge=0, le=1)] = .9
-    # student head that is trained on the teacher's logits; "distillation" needs a model with a second head, as DeiT's
-    head:Literal['class', 'distillation'] = 'class'
-    start:Annotated[float, Field(ge=0, lt=1)] = 0.  # share of the run before the teacher's loss starts
-    rise:Annotated[float, Field(ge=0, le=1)] = 0.   # share of the run over which its weight rises, after `start`
+    # student head that is trained on the teacher's logits; "dist" needs a model with a second head, as DeiT's
+    head:Literal['class', 'dist'] = 'class'
+    kd_start:Annotated[float, Field(ge=0, lt=1)] = 0. # share of the run before the teacher's loss starts
+    kd_warmup:Annotated[float, Field(ge=0, le=1)] = 0. # share of the run over which its weight rises, after `kd_start`
 
 # %% ../../nbs/methods/54_logit_distillation.ipynb #6d4bc3b9
 def _train_second_head(
@@ -99,7 +99,7 @@ def _train_second_head(
 ):
     "Make a model with a distillation head return the logits of both heads in training"
     if getattr(student.model, 'head_dist', None) is None:
-        raise ValueError("the student has no distillation head, which head='distillation' trains; "
+        raise ValueError("the student has no distillation head, which head='dist' trains; "
                          "use a student.model that has one, as deit_tiny_distilled_patch16_224")
     student.model.set_distilled_training(True)
 
@@ -120,11 +120,11 @@ class LogitDistillation(Method):
 
     @classmethod
     def requires(cls, options):
-        return Requires(teacher_layers=[], teacher=True, logits=True, labels=options.loss == 'dkd', views_per_image=1 + options.virtual)
+        return Requires(teacher_layers=[], teacher=True, logits=True, labels=options.loss == 'dkd', views_per_image=1 + options.two_views)
 
     def setup(self, student, teacher):
         "Switch on the student's distillation head if the options train it"
-        if self.options.head == 'distillation': _train_second_head(student)
+        if self.options.head == 'dist': _train_second_head(student)
 
     def no_weight_decay(self)->set:
         return {f'logits.temperature.{n}' for n in ('phi',) if self.logits.temperature is not None}
@@ -134,7 +134,7 @@ class LogitDistillation(Method):
 def sample(self:LogitDistillation, progress:StepState, batch:int, device)->StepState:
     "`progress` with the ramp of this step and the epoch as tensors"
     o, number = self.options, lambda v: torch.full((), float(v), device=device)
-    rho = cosine_ramp(number(progress.step), number(o.start*progress.total_steps), number((o.start + o.rise)*progress.total_steps))
+    rho = cosine_ramp(number(progress.step), number(o.kd_start*progress.total_steps), number((o.kd_start + o.kd_warmup)*progress.total_steps))
     return progress._replace(samples=dict(ramp=rho, epoch=number(progress.epoch)))
 
 # %% ../../nbs/methods/54_logit_distillation.ipynb #aa7ef45a
@@ -143,13 +143,13 @@ def forward(self:LogitDistillation, student:Features, teacher:Features, target:T
     "Loss, logits and metrics of one batch"
     o, z = self.options, student.logits
     drawn = (self.sample(progress, len(z), z.device) if progress.samples is None else progress).samples
-    if o.head == 'distillation' and student.dist_logits is None:
+    if o.head == 'dist' and student.dist_logits is None:
         raise ValueError("the student handed over one set of logits; "
-                         "head='distillation' needs a model with a distillation head that is training")
+                         "head='dist' needs a model with a distillation head that is training")
     taught = z if o.head == 'class' else student.dist_logits
     raw, tau, anchor = self.logits(taught, teacher.logits, target, drawn['epoch'])
     agree = (taught.argmax(-1) == teacher.logits.argmax(-1)).float().mean()
     parts = dict(ce=(1 - o.alpha)*cross_entropy(z, target.labels), logits=drawn['ramp']*o.alpha*raw)
-    report = dict(agreement=agree, ramp=drawn['ramp']) | {'raw/logits': raw}
+    report = dict(agreement=agree, ramp=drawn['ramp']) | {'loss_unweighted/logits': raw}
     return (method_output(z, parts, report) if tau is None
             else method_output(z, parts | dict(anchor=anchor), report | dict(temperature=tau)))

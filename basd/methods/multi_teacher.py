@@ -76,9 +76,9 @@ class AMTMLOptions:
     "Options of AMTML-KD"
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names;
     # hints go to them in turn, and the features of the last one give the weights
-    points:Any = 'default'
+    student_layers:Any = 'default'
     # layers of each teacher, by index or name; the last of them gives the hint
-    layers:Any = field(default_factory=lambda: [-1])
+    teacher_layers:Any = field(default_factory=lambda: [-1])
     T:Annotated[float, Field(gt=0)] = 5.           # temperature that divides the logits
     alpha:Annotated[float, Field(ge=0, le=1)] = .7 # weight of the teachers' predictions; that of cross-entropy is the rest
     hint:Annotated[float, Field(ge=0)] = .1        # weight of the hints, squared distances to teacher tokens
@@ -104,7 +104,7 @@ class AMTML(Method):
         self.hint = HiddenStateLoss([student.widths[p] for p,_ in self.pairs], [m.widths[-1] for m in members], 'layer')
 
     @classmethod
-    def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=options.layers, teacher=True, logits=True)
+    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=options.teacher_layers, teacher=True, logits=True)
 
     def no_weight_decay(self)->set: return {'weigh.theta', 'weigh.w'}
 
@@ -121,7 +121,7 @@ def forward(self:AMTML, student:Features, teacher:Features, target:Target, progr
     parts = dict(ce=(1 - o.alpha)*cross_entropy(student.logits, target.labels), logits=o.alpha*kl, hint=o.hint*hint,
                  weighting=o.decay*self.weigh.size() - o.entropy*H)
     return method_output(student.logits, parts,
-                   {'raw/logits': kl, 'raw/hint': hint, 'teachers': mu.mean(0), 'teacher_entropy': H})
+                   {'loss_unweighted/logits': kl, 'loss_unweighted/hint': hint, 'teachers': mu.mean(0), 'teacher_entropy': H})
 
 # %% ../../nbs/methods/59_multi_teacher.ipynb #0969db15
 def _split_teachers(
@@ -168,9 +168,9 @@ class DiverseDistillOptions:
     "Options of DiverseDistill"
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names;
     # the last one gives the queries
-    points:Any = 'default'
-    layers:Any = field(default_factory=lambda: [-1]) # layers of each teacher, by index or name; queries attend to the last one
-    weight:Annotated[float, Field(ge=0)] = 1. # of the match between the student's state and the answers
+    student_layers:Any = 'default'
+    teacher_layers:Any = field(default_factory=lambda: [-1]) # layers of each teacher, by index or name; queries attend to the last one
+    distill_weight:Annotated[float, Field(ge=0)] = 1. # of the match between the student's state and the answers
     task:Annotated[float, Field(ge=0)] = 1.   # of the classification that trains the answers
 
 # %% ../../nbs/methods/59_multi_teacher.ipynb #56bd6504
@@ -190,7 +190,7 @@ class DiverseDistill(Method):
         self.count, self.ask = len(members), TeacherAttention(student.widths[-1], [m.widths[-1] for m in members], classes)
 
     @classmethod
-    def requires(cls, options): return Requires(student_layers=options.points, teacher_layers=options.layers, teacher=True)
+    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=options.teacher_layers, teacher=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
         "Loss, logits and metrics of one batch"
@@ -202,8 +202,8 @@ class DiverseDistill(Method):
             h, a, mu = upcast(h, a, mu)
             match = (mu.detach()*(h[:, None] - a.detach()).square().mean(-1)).sum(-1).mean()
             task = cross_entropy(self.ask.head(torch.einsum('bm,bmd->bd', mu, a)), target.labels)
-        parts = dict(ce=cross_entropy(student.logits, target.labels), answers=o.weight*match, task=o.task*task)
-        return method_output(student.logits, parts, {'raw/answers': match, 'raw/task': task, 'teachers': mu.mean(0)})
+        parts = dict(ce=cross_entropy(student.logits, target.labels), answers=o.distill_weight*match, task=o.task*task)
+        return method_output(student.logits, parts, {'loss_unweighted/answers': match, 'loss_unweighted/task': task, 'teachers': mu.mean(0)})
 
 # %% ../../nbs/methods/59_multi_teacher.ipynb #f2f1b67f
 def mixed_tokens(

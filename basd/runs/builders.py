@@ -59,7 +59,7 @@ def open_images(
     found = open_source(source or data.source, split, root=data.root, download=data.download,
                         image_key=data.image_key if table else None, label_key=data.label_key if table else None)
     return ImageDataset(found if classes is None else found.under(classes, whose),
-                  memory=data.memory, on_bad=data.on_bad, max_pixels=data.max_pixels)
+                  memory=data.in_memory, on_error=data.on_error, max_pixels=data.max_pixels)
 
 # %% ../../nbs/runs/67_builders.ipynb #c0c13f13
 def _granted_teacher(

@@ -109,13 +109,13 @@ def stuck_selector(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
     "Do mixing weights choose, and can their temperature still learn?"
-    free = [r for r in rows if 'entropy' in r and any(r['entropy']) and any(r.get('temperature', [1.]))]
+    free = [r for r in rows if any(r.get('selector/entropy', [])) and any(r.get('selector/temperature', [1.]))]
     seen = "at every extraction point its entropy is {value} of uniform"
-    return (threshold_curve(free, 'entropy', 'uniform selector', .99, seen,
-                  "it averages all teacher layers: set method.selector.normalise=standard "
+    return (threshold_curve(free, 'selector/entropy', 'uniform selector', .99, seen,
+                  "it averages all teacher layers: set method.selector.normalize=standard "
                   "(and for subspaces method.selector.space=sample); if they are, lower method.selector.tau",
                   above=True, every=True)
-          + threshold_curve(free, 'entropy', 'saturated selector', .01, seen,
+          + threshold_curve(free, 'selector/entropy', 'saturated selector', .01, seen,
                   "one teacher layer has everything, and a temperature as low as this gets no gradient to recover by: "
                   "raise method.selector.tau, and for subspaces keep method.selector.orth=0, "
                   "whose penalty rewards a single layer", every=True))
@@ -143,11 +143,11 @@ def pinned_weight(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
     "Has one loss the weight of all?"
-    names = keys_of_kind(rows, 'weight')
-    change = ("the others are not trained: set method.balance.form=reference; if it is, lower method.balance.u_max, "
+    names = keys_of_kind(rows, 'loss_weight')
+    change = ("the others are not trained: set method.balance.form=uwso_ema; if it is, lower method.balance.u_max, "
               "or give weights by method.balance.form=fixed")
     return [c for n in names if len(names) > 1
-            for c in threshold_curve(fractions(rows, 'weight', names), f'of/{n}', f'pinned weight {n}', .9,
+            for c in threshold_curve(fractions(rows, 'loss_weight', names), f'of/{n}', f'pinned weight {n}', .9,
                            "its part of the sum of all weights is {value}", change, above=True)]
 
 # %% ../../nbs/runs/64_diagnostics.ipynb #7cd57414
@@ -155,17 +155,17 @@ def vanishing_gradient(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
     "Curves of each loss's share of the gradient on the student, and of all losses together"
-    names = [n for n in keys_of_kind(rows, 'raw') if any(f'pull/{n}' in r for r in rows)]
-    each = lambda n: threshold_curve(fractions(rows, 'pull', names), f'of/{n}', f'dead loss {n}', .001,
+    names = [n for n in keys_of_kind(rows, 'loss_unweighted') if any(f'grad_norm/{n}' in r for r in rows)]
+    each = lambda n: threshold_curve(fractions(rows, 'grad_norm', names), f'of/{n}', f'dead loss {n}', .001,
                            "its part of the pull of all losses on the student is {value}",
                            "it costs time and teaches nothing: "
-                           "give it weight (under a balance, method.balance.form=reference), "
+                           "give it weight (under a balance, method.balance.form=uwso_ema), "
                            f"or leave it out (method.losses.{n}=null)")
-    have = [r for r in rows if 'share/all' in r]
-    said = [r for i,r in enumerate(have) if r['share/all'] or not any(q['share/all'] for q in have[:i])]
-    every = threshold_curve(said, 'share/all', 'dead loss all', .001,
+    have = [r for r in rows if 'grad_ratio/distill' in r]
+    said = [r for i,r in enumerate(have) if r['grad_ratio/distill'] or not any(q['grad_ratio/distill'] for q in have[:i])]
+    every = threshold_curve(said, 'grad_ratio/distill', 'dead loss all', .001,
                   "together they pull with {value} of the gradient of cross-entropy",
-                  "the student learns from labels alone: raise method.weight, or the weights of the losses")
+                  "the student learns from labels alone: raise method.distill_weight, or the weights of the losses")
     return [c for n in names if len(names) > 1 for c in each(n)] + every
 
 # %% ../../nbs/runs/64_diagnostics.ipynb #cc142434
@@ -174,8 +174,8 @@ def constant_loss(
 )->list:       # of `MonitoredCurve`
     "Where pulls were not measured: does the value of each loss move at all?"
     out = []
-    for n in (n for n in keys_of_kind(rows, 'raw') if not any(f'pull/{n}' in r for r in rows)):
-        have = [(r, torch.tensor(r[f'raw/{n}'], dtype=torch.float64)) for r in rows if f'raw/{n}' in r]
+    for n in (n for n in keys_of_kind(rows, 'loss_unweighted') if not any(f'grad_norm/{n}' in r for r in rows)):
+        have = [(r, torch.tensor(r[f'loss_unweighted/{n}'], dtype=torch.float64)) for r in rows if f'loss_unweighted/{n}' in r]
         change = lambda x, y: ((x - y).abs().max() / x.abs().max().clamp(min=1e-30)).item()
         moves = [r | dict(moved=change(x, y)) for (_,y),(r,x) in zip(have, have[1:])]
         out += threshold_curve(moves, 'moved', f'dead loss {n}', 1e-6, "its value changes by {value} of itself from row to row",
@@ -189,7 +189,7 @@ def collapsed_student(
 )->list:       # of `MonitoredCurve`
     "Do the student's tokens use more than one direction?"
     key, name = 'student/effective_rank', 'collapsed student'
-    change = "the rest of its width does nothing: lower train.lr or method.weight, or raise train.warmup_epochs"
+    change = "the rest of its width does nothing: lower train.lr or method.distill_weight, or raise train.warmup_epochs"
     return (threshold_curve(rows, key, name, 2., "its tokens use {value} directions", change)
           + threshold_curve(rows, key, name, .1,
                   "its tokens use {value} of the directions that they used at first", change, relative=True))

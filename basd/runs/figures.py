@@ -86,7 +86,7 @@ def plot_points(
 # %% ../../nbs/runs/66_figures.ipynb #afd17e62
 def _mark(
     ax,
-    complaints:list, # log rows of kind "symptom"
+    complaints:list, # log rows of kind "finding"
     *kinds:str,      # beginnings of the names that concern this panel
 ):
     "Mark where symptoms began, by their numbers"
@@ -131,12 +131,12 @@ def plot_run(
 ):
     "One sheet about a run: accuracy, loss and parts, what else was reported, what went wrong; saves `figures/run.png`"
     import matplotlib.pyplot as plt
-    rows, epochs, complaints = (read_metrics(run, kind) for kind in ('step', 'epoch', 'symptom'))
+    rows, epochs, complaints = (read_metrics(run, kind) for kind in ('step', 'epoch', 'finding'))
     keys = dict.fromkeys(k for r in rows for k in r)
     named = lambda prefix: {k: k.removeprefix(prefix) for k in keys if k.startswith(prefix)}
-    parts, shares, weights = map(named, ('part/', 'share/', 'weight/'))
+    parts, shares, weights = map(named, ('loss/', 'grad_ratio/', 'loss_weight/'))
     losses = dict.fromkeys([*parts.values(), *shares.values()])
-    colors = {l: f'C{i}' for i,l in enumerate(losses)} | dict(all='.35')
+    colors = {l: f'C{i}' for i,l in enumerate(losses)} | dict(distill='.35')
     ranks = {k: label for k,label in {'target/effective_rank': 'targets', 'student/effective_rank': 'student'}.items()
              if k in keys}
     curves = lambda ax, named, ylabel, *kinds, log=False: _mark(
@@ -148,14 +148,14 @@ def plot_run(
     if weights:
         panels.append(lambda ax: curves(ax, weights, 'UW-SO weight', 'pinned').axhline(
             1/len(weights), color='.6', ls=':'))
-    if 'entropy' in keys:
-        panels.append(lambda ax: (_mark(plot_points(rows, dict(entropy='selector'), ax, 'selector entropy ÷ uniform'),
+    if 'selector/entropy' in keys:
+        panels.append(lambda ax: (_mark(plot_points(rows, {'selector/entropy': 'selector'}, ax, 'selector entropy ÷ uniform'),
                                        complaints, 'uniform', 'saturated').axhline(1, color='.6', ls=':'),
                                   ax.set(ylim=(0, 1.05))))
     if ranks:
         panels.append(lambda ax: _mark(_named_above(plot_points(rows, ranks, ax, 'effective rank')),
                                       complaints, 'collapsed'))
-    for key,title in {'mixing': 'mixing weights, last logged', 'distance': 'subspace distances, last logged'}.items():
+    for key,title in {'selector/weights': 'mixing weights, last logged', 'selector/distance': 'subspace distances, last logged'}.items():
         if key in keys:
             panels.append(lambda ax, key=key, title=title: plot_matrix(log_series(rows, key)[1][-1], ax, title=title))
     lines = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(complaints, 1)]

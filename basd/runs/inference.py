@@ -40,7 +40,7 @@ def validate(
     "Accuracy and cross-entropy of `model`, exact on any number of ranks"
     was = model.training
     model.eval()
-    mine = ViewDataset(images, indices[rank()::world_size()], DualViewTransform(size, None, geometry='fixed'), train=False)
+    mine = ViewDataset(images, indices[rank()::world_size()], DualViewTransform(size, None, crop='center'), train=False)
     among = None if images.among is None else torch.tensor(images.among, device=device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     loader = lambda data, batch: torch.utils.data.DataLoader(data, batch, num_workers=workers, worker_init_fn=reader_process,
@@ -75,7 +75,7 @@ def predict_logits(
     "Logits of a model on clean images, in the order of `indices`"
     was, out = model.training, []
     model.eval()
-    data = ViewDataset(images, indices, DualViewTransform(size, None, geometry='fixed'), train=False)
+    data = ViewDataset(images, indices, DualViewTransform(size, None, crop='center'), train=False)
     for b in torch.utils.data.DataLoader(data, batch, generator=torch.Generator().manual_seed(0)):
         with autocast(device, precision): z = model(b['student'].to(device)).logits
         if z is None: break

@@ -104,7 +104,7 @@ def _board(run, step):
 # %% ../../nbs/runs/65_metrics.ipynb #6c58a426
 def read_metrics(
     run,           # run directory
-    kind:str|None=None, # "step", "epoch", "symptom", "test"; all rows if None
+    kind:str|None=None, # "step", "epoch", "finding", "test"; all rows if None
 )->list:
     "Rows of a run's log"
     rows = [json.loads(line) for line in (Path(run)/'metrics.jsonl').read_text().splitlines()]

@@ -98,8 +98,8 @@ def _mapped(tree, move, home=lambda p: p):
             v = {k: _mapped(s, move, home) if isinstance(s, dict) else s for k,s in v.items()}
         elif isinstance(v, dict):
             v = change(change(v, side, _paths, move), side, _homes, home)
-            if side == 'teacher' and isinstance(v.get('others'), list):
-                v['others'] = [change(o, side, _paths, move) if isinstance(o, dict) else o for o in v['others']]
+            if side == 'teacher' and isinstance(v.get('extra_teachers'), list):
+                v['extra_teachers'] = [change(o, side, _paths, move) if isinstance(o, dict) else o for o in v['extra_teachers']]
         out[side] = v
     return out
 

@@ -8,7 +8,6 @@ __all__ = ['DataRecipe', 'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainR
            'recipe_sections', 'recipe_keys', 'keys_table', 'explained_yaml']
 
 # %% ../../nbs/runs/62_recipes.ipynb #80195464
-import difflib
 import math
 import re
 import textwrap
@@ -21,7 +20,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from ..core.registry import LOSSES, METHODS, SELECTORS, options_dataclass, suggestion, trusted, trusting
+from ..core.registry import (
+    LOSSES, METHODS, SELECTORS, options_dataclass, refuse_unread, suggestion, trusted, trusting, validation_hint)
 from ..data.pictures import MAX_PIXELS
 from ..methods.base import Method
 from .recipe_files import (
@@ -68,8 +68,8 @@ class DataRecipe:
     split_seed:_Seed = 42                 # of the draw of validation images; equal for runs that are compared
     batch_size:_PositiveInt = 256         # images in an optimizer step, over all ranks and accumulation steps
     workers:Annotated[_Int, Field(ge=0, le=1024)] = 2 # reader processes per rank; 0: the training process reads
-    memory:bool = True                    # hold decoded images in memory if they take at most 4 GiB
-    on_bad:Literal['raise', 'skip'] = 'raise' # an unreadable image ends the run, or is left out and counted
+    in_memory:bool = True                 # hold decoded images in memory if they take at most 4 GiB
+    on_error:Literal['raise', 'skip'] = 'raise' # an unreadable image ends the run, or is left out and counted
     max_pixels:_PositiveInt|None = MAX_PIXELS # height × width of an image; larger ones are unreadable; null: no limit
 
 # %% ../../nbs/runs/62_recipes.ipynb #07ff945d
@@ -77,18 +77,18 @@ class DataRecipe:
 class ViewRecipe:
     "Two views of each image, and how the student's are blended"
     # crop and mirror both views alike, the student's alone, or neither (both are the middle square)
-    geometry:Literal['shared', 'independent', 'fixed'] = 'shared'
+    crop:Literal['shared', 'student_only', 'center'] = 'shared'
     crop_scale:tuple[float, float] = (.35, 1.) # area of the random crop, as shares of the image: least and most
     flip:_Fraction = .5                   # probability of a mirror image
     # one random change of color for each image the student sees, of random strength (TrivialAugment), or none
-    photometry:Literal['trivial', 'none'] = 'trivial'
-    erase:_Fraction = .25                 # probability that a rectangle of the student's view is erased
+    color:Literal['trivial_augment', 'none'] = 'trivial_augment'
+    random_erasing:_Fraction = .25        # probability that a rectangle of the student's view is erased
     mixup:_NonNegativeFloat = .8          # α of MixUp's Beta distribution; 0: no MixUp
     cutmix:_NonNegativeFloat = 1.         # α of CutMix's Beta distribution; 0: no CutMix
-    blend_prob:_Fraction = 1.             # probability that a batch is blended, by MixUp or CutMix
+    mix_prob:_Fraction = 1.               # probability that a batch is blended, by MixUp or CutMix
     # show the teacher the student's blend; else it sees whole images, and its targets are blended
-    teacher_sees_blend:bool = False
-    smoothing:_Fraction = .1              # label smoothing: probability that is spread evenly over all classes
+    mix_teacher_input:bool = False
+    label_smoothing:_Fraction = .1        # label smoothing: probability that is spread evenly over all classes
 
 # %% ../../nbs/runs/62_recipes.ipynb #95f1249d
 @options_dataclass
@@ -122,7 +122,7 @@ class TeacherRecipe:
     untrained:bool = False                # random weights are meant, as in a test of the machinery
     img_size:_Pixels|None = None          # height and width of its view in pixels; null: the model's own
     # folder for its outputs on the training images, computed once before the first step; needs a view that does not
-    # move (views.geometry fixed or independent), or `cache_views`
+    # move (views.crop center or student_only), or `cache_views`
     cache:str|None = None
     # crops and flips of each image that are recorded, the same in every run; an epoch shows one of them, with color,
     # erasing and blending as ever; null: new crops and flips in every epoch, or a view that does not move
@@ -132,7 +132,7 @@ class TeacherRecipe:
     std:_Channels|None = None             # standard deviation of each channel, likewise
     kwargs:_Keywords = field(default_factory=dict) # further arguments of timm.create_model
     # further teachers, each with the keys of this section, for methods of several teachers
-    others:list[dict[str, Any]] = field(default_factory=list)
+    extra_teachers:list[dict[str, Any]] = field(default_factory=list)
 
 # %% ../../nbs/runs/62_recipes.ipynb #e5e08677
 @options_dataclass
@@ -141,16 +141,16 @@ class TrainRecipe:
     epochs:_PositiveInt = 100             # passes over the training images
     # of the initial weights, the order of the images, their views and all draws of the method
     seed:_Seed = 0
-    optimizer:Literal['adamw', 'adam', 'sgd'] = 'adamw' # "sgd" is with Nesterov momentum 0.9
-    # of "sgd": labels keep a momentum of 0.9 less this, all else of 0.9 and this; null: one momentum
-    momenta_apart:Annotated[float, Field(gt=0, lt=.1)]|None = None
+    # "sgd" is with Nesterov momentum 0.9; "dot" is SGD with one momentum for cross-entropy and a longer one for the rest
+    optimizer:Literal['adamw', 'adam', 'sgd', 'dot'] = 'adamw'
+    dot_delta:Annotated[float, Field(gt=0, lt=.1)] = .075 # Δ of "dot": momentum 0.9 − Δ of cross-entropy, 0.9 + Δ of the rest
     lr:_PositiveFloat = 1e-3              # largest learning rate, after the warm-up; not scaled by the batch size
     min_lr:_NonNegativeFloat = 1e-6       # learning rate at the first step and, after a half cosine, at the last
     weight_decay:_NonNegativeFloat = .05  # of matrices and kernels; biases, norms and what the model names have none
     warmup_epochs:Annotated[float, Field(ge=0, lt=2**31)] = 5. # epochs of linear rise from `min_lr` to `lr`
     # largest gradient norm, of the student and of the objective's own parameters apart; null: no limit
-    clip:_PositiveFloat|None = 1.
-    accumulate:_PositiveInt = 1           # forward passes per optimizer step; the batch is divided among them
+    clip_grad:_PositiveFloat|None = 1.
+    grad_accum_steps:_PositiveInt = 1     # forward passes per optimizer step; the batch is divided among them
     precision:Literal['float32', 'bf16'] = 'float32' # "bf16": autocast; sensitive parts stay in float32
     compile:bool = False                  # compile models and objective with torch.compile
     rank_timeout:_PositiveFloat = 600.    # seconds that ranks wait for each other before the run ends
@@ -158,11 +158,11 @@ class TrainRecipe:
     ema:Annotated[float, Field(ge=0, lt=1)]|None = None
     log_every:_PositiveInt = 50           # optimizer steps per row of metrics.jsonl
     # measure at logged steps the gradient of each part of the loss on the student; not if compiled
-    gradient_shares:bool = True
-    save_every:_PositiveInt|None = None   # optimizer steps between checkpoints; null: at the end of each epoch
-    skip_nonfinite:Annotated[_Int, Field(ge=0)] = 0 # steps of non-finite loss that may be skipped before the run stops
+    log_gradients:bool = True
+    checkpoint_every:_PositiveInt|None = None # optimizer steps between checkpoints; null: at the end of each epoch
+    max_nonfinite_steps:Annotated[_Int, Field(ge=0)] = 0 # steps of non-finite loss that may be skipped before the run stops
     # weights that are exported and named first; "best" (on the validation images) and "last" are the student's own
-    headline:Literal['best', 'last', 'ema'] = 'best'
+    export:Literal['best', 'last', 'ema'] = 'best'
 
 # %% ../../nbs/runs/62_recipes.ipynb #418acadd
 @options_dataclass
@@ -198,7 +198,7 @@ def _keys(cls, path):
     "Names allowed below `path` of the dataclass `cls`"
     for part in path:
         cls = next((_section(f.type) for f in fields(cls) if f.name == part), None) if cls else None
-    return [f.name for f in fields(cls)] if cls else []
+    return list(dict.fromkeys([*(f.name for f in fields(cls)), *getattr(cls, 'registry', ())])) if cls else []
 
 def _sentence(error, cls, prefix=''):
     e = error.errors()[0]
@@ -216,7 +216,7 @@ def _sentence(error, cls, prefix=''):
         if inner and inner[0] in _keys(cls, loc): return f"{key}.{m}".lstrip('.')
         return f"{key or 'recipe'}: {m[:1].lower() + m[1:]}"
     m = m[:1].lower() + m[1:]
-    return f"{key}={_short(e['input'])}: {m}"
+    return f"{key}={_short(e['input'])}: {m}{validation_hint(e)}"
 
 def _short(x): return text if len(text := repr(x)) <= 200 else text[:197] + '...'
 
@@ -263,7 +263,7 @@ def _origin(
     "Where a model's weights come from; two places are refused"
     given = lambda k: getattr(m, k, None) not in (None, False, {}, '')
     if getattr(m, 'run', None) is not None:
-        second = [f.name for f in fields(m) if f.name not in ('run', 'cache', 'cache_views', 'others') and given(f.name)]
+        second = [f.name for f in fields(m) if f.name not in ('run', 'cache', 'cache_views', 'extra_teachers') and given(f.name)]
         if second: raise ValueError(_two(m, key, second))
         return 'run'
     weights = [k for k in ('checkpoint', 'pretrained', 'untrained') if given(k)]
@@ -289,8 +289,8 @@ def teachers_of(
     recipe:Recipe,
 )->dict: # section → `TeacherRecipe`
     "The teacher's section, and those of further ones"
-    return dict(teacher=recipe.teacher) | {f'teacher.others[{i}]': validate_tree(TeacherRecipe, o, 'teacher.others.')
-                                           for i,o in enumerate(recipe.teacher.others)}
+    return dict(teacher=recipe.teacher) | {f'teacher.extra_teachers[{i}]': validate_tree(TeacherRecipe, o, 'teacher.extra_teachers.')
+                                           for i,o in enumerate(recipe.teacher.extra_teachers)}
 
 # %% ../../nbs/runs/62_recipes.ipynb #817c6fbe
 def check_teachers(
@@ -310,9 +310,10 @@ def check_teachers(
 def _agree(recipe):
     "Refuse settings of which one would silently be ignored"
     d, t = recipe.data, recipe.train
-    if t.headline == 'ema' and t.ema is None:
-        raise ValueError("train.headline=ema: no weights are averaged; set train.ema to their decay, as 0.999, "
+    if t.export == 'ema' and t.ema is None:
+        raise ValueError("train.export=ema: no weights are averaged; set train.ema to their decay, as 0.999, "
                          "or choose best or last")
+    if t.optimizer != 'dot': refuse_unread(TrainRecipe, 'train.optimizer=dot', t.optimizer, dot_delta=t.dot_delta)
     if t.min_lr > t.lr:
         raise ValueError(f"train.min_lr={t.min_lr:g}: the learning rate falls from train.lr={t.lr:g} to it; "
                          "give a smaller one")
@@ -329,7 +330,7 @@ def _none_negative(x, path):
     items = (vars(x).items() if is_dataclass(x) else x.items() if isinstance(x, dict)
              else enumerate(x) if isinstance(x, tuple) else ())
     for k,v in items:
-        if k in ('points', 'layers', 'layer_map', 'rule') or ':' in str(k): continue
+        if k in ('student_layers', 'teacher_layers', 'layer_map') or ':' in str(k): continue
         if isinstance(v, int | float) and v < 0:
             raise ValueError(f"{'.'.join([*path, str(k)])}={v:g}: should be at least 0")
         _none_negative(v, [*path, str(k)])
@@ -347,7 +348,7 @@ def build_recipe(
     for section, m in (dict(student=recipe.student) | teachers_of(recipe)).items():
         _keywords(section, m, ('num_classes', 'points') if section == 'student' else ('layers',))
         _origin(m, section)
-    for key in ('points', 'layers', 'layer_map', 'rule'): _layers(f'method.{key}', getattr(options, key, None))
+    for key in ('student_layers', 'teacher_layers', 'layer_map'): _layers(f'method.{key}', getattr(options, key, None))
     recipe.method = MethodRecipe(name, options)
     _agree(recipe)
     return recipe
@@ -365,7 +366,7 @@ def _objective(name):
 def _layers(key, x):
     "Refuse what cannot name layers: they are numbers or names, several in a list, or in pairs where layers are paired"
     one = lambda v: isinstance(v, (int, str)) and not isinstance(v, bool)
-    pair = lambda v: (key.endswith(('layer_map', 'rule')) and isinstance(v, (list, tuple)) and len(v) == 2
+    pair = lambda v: (key.endswith('layer_map') and isinstance(v, (list, tuple)) and len(v) == 2
                       and all(map(one, v)))
     if not (x is None or one(x) or isinstance(x, (list, tuple)) and all(one(v) or pair(v) for v in x)):
         raise ValueError(f"{key}={_short(x)}: should be a word, a layer's number or name, or a list of these")
@@ -455,8 +456,8 @@ def _takers(trees, overrides, say):
         paths = _paths(parse_override(text)['method'])
         takers[text] = found = [s for s in trees if all(_takes(options[s], p) for p in paths)]
         if not found:
-            raise ValueError(f"{text[:100]!r}: no stage has a method with this key; the stages are "
-                             + ', '.join(f'{s} ({method(t)}{_nearest(options[s], paths)})' for s,t in trees.items()))
+            raise ValueError(f"{text[:100]!r}: no stage has a method with this key; the methods of the stages are "
+                             + ', '.join(f'{s}: {method(t)}{_nearest(options[s], paths)}' for s,t in trees.items()))
         others = [s for s in trees if s not in found]
         if others and say: say(f"{text} goes to {', '.join(found)}; the method of {', '.join(others)} has no such key")
     return takers
@@ -466,8 +467,7 @@ def _nearest(cls, paths):
     for path in paths:
         for i,part in enumerate(path):
             if not _takes(cls, path[:i + 1]):
-                near = difflib.get_close_matches(part, _keys(cls, path[:i]), 1)
-                return f", did you mean {'.'.join(['method', *path[:i], *near])}?" if near else ''
+                return suggestion(part, _keys(cls, path[:i]), '.'.join(['method', *path[:i], '']))
     return ''
 
 def _takes(cls, path):
@@ -475,7 +475,7 @@ def _takes(cls, path):
     for part in path:
         if cls is None: return True
         kind = next((f.type for f in fields(cls) if f.name == part), None)
-        if kind is None: return False
+        if kind is None: return part in getattr(cls, 'registry', ())   # any registered loss
         cls = _section(kind)
     return True
 

@@ -116,8 +116,8 @@ def set_rng_state(
 # %% ../../nbs/runs/63_run_directory.ipynb #e62ed1f1
 _may_change = ('name', 'about', 'paper',                                    # words
               'data.source', 'data.root', 'data.download',                  # places; the images have fingerprints
-              'data.workers', 'data.memory', 'train.rank_timeout',          # how they are read, and waited for
-              'teacher.cache', 'train.save_every')                          # what is kept, and when
+              'data.workers', 'data.in_memory', 'train.rank_timeout',       # how they are read, and waited for
+              'teacher.cache', 'train.checkpoint_every')                    # what is kept, and when
 
 # %% ../../nbs/runs/63_run_directory.ipynb #03eefccf
 def _changes(

@@ -47,11 +47,11 @@ class TrainingData:
         device,
     ):
         self.recipe, self.requires, self.device, self.seed = recipe, requires, torch.device(device), recipe.train.seed
-        d, self.accumulate, self.chosen, self.readers = recipe.data, recipe.train.accumulate, {}, None
-        share, twice = world_size()*self.accumulate*requires.views_per_image, ', every image twice' if requires.views_per_image > 1 else ''
+        d, self.grad_accum_steps, self.chosen, self.readers = recipe.data, recipe.train.grad_accum_steps, {}, None
+        share, twice = world_size()*self.grad_accum_steps*requires.views_per_image, ', every image twice' if requires.views_per_image > 1 else ''
         if d.batch_size % share:
             raise ValueError(f"data.batch_size={d.batch_size} cannot be shared by {world_size()} ranks × "
-                             f"{self.accumulate} accumulation steps{twice}; make it a multiple of {share}")
+                             f"{self.grad_accum_steps} accumulation steps{twice}; make it a multiple of {share}")
         self.images, self.fit, self.val, self.test = build_datasets(recipe, run)
         self.classes, self.names = self.images.num_classes, self.images.classes
         if len(self.fit) < d.batch_size:
@@ -109,7 +109,7 @@ def read(self:TrainingData,
     whole:bool=False, # with the teacher's view, also if a cache replaces the teacher
 ):
     "This rank's micro-batches of some steps, read by this process"
-    a, first = self.accumulate, epoch*self.per_epoch
+    a, first = self.grad_accum_steps, epoch*self.per_epoch
     return build_loader(self.images, self.indices(epoch), self.whole_views if whole else self.views,
                         self.recipe.data.batch_size//a, seed=self.seed, epoch=epoch, rank=rank(), world=world_size(),
                         start=(start - first)*a, stop=(stop - first)*a, pin=self.device.type == 'cuda',
@@ -131,7 +131,7 @@ def start_readers(self:TrainingData,
     size:int, # of the student's images, pixels
 ):
     "Register the data sets of the run with its readers"
-    clean = DualViewTransform(size, None, geometry='fixed')
+    clean = DualViewTransform(size, None, crop='center')
     self.size, self.readers = size, ReaderPool(
         dict(fit=ViewDataset(self.images, None, self.views, seed=self.seed, labels=self.labels),
              val=ViewDataset(self.images, None, clean, train=False), test=ViewDataset(self.test, None, clean, train=False)),
@@ -147,7 +147,7 @@ def steps(self:TrainingData,
     if start == end: return                                     # stopped during its validation
     as_read = self.read(epoch, start, end)
     batches = self.readers('fit', as_read.dataset, as_read.batch_sampler)
-    for _ in range(start, end): yield [next(batches) for _ in range(self.accumulate)]
+    for _ in range(start, end): yield [next(batches) for _ in range(self.grad_accum_steps)]
 
 @patch
 def evaluate(self:TrainingData,
@@ -177,8 +177,8 @@ def build_task(
     student.label_names = names
     teacher = build_teacher(recipe, needs, names)
     return assemble_task(method, recipe.method.options, student, teacher, classes, seed=t.seed,
-                         mixing=Mixing(v.mixup, v.cutmix, v.blend_prob, v.smoothing, v.teacher_sees_blend),
-                         accumulate=t.accumulate, precision=t.precision, rarity=rarity)
+                         mixing=Mixing(v.mixup, v.cutmix, v.mix_prob, v.label_smoothing, v.mix_teacher_input),
+                         grad_accum_steps=t.grad_accum_steps, precision=t.precision, rarity=rarity)
 
 # %% ../../nbs/training/75_build.ipynb #2ad61df1
 def _set_views(
@@ -189,11 +189,11 @@ def _set_views(
     "Set the views of a run and its teacher's cache, if it has one"
     v, teacher, size = recipe.views, task.teacher, input_size(task.student)
     recorded = None if teacher is None else recipe.teacher.cache_views          # with and without a cache: a run may resume without
-    make = lambda size_t: DualViewTransform(size, size_t, geometry=v.geometry, crop_scale=tuple(v.crop_scale),
-                                flip=v.flip, photometry=v.photometry, erase=v.erase, recorded=recorded)
+    make = lambda size_t: DualViewTransform(size, size_t, crop=v.crop, crop_scale=tuple(v.crop_scale),
+                                flip=v.flip, color=v.color, random_erasing=v.random_erasing, recorded=recorded)
     data.whole_views = data.views = make(None if teacher is None else input_size(teacher))
     if teacher is not None and recipe.teacher.cache is not None:
-        check_static_teacher_view(data.views, v.teacher_sees_blend)
+        check_static_teacher_view(data.views, v.mix_teacher_input)
         task.cache = CachedTeacher(teacher, recipe.teacher.cache, data.images, data.fit, data.views, data.device)
         data.views = make(None)                                 # the teacher's view is not needed any more
 
@@ -272,12 +272,12 @@ def _callbacks_of(
     ema = None if t.ema is None else ModelEmaV3(task.student, decay=t.ema, use_warmup=True)
     averaged, metrics, recorder = {} if ema is None else {'ema': ema.module}, MetricsLog(run), StepRecorder()
     validation = Validation(name, metrics, {f'_{k}': m for k,m in averaged.items()})
-    checkpoint = Checkpoint(run, t.save_every, validation)
+    checkpoint = Checkpoint(run, t.checkpoint_every, validation)
     return ([Refusals(run, fresh), recorder, NonFiniteGuard(recipe, checkpoint, recorder, [] if ema is None else [ema]),
              Constraints(method), LRSchedule(schedule), metrics, StopRequests(), validation, Diagnostics(name, metrics), checkpoint,
-             Progress(run, name, metrics, bars), Test(run, t.headline, metrics, validation, averaged), *task.method.callbacks()]
-            + [EMA(ema)]*(ema is not None) + [GradientNorms()]*(t.gradient_shares and not t.compile)
-            + [DOT()]*(t.momenta_apart is not None))
+             Progress(run, name, metrics, bars), Test(run, t.export, metrics, validation, averaged), *task.method.callbacks()]
+            + [EMA(ema)]*(ema is not None) + [GradientNorms()]*(t.log_gradients and not t.compile)
+            + [DOT()]*(t.optimizer == 'dot'))
 
 # %% ../../nbs/training/75_build.ipynb #309d8c88
 def build_trainer(

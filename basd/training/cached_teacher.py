@@ -22,7 +22,7 @@ def _moves(
     views:DualViewTransform,
 )->bool: # does the teacher get another crop or flip in another epoch
     "Whether the teacher's view changes between epochs"
-    return views.geometry == 'shared' and (views.flip > 0 or tuple(views.crop_scale) != (1., 1.))
+    return views.crop == 'shared' and (views.flip > 0 or tuple(views.crop_scale) != (1., 1.))
 
 # %% ../../nbs/training/71_cached_teacher.ipynb #590a2306
 def check_static_teacher_view(
@@ -31,11 +31,11 @@ def check_static_teacher_view(
 ):
     "Refuse what no cache can hold: a new view in every epoch, or mixed images"
     if _moves(views) and views.recorded is None:
-        raise ValueError("teacher.cache with views.geometry='shared': crops and flips show the teacher another view "
+        raise ValueError("teacher.cache with views.crop='shared': crops and flips show the teacher another view "
                          "in every epoch; set teacher.cache_views to the number of views to record of each image (8, say), "
-                         "or views.geometry to 'fixed' or 'independent', or leave the cache out")
+                         "or views.crop to 'center' or 'student_only', or leave the cache out")
     if blended:
-        raise ValueError("teacher.cache with views.teacher_sees_blend=true: the teacher sees other images "
+        raise ValueError("teacher.cache with views.mix_teacher_input=true: the teacher sees other images "
                          "in every epoch; set it to false, or leave the cache out")
 
 # %% ../../nbs/training/71_cached_teacher.ipynb #3becd63e
@@ -64,7 +64,7 @@ class CachedTeacher:
         weights = teacher.state_dict() | {n: b for n,b in teacher.named_buffers() if n in ('mean', 'std', 'columns')}
         parts = dict(teacher=fingerprint(weights),
                      layers=fingerprint([teacher.names, self.form.forms]),
-                     view=fingerprint([views.size_t, views.interpolation, views.geometry]),
+                     view=fingerprint([views.size_t, views.interpolation, views.crop]),
                      images=fingerprint([images.fingerprint(), list(indices)]))
         if _moves(views) and views.recorded: parts |= dict(crop_scale=list(views.crop_scale), flip=views.flip, views=self.each)
         self.cache = Cache(folder, self.layout, len(self.indices)*self.each, parts, shard)

@@ -56,14 +56,14 @@ class MetricsLog(Callback):
         if rank() == 0: self.log.write(row)
 
     def after_backward(self, t):
-        t.meter.add({'loss': t.out['loss']} | {f'part/{k}': v for k,v in t.out['losses'].items()} | t.out['metrics'])
+        t.meter.add({'loss': t.out['loss']} | {f'loss/{k}': v for k,v in t.out['losses'].items()} | t.out['metrics'])
 
     def after_step(self, t):
         t.meter.add({f'grad_norm/{k}': n for k,n in zip(('student', 'objective'), t.grad_norms)})
         if not t.should_log: return
         row, now = t.meter.read(), time.perf_counter()
         row |= dict(kind='step', step=t.step, epoch=t.step/t.data.per_epoch, lr=t.optimizer.param_groups[-1]['lr'],
-                    skipped=t.skipped.item(), seconds=now - self.clock)
+                    skipped=t.skipped.item(), **{'time/interval': now - self.clock})
         if t.layers: row['teacher_depth'] = t.task.depth or t.layers                # of the step just made
         self.clock, t.comment = now, f"loss {row['loss']:.3f}"
         self.write(row)
@@ -94,13 +94,13 @@ class NonFiniteGuard(Callback):
     "Skip non-finite steps; one too many ends the run and saves what is needed to repeat it"
     order = 15
     def __init__(self,
-        recipe,      # whose `train.skip_nonfinite` bad steps are allowed
+        recipe,      # whose `train.max_nonfinite_steps` bad steps are allowed
         checkpoint,  # `Checkpoint`
         recorder:StepRecorder,
         averages=(), # modules whose buffers are put back, besides the task's
     ):
         self.recipe, self.checkpoint, self.recorder, self.averages = recipe, checkpoint, recorder, averages
-        self.allowed, self.sentinel, self.buffers = recipe.train.skip_nonfinite, NonFiniteTracker(), None
+        self.allowed, self.sentinel, self.buffers = recipe.train.max_nonfinite_steps, NonFiniteTracker(), None
         self.skipped, self.fatal = torch.tensor([0, -1])        # bad steps; the one too many, or -1
 
     def before_fit(self, t):
@@ -222,7 +222,7 @@ def _print_row(name, row, epochs):
     "One line on standard output per epoch"
     acc = ''.join(f", {k.replace('val_top1', 'val top-1').replace('_', ' ')} {v:.2f} %"
                   for k,v in row.items() if k.startswith('val_top1'))
-    print(f"{name}: epoch {row['epoch']}/{epochs}{acc}, {row['seconds']:.0f} s", flush=True)
+    print(f"{name}: epoch {row['epoch']}/{epochs}{acc}, {row['time/elapsed']:.0f} s", flush=True)
 
 # %% ../../nbs/training/73_callbacks.ipynb #487db060
 class Validation(Callback):
@@ -239,7 +239,7 @@ class Validation(Callback):
     def validate(self, t):
         student = t.task.student
         if world_size() > 1: distribute_bn(student, world_size(), reduce=True)
-        row = dict(kind='epoch', step=t.step, epoch=t.epoch + 1, seconds=self.metrics.elapsed())
+        row = dict(kind='epoch', step=t.step, epoch=t.epoch + 1, **{'time/elapsed': self.metrics.elapsed()})
         for suffix,model in ({'': student} | self.averages).items() if t.data.val else ():
             found = t.data.evaluate(model, 'val', t.task.precision, t.agreed_to_stop)
             if found is None: t.should_stop = True; return
@@ -261,8 +261,8 @@ class Diagnostics(Callback):
     def validate(self, t):
         if rank() or t.should_stop: return
         rows = lambda kind: [r for r in self.metrics.log.rows if r['kind'] == kind]
-        for s in diagnose(rows('step'), known={r['name'] for r in rows('symptom')}):
-            self.metrics.write(dict(kind='symptom', step=s.step, name=s.name, text=s.sentence))
+        for s in diagnose(rows('step'), known={r['name'] for r in rows('finding')}):
+            self.metrics.write(dict(kind='finding', step=s.step, name=s.name, text=s.sentence))
             print(f"{self.name}: {s.sentence}", flush=True)
 
 # %% ../../nbs/training/73_callbacks.ipynb #ae9c9b50
@@ -351,15 +351,15 @@ def _moved_to(device, x):
 
 # %% ../../nbs/training/73_callbacks.ipynb #130a61fc
 class Test(Callback):
-    "Test last, best and averaged weights, export the headline, draw the figures"
+    "Test last, best and averaged weights, export one of them, draw the figures"
     order = 98
     def __init__(self,
         run,           # run directory
-        headline:str,  # "last", "best" or "ema"
+        export:str,    # "last", "best" or "ema"
         metrics:MetricsLog,
         validation:Validation,
         averages:dict, # name → further students
-    ): self.run, self.headline, self.metrics, self.validation, self.averages = Path(run), headline, metrics, validation, averages
+    ): self.run, self.export, self.metrics, self.validation, self.averages = Path(run), export, metrics, validation, averages
 
     def after_fit(self, t):
         student, result = t.task.student, {}
@@ -371,13 +371,13 @@ class Test(Callback):
             result[name] = t.data.evaluate(student, 'test', t.task.precision, t.agreed_to_stop)
             if result[name] is None: break
         if None in result.values(): student.model.load_state_dict(last); return
-        headline, best = self.headline if self.headline in weights else 'last', self.validation.best
-        t.result = dict(headline=headline, test=result, best_epoch=best['epoch'], val_top1=best['top1'],
+        exported, best = self.export if self.export in weights else 'last', self.validation.best
+        t.result = dict(exported=exported, test=result, best_epoch=best['epoch'], val_top1=best['top1'],
                         seconds=self.metrics.elapsed(), skipped_images=t.data.skipped_images())
         if rank() == 0:
-            student.model.load_state_dict(weights[headline])
+            student.model.load_state_dict(weights[exported])
             save_student(student, self.run)
-            self.metrics.write(dict(kind='test', step=t.step, headline=headline)
+            self.metrics.write(dict(kind='test', step=t.step, exported=exported)
                                | {f'test_{k}_{n}': v[k] for n,v in result.items() for k in ('top1', 'top5', 'loss')})
             plot_run(self.run)
             # last: a run that has it has ended

@@ -127,7 +127,7 @@ def rerun_step(
         with _overheard(task.method) as between: out = task.method(features_s, features_t, target, progress)
     parts, of = out['losses'], 'loss'
     gradients = loss_gradients(parts, [p for p in task.parameters() if p.requires_grad])
-    term = first_nonfinite({k: out['metrics'].get(f'raw/{k}', v) for k,v in parts.items()}) or first_nonfinite(parts)
+    term = first_nonfinite({k: out['metrics'].get(f'loss_unweighted/{k}', v) for k,v in parts.items()}) or first_nonfinite(parts)
     if not term: term, of = ', '.join(k for k,g in gradients.items() if not g.norm().isfinite()), 'gradient'
     names = [] if features_t is None else task.teacher.names
     said = {'the images': x} | _named_features('teacher', names, features_t) | _named_features('student', task.student.names, features_s)
@@ -187,4 +187,4 @@ def nonfinite_message(
     where = (f"first in {found['layer']}" + (f" on rank {found['rank']}" if found['ranks'] > 1 else '')
              if found['layer'] else "though not when the step was repeated")
     return (f"{what} was not finite at step {found['step']}, {where}; the weights before it and the batch are in "
-            f"{run} (nonfinite.pt); lower train.lr, or allow train.skip_nonfinite > {allowed} such steps")
+            f"{run} (nonfinite.pt); lower train.lr, or allow train.max_nonfinite_steps > {allowed} such steps")

@@ -23,14 +23,11 @@ def create_optimizer(
     if not any(p.requires_grad for p in task.student.parameters()):
         raise ValueError("the student has no parameter to train; is it the teacher's module too, or was it frozen?")
     groups = param_groups_weight_decay(task, t.weight_decay, no_weight_decay_list=task.no_weight_decay())
-    if t.momenta_apart is not None:
-        if t.optimizer != 'sgd':
-            raise ValueError(f"train.momenta_apart={t.momenta_apart:g} belongs to train.optimizer=sgd, "
-                             f"not to {t.optimizer}")
+    if t.optimizer == 'dot':
         if t.compile:
-            raise ValueError("train.momenta_apart walks the graph twice, which a compiled one does not allow; "
+            raise ValueError("train.optimizer=dot walks the graph twice, which a compiled one does not allow; "
                              "leave out train.compile")
-        return DOTOptimizer(groups, t.lr, t.momenta_apart)
+        return DOTOptimizer(groups, t.lr, t.dot_delta)
     opt = create_optimizer_v2(groups, opt={'sgd': 'nesterov'}.get(t.optimizer, t.optimizer), lr=t.lr,
                               weight_decay=t.weight_decay, fused=True)
     if t.optimizer == 'sgd': # a skipped first step must find a buffer
@@ -92,7 +89,7 @@ class DOT(Callback):
 
     def before_update(self, t):
         "Clip the gradients of cross-entropy by the factor of the whole"
-        limit = t.config.clip
+        limit = t.config.clip_grad
         for g,norm in zip([g for g in t.groups if g], t.grad_norms):
             for p in g:
                 if hasattr(p, 'of_labels') and limit is not None:

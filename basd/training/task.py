@@ -48,7 +48,7 @@ class DistillationTask(nn.Module):
         classes:int,            # C
         mixing:Mixing=Mixing(),
         seed:int=0,             # of all that is drawn in a step
-        accumulate:int=1,       # micro-batches of a step
+        grad_accum_steps:int=1, # micro-batches of a step
         precision:str|None='float32', # "float32" or "bf16"; None: that of the surrounding loop
         rarity:float=1.,        # training images per image with a label, by which cross-entropy is multiplied
         cache=None,             # `CachedTeacher`, used in the teacher's place
@@ -58,7 +58,7 @@ class DistillationTask(nn.Module):
         super().__init__()
         self.student, self.method, self.mixing, self.cache = student, method, mixing, cache
         self.__dict__['teacher'] = self.__dict__['teach'] = teacher
-        self.classes, self.seed, self.accumulate, self.precision, self.rarity = classes, seed, accumulate, precision, rarity
+        self.classes, self.seed, self.grad_accum_steps, self.precision, self.rarity = classes, seed, grad_accum_steps, precision, rarity
         self.total_steps, self.normalized = total_steps, normalized
         self.updates = 0                                        # optimizer steps, counted by `after_update`
         self.learn, self.depth = self.compare, None             # teacher layers that the last step read; None: all
@@ -152,7 +152,7 @@ def prepare_batch(self:DistillationTask,
     "Inputs of `compare`: everything that is drawn on the host, and the teacher's features"
     m, (step, total) = self.mixing, self.place(step, total_steps)
     _check_size(images, self.student)
-    if mix is None: mix = sample_mix(step_generator(self.seed, step*self.accumulate + micro), len(labels), m.mixup, m.cutmix,
+    if mix is None: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(labels), m.mixup, m.cutmix,
                                      m.prob, images.device)
     x, y = mix_images(self.scaled(images), mix), mix_labels(labels, self.classes, mix, m.smoothing)
     if self.rarity != 1: y = self.rarity*y                              # those without a label have none of it
@@ -335,8 +335,8 @@ def gradient_metrics(
     gradients:dict, # of `loss_gradients`
 )->dict: # name → 0-d tensor
     "Gradient norms, their ratios to that of cross-entropy, and the cosine between both"
-    out = {f'pull/{k}': g.norm() for k,g in gradients.items()}
+    out = {f'grad_norm/{k}': g.norm() for k,g in gradients.items()}
     if 'ce' not in gradients or len(gradients) == 1: return out
     rest, ce = sum(g for k,g in gradients.items() if k != 'ce'), gradients['ce']
-    out |= {f'share/{k}': g.norm()/ce.norm() for k,g in (gradients | {'all': rest}).items() if k != 'ce'}
-    return out | {'conflict': torch.nn.functional.cosine_similarity(rest, ce, dim=0)}
+    out |= {f'grad_ratio/{k}': g.norm()/ce.norm() for k,g in (gradients | {'distill': rest}).items() if k != 'ce'}
+    return out | {'grad_cosine': torch.nn.functional.cosine_similarity(rest, ce, dim=0)}

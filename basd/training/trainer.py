@@ -32,7 +32,7 @@ class Trainer:
         task,           # `DistillationTask`
         data,           # batches of an epoch, from any step on
         optimizer,      # that reads `found_inf`
-        config,         # `TrainRecipe`: epochs, log_every, clip
+        config,         # `TrainRecipe`: epochs, log_every, clip_grad
         callbacks=(),   # of `Callback`
     ):
         self.task = self.model = task
@@ -90,7 +90,7 @@ class Trainer:
                     self.out['loss'].backward(loss_scale(self.out['loss'], len(batches)))
             self.emit('after_backward')
         with record_function('step/optimizer'):
-            self.grad_norms, self.nonfinite = clip_grad_norms(self.groups, self.config.clip)
+            self.grad_norms, self.nonfinite = clip_grad_norms(self.groups, self.config.clip_grad)
             self.emit('before_update')
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
