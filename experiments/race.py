@@ -34,7 +34,7 @@ RACES = {
         frame=[*PHOTOS, "data.val_size=1000", "data.train_size=4000", "data.batch_size=64", "student.depth=4",
                "student.width=96", "student.heads=3", "train.epochs=8", "train.warmup_epochs=1"],
         stages=["stages.fitnets.method.teacher_layers=[5]",
-                *(f"stages.{s}.method.layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "basd_map_uniform"))],
+                *(f"stages.{s}.method.teacher_layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "basd_map_uniform"))],
         controls_only=["stages.ce_as_long.train.epochs=34", "stages.basd_longer.train.epochs=34",
                        "stages.ce_longest.train.epochs=150", "stages.basd_longer.method.teacher_layers=[1, 3, 5, 7, 9, 11]"]),
     "cifar10_gpu": dict(
@@ -43,7 +43,7 @@ RACES = {
                "student.depth=6", "student.width=192", "student.heads=3", "train.epochs=10", "train.warmup_epochs=1",
                "train.lr=1e-3", "train.precision=bf16"],
         stages=["stages.fitnets.method.student_layers=[2]", "stages.fitnets.method.teacher_layers=[5]",
-                *(f"stages.{s}.method.points=[1, 2, 4, 5]" for s in POINTS),
+                *(f"stages.{s}.method.student_layers=[1, 2, 4, 5]" for s in POINTS),
                 *(f"stages.{s}.method.selector.{o}" for s in ("basd", "basd_map_uniform")
                   for o in ("dim=96", "rank=16", "max_rows=4096"))]),
 }

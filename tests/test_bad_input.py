@@ -106,7 +106,7 @@ RECIPES = {
     "unknown section": ("trian: {epochs: 3}", "did you mean 'train'?"),
     "unknown key": ("train: {epoch: 3}", "did you mean 'epochs'?"),
     "unknown key of the data": ("data: {batchsize: 3}", "did you mean 'batch_size'?"),
-    "unknown key of the method": ("method: {name: basd, wieght: 3}", "did you mean 'weight'?"),
+    "unknown key of the method": ("method: {name: basd, distill_wieght: 3}", "did you mean 'distill_weight'?"),
     "unknown key of a loss": ("method: {name: basd, losses: {rsd: {kapa: 1}}}", "kapa"),
     "unknown loss": ("method: {name: basd, losses: {rds: {}}}", "method.losses: unknown loss 'rds' (did you mean 'rsd'?)"),
     "unknown key of another teacher": ("teacher: {extra_teachers: [{modle: x}]}", "did you mean 'model'?"),

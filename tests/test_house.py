@@ -105,3 +105,34 @@ def test_a_label_has_the_number_of_its_page():
     found = [m for t in texts for pattern in (r'text: "(\d\d) [^"]*", href: [\w/]*?(\d\d)_', r"\[(\d\d) [^\]\n]*\]\((?:[\w./]*/)?(\d\d)_")
              for m in re.findall(pattern, t)]
     assert len(found) > 100 and [m for m in found if m[0] != m[1]] == []
+
+
+# pages above 70 cells → why they are not two
+LONG = {
+    "guides/recipe_keys": "a reference: one section for each method, loss and selector",
+    "geometry/11_selector": "one module, with the derivation of each of its choices and the planted layers that test them",
+    "methods/51_basd": "one method and its options; its parts have pages of their own",
+    "runs/61_recipes": "42 definitions of one schema and its errors",
+    "analysis/76_evaluation": "27 definitions, one for each figure of a report",
+    "geometry/13_frequency_selector": "a second selector in full: profiles, distances, the module",
+    "losses/29_cka": "the measure and the loss that is one minus it",
+    "data/46_sources": "36 definitions: four kinds of source behind one interface",
+    "data/47_views": "28 definitions: views of an image, and the loader that makes them",
+    "analysis/81_curvature": "22 definitions of one measurement: products, Lanczos, trace, slices",
+    "losses/23_attention": "21 definitions of one loss, its samples and its published form",
+    "runs/63_diagnostics": "one section for each thing that goes wrong",
+    "benchmark/85_step_cost": "36 definitions of one benchmark",
+    "geometry/09_grassmann": "distances, their gradients, and how a subspace is followed",
+    "training/75_build": "a run from recipe to trainer, and the guarantees that are tested on whole runs",
+    "analysis/79_attention_distance": "one measurement with the cases whose answer is known",
+    "losses/24_spectral": "three forms of one loss and their gradients",
+    "geometry/15_alignment": "one module and what it is compared with",
+    "studies/96_text": "four published methods on text",
+    "losses/30_gram": "three losses on similarity matrices",
+    "analysis/78_corruptions": "eight corruptions and the test set of them"}
+
+
+def test_a_long_page_has_a_reason():
+    long = {name(p): n for p in ROOT.glob("nbs/*/*.ipynb") if ".ipynb_checkpoints" not in p.parts
+            and (n := len(json.loads(p.read_text())["cells"])) > 70}
+    assert long.keys() == LONG.keys(), "shorten it, split it, or say above why it is one page"

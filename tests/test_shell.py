@@ -94,7 +94,7 @@ HEAVY = ("torch", "timm", "torchvision", "sklearn", "matplotlib", "scipy", "nump
 
 @pytest.mark.parametrize("words, status, said", [
     (["--help"], 0, "COMMAND"), (["--version"], 0, "basd "), (["train", "--help"], 0, "key=value"), (["recipes"], 0, "quickstart"),
-    (["recipes", "kd"], 0, "stages:"), (["recipes", "hintn", "--all"], 2, "did you mean 'kd'?"), (["trian"], 2, "did you mean 'train'?"),
+    (["recipes", "kd"], 0, "stages:"), (["recipes", "fitnts", "--all"], 2, "did you mean 'fitnets'?"), (["trian"], 2, "did you mean 'train'?"),
     (["train", "quikstart"], 2, "did you mean 'quickstart'?"), (["compare", "kd", "--seed", "3"], 2, "--seed 3"),
     (["bench", "quickstart", "data.batch_size"], 2, "write key=value")])
 def test_words_alone_import_nothing_heavy(words, status, said):
@@ -118,9 +118,9 @@ def test_changes_among_the_recipes_of_a_race(tmp_path, capsys):
 
 def test_a_change_to_the_method_goes_to_the_stages_that_have_the_key(tmp_path, capsys):
     "The command names them; where none has it, nothing is trained and the error names the nearest key of each stage"
-    assert main(["train", "quickstart", "method.wieght=0.5", "--run-dir", str(tmp_path/"run")]) == 2
+    assert main(["train", "quickstart", "method.distill_wieght=0.5", "--run-dir", str(tmp_path/"run")]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "teacher (ce), ce (ce), basd (basd, did you mean method.distill_weight?)" in err, err
+    assert err.count("\n") == 1 and "teacher: ce, ce: ce, basd: basd (did you mean 'method.distill_weight'?)" in err, err
     assert not (tmp_path/"run").exists()
     assert main(["train", "quickstart", "method.distill_weight=0.5", "data.root=" + str(tmp_path/"none"), "data.source=torch/cifar10",
                  "data.download=false", "--run-dir", str(tmp_path/"run")])

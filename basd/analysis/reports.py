@@ -22,7 +22,7 @@ from ..core.processes import process_group
 from ..core.registry import METHODS
 from ..data.sources import ClassMismatch
 from ..runs.builders import (
-    build_student, build_teacher, fetching, _granted_teacher, input_size, build_datasets, open_images, run_classes)
+    build_student, build_teacher, fetching, _granted_data, input_size, build_datasets, open_images, run_classes)
 from ..runs.inference import validate as measure
 from ..runs.run_directory import load_best_student, load_checkpoint, load_run_recipe
 
@@ -101,7 +101,7 @@ def _others(
     whose='the run',      # they are, for the message
 )->tuple:                 # (training images or None, their indices, test images)
     "Images of another source, for evaluation"
-    d = _granted_teacher(recipe)
+    d = _granted_data(recipe)
     try: train = open_images(d, d.train_split, on, classes, whose)
     except (ValueError, OSError): train = None                               # test images alone, or classes of its own
     test = open_images(d, d.test_split, on, classes or (train and train.classes),

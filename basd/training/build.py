@@ -23,7 +23,7 @@ from ..core.processes import check_compiler, keep_freed_memory
 from ..core.registry import METHODS, trusting
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
 from ..runs.builders import (
-    build_student, build_teacher, describe_teacher, input_size, labeled_positions, teacher_notes, build_datasets)
+    build_student, build_teacher, describe_teacher, input_size, labeled_positions, image_notes, build_datasets)
 from ..runs.inference import validate, predict_logits
 from ..runs.recipes import Recipe, build_recipe
 from ..runs.run_directory import (
@@ -242,7 +242,7 @@ def _open_run(
     "Create or reopen a run directory"
     if rank() == 0:
         marks = dict(train=data.images.fingerprint(), test=data.test.fingerprint())
-        notes, made, fresh = teacher_notes(data.images, data.test, marks), loader_arguments(recipe, data, task), not (run/'recipe.yaml').is_file()
+        notes, made, fresh = image_notes(data.images, data.test, marks), loader_arguments(recipe, data, task), not (run/'recipe.yaml').is_file()
         create_run_directory(run, recipe, resume, marks, made | (dict(notes=notes) if notes else {}), data.names)
         for line in (*in_lines(made), *notes): print(f"{recipe.name or 'run'}: {line}", flush=True)
         data.lock = lock_run_directory(run)
