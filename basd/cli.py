@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recipes', 'recipes_table', 'train', 'resume', 'resolve_stages', 'print_summary', 'parser', 'dispatch',
-           'evaluate_command', 'main', 'is_user_error', 'print_error']
+           'evaluate_command', 'export_command', 'main', 'is_user_error', 'print_error']
 
 # %% ../nbs/90_cli.ipynb #42f85044
 import argparse
@@ -282,8 +282,15 @@ def parser()->argparse.ArgumentParser:
     a.add_argument('run_dirs', nargs='+', metavar='run_dir')
     a.add_argument('--metrics', help='which of them, with commas (default: all)')
     a.add_argument('--output-dir', default='analysis', help='gets analysis.json and the figures (default analysis)')
-    a.add_argument('--weights', default='exported', help='last, best, ema or headline (default)')
+    a.add_argument('--weights', default='exported', help='last, best, ema or exported (default)')
     a.add_argument('--images', type=_int_range(1), default=512, help='images shown (default 512)')
+    x = sub.add_parser('export', help="write a run's student as a folder that timm, the hub or ONNX runtimes open",
+                       description='Writes config.json, model.safetensors and a model card, checked against the student.')
+    x.add_argument('run_dir')
+    x.add_argument('--to', metavar='FOLDER', help='where it goes, new or empty (default export in the run directory)')
+    x.add_argument('--onnx', action='store_true', help='write model.onnx too, checked by ONNX Runtime')
+    x.add_argument('--push', metavar='NAME', help='upload the folder to the Hugging Face hub as user/name, private')
+    x.add_argument('--public', action='store_true', help='with --push: let everybody see it')
     c = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure',
                        description='Resumes what was interrupted. Labels alone are added as the baseline. '
                                    'One teacher a seed is trained for all.')
@@ -312,7 +319,7 @@ def parser()->argparse.ArgumentParser:
     r.add_argument('--all', action='store_true', help='with every key, its meaning, its choices and its default')
     for s in (t, g, e, a, c, b):
         s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
-    for s in (t, g, e, a, c, b, r):
+    for s in (t, g, e, a, x, c, b, r):
         s.add_argument('--trust', action='store_true',
                        help='let recipes found in runs import code of their own, and fetch what they name')
     return p
@@ -392,6 +399,7 @@ def dispatch(
         for line in done: print(line)
         for line in left: print(f'basd: {line}', file=sys.stderr)
         if not done: raise ValueError("nothing could be analysed; the lines above say why")
+    elif args.command == 'export': export_command(args)
     elif args.command == 'compare':
         from basd.benchmark.compare import compare
         from basd.benchmark.results import format_table
@@ -408,7 +416,7 @@ def dispatch(
 
 # %% ../nbs/90_cli.ipynb #10b491ed
 def evaluate_command(
-    args:argparse.Namespace, # of `basd evaluate_student`
+    args:argparse.Namespace, # of `basd evaluate`
 ):
     "Accuracies, then the report"
     from basd.core.processes import is_launched
@@ -427,6 +435,20 @@ def evaluate_command(
                        args.corrupted, trust=args.trust)))
 
 def _of_some(r): return f", judged among their own {r['classes']} classes" if 'classes' in r else ''
+
+# %% ../nbs/90_cli.ipynb #5671b4f4
+def export_command(
+    args:argparse.Namespace, # of `basd export`
+):
+    "The folder, then the upload if it is asked for"
+    from basd.runs.export import export_run, push_folder
+    if not (Path(args.run_dir)/'recipe.yaml').is_file():
+        raise FileNotFoundError(f"{args.run_dir} is not a run directory: it holds no recipe.yaml")
+    if args.public and not args.push: raise ValueError("--public belongs to --push; give the name of the repository, too")
+    found = export_run(args.run_dir, args.to, args.onnx)
+    print(f"{found['folder']}: {', '.join(found['files'])}"
+          + (f"; ONNX opset {found['opset']}, logits within {found['difference']:.1e}" if args.onnx else ''))
+    if args.push: print(push_folder(found['folder'], args.push, args.public))
 
 # %% ../nbs/90_cli.ipynb #75c8b7ae
 def _known(
