@@ -186,9 +186,17 @@ def _read_result(
     "Result of a finished stage"
     try:
         found = json.loads((Path(place)/'result.json').read_text())
-        if found['test'][found['exported']]['top1'] + found['seconds'] >= 0: return found
+        if _headline(found['test'][found['exported']])[0] + found['seconds'] >= 0: return found
     except (ValueError, KeyError, TypeError, RecursionError): pass
     raise ValueError(f"{place}/result.json is damaged; delete it, and --resume evaluates that stage again")
+
+# %% ../nbs/90_cli.ipynb #3a743f4b
+def _headline(
+    tested:dict, # of `TrainingData.evaluate`
+)->tuple: # number, what it is, its format
+    "The number of a tested student that is reported first"
+    if 'top1' in tested: return tested['top1'], 'test top-1', '{:.2f} %'
+    return tested['distill_loss'], 'test distillation loss', '{:.4f}'
 
 # %% ../nbs/90_cli.ipynb #b5807b62
 def _check_device(
@@ -217,16 +225,18 @@ def print_summary(
     run:Path,
     results:dict, # stage → result, or None for a stage that was stopped
 ):
-    "Print each stage's directory and its test accuracy"
+    "Print each stage's directory and its test accuracy, or its distillation loss without labels"
     for stage,r in results.items():
         if r is None:
             print(f"{run/stage}: stopped on request " + (f"and saved; go on with basd resume {run}"
                                                          if run.is_dir() else "before it began"))
             continue
-        rest = ', '.join(f"{k} {v['top1']:.2f}" for k,v in r['test'].items() if k != r['exported'])
-        print(f"{run/stage}: test top-1 {r['test'][r['exported']]['top1']:.2f} % "
-              f"({r['exported']} weights; {rest}), {r['seconds']:.0f} s")
-    if len(results) > 1 and all(results.values()):
+        found = r['test'][r['exported']]
+        value, what, form = _headline(found)
+        rest = ', '.join(f"{k} {form.removesuffix(' %').format(_headline(v)[0])}" for k,v in r['test'].items() if k != r['exported'])
+        near = f", k-NN {found['knn']:.2f} % among the {found['n']} test images" if 'knn' in found else ''
+        print(f"{run/stage}: {what} {form.format(value)} ({r['exported']} weights; {rest}){near}, {r['seconds']:.0f} s")
+    if len(results) > 1 and all(r and 'top1' in r['test'][r['exported']] for r in results.values()):
         print('accuracy ' + ' · '.join(f"{k} {v['test'][v['exported']]['top1']:.2f} %" for k,v in results.items()))
 
 # %% ../nbs/90_cli.ipynb #772dcd2b
@@ -426,6 +436,7 @@ def evaluate_command(
     except ClassMismatch as e: found = print(f'basd: {e}', file=sys.stderr) or {}
     if is_launched().rank: return                    # one rank prints for all
     for name,r in found.items():
+        if 'knn' in r: print(f"{name:5} k-NN {r['knn']:6.2f} %  (k = {r['k']}, each of {r['n']} images among the others)"); continue
         print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  "
               f"cross-entropy {r['loss']:.4f}  ({r['n']} images{_of_some(r)})")
     try: found and write_evaluation(args.run_dir, found, args.on)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .corruptions import corruption_accuracy
-from .evaluation import model_cost, predict, evaluate_predictions, plot_report
+from .evaluation import accuracy_summary, evaluate_predictions, model_cost, plot_report, predict
 from ..core.distributed import rank
 from ..core.files import write_atomic
 from ..core.processes import process_group
@@ -23,7 +23,7 @@ from ..core.registry import METHODS
 from ..data.sources import ClassMismatch
 from ..runs.builders import (
     build_student, build_teacher, fetching, _granted_data, input_size, build_datasets, open_images, run_classes)
-from ..runs.inference import validate as measure
+from ..runs.inference import knn_among, pooled_features, validate as measure
 from ..runs.run_directory import load_best_student, load_checkpoint, load_run_recipe
 
 # %% ../../nbs/analysis/83_reports.ipynb #f8437663
@@ -139,7 +139,9 @@ def evaluate_student(
     on:str|None=None,     # other images, in the words of `data.source`
     trust:bool=False,     # the run's recipe may import code of its own and fetch what it names
     keep:bool=True,       # write the result into the run
-)->dict:                  # weights → {top1, top5, loss, n, and how many classes if not all}; also written to `evaluation.json`
+    # weights → {top1, top5, loss, n, and how many classes if not all}, or {knn, k, n} of a run without labels; also written
+    # to `evaluation.json`
+)->dict:
     "Accuracy of a run's weights on its test split, exact on any number of ranks"
     run = Path(run_dir)
     recipe, out = load_run_recipe(run, trust), {}
@@ -148,7 +150,11 @@ def evaluate_student(
     names = list(found) if weights == 'all' else [weights_path(found, weights, recipe, run)]
     with process_group(device) as here:
         images, _, test = _images_of(recipe, on, run)
-        classes = images.classes if on is None else _classes_of(run, recipe)
+        classes = images.classes if on is None and recipe.data.labels != 'none' else _classes_of(run, recipe)
+        if recipe.data.labels == 'none':
+            out = {name: _judged_by_knn(recipe, classes, found[name], test, run, here) for name in names}
+            if rank() == 0 and keep: write_evaluation(run, out, on)
+            return out
         if why := _foreign(test, classes, run):
             raise ClassMismatch(f"{why}; without that there is no accuracy, "
                                "and its features are judged by k-NN and a linear probe in the report")
@@ -159,6 +165,27 @@ def evaluate_student(
                                 workers=recipe.data.workers, precision=recipe.train.precision)
         if rank() == 0 and keep: write_evaluation(run, out, on)
     return out
+
+# %% ../../nbs/analysis/83_reports.ipynb #587fbaa5
+def _check_labels(images, run):
+    "Refuse to evaluate images without labels"
+    if images.num_classes < 2:
+        raise ValueError(f"{run} was trained without labels, and {images.source.name} has none by which its features could be judged; "
+                         "name images in class folders with --on")
+
+def _judged_by_knn(
+    recipe,       # of a run without labels
+    classes:list, # of its head, [] if it has none
+    weights:dict, # state dict of the student
+    images,       # `ImageDataset`
+    run,          # run directory, for the message
+    device,
+)->dict: # knn in %, k, n
+    "k-NN among labeled images"
+    _check_labels(images, run)
+    student = run_student(recipe, len(classes), weights, [-1], False, device)
+    features = pooled_features(student, images, input_size(student), device, precision=recipe.train.precision)
+    return knn_among(features, images.labels) | dict(n=len(images))
 
 # %% ../../nbs/analysis/83_reports.ipynb #108a8447
 def _foreign(
@@ -224,7 +251,10 @@ def evaluate_run(
     name = weights_path(found, weights, recipe, run)
     with process_group(device) as here:
         train, fit, test = _images_of(recipe, on, run)
-        fit, classes = subsample(fit, seen), test.classes if on is None else _classes_of(run, recipe)
+        bare = recipe.data.labels == 'none'
+        if bare: _check_labels(test, run)
+        fit, classes = subsample(fit, seen), test.classes if on is None and not bare else _classes_of(run, recipe)
+        if train is not None and not train.classes: train = None             # its labels were not read
         student = run_student(recipe, len(classes), found[name], [-1], False, here)
         size = input_size(student)
         said = predict(student, test, None, size, here)
@@ -233,6 +263,9 @@ def evaluate_run(
         known = predict(student, train, fit, size, here, among=test.among) if train is not None else None
         said_t, known_t, why = _taught_by(recipe, test, train, fit, here, classes)
         out = evaluate_predictions(said, known, said_t, known_t, [test.classes[i] for i in test.among or range(test.num_classes)])
+        if bare and known is None:
+            near = knn_among(said['features'], said['labels'])
+            out['knn'] = accuracy_summary(round(near['knn']*len(test)/100), len(test)) | dict(train_n=len(test) - 1, k=near['k'])
         if why: out['agreement'] = dict(skipped=why)
         if corrupted and said['logits'] is not None:
             out['robustness'] = corruption_accuracy(student, test, subsample(range(len(test)), corrupted), size, device=here)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['natural_order', 'number_labels', 'Source', 'ClassMismatch', 'stratified_split', 'IMAGE_ENDINGS', 'ImageFolderSource',
-           'TableSource', 'open_source', 'ImageDataset']
+           'without_labels', 'TableSource', 'open_source', 'ImageDataset']
 
 # %% ../../nbs/data/46_sources.ipynb #88251b4d
 import copy
@@ -343,10 +343,46 @@ class ImageFolderSource(Source):
 
     def describe_item(self, i): return self.dataset[i]
 
+# %% ../../nbs/data/46_sources.ipynb #805eee64
+def _find_any_images(
+    split, # folder of a split
+)->tuple:  # paths in timm's order; class number of each, [] if there are no classes; their names; Counter of what is left out
+    "Images of a split at any depth, and the folders of the first level as classes where there are several and no image is beside them"
+    left, split = Counter(), Path(split)
+    above = {_identity(p) for p in (split.resolve(), *split.resolve().parents)}
+    paths = sorted(_below(str(split), above, left), key=natural_order)
+    first = [Path(p).relative_to(split).parts for p in paths]
+    names = sorted({_same(f[0]) for f in first if len(f) > 1}, key=natural_order)
+    if len(names) < 2 or any(len(f) < 2 for f in first): return paths, [], [], left
+    at = {name: i for i,name in enumerate(names)}
+    return paths, [at[_same(f[0])] for f in first], names, left
+
+# %% ../../nbs/data/46_sources.ipynb #56201856
+def without_labels(
+    source:Source,
+)->Source: # every label is -1, and there are no classes
+    "The same images without their labels"
+    out = copy.copy(source)
+    out.labels, out.classes, out.among = torch.full((len(source),), -1), [], None
+    return out
+
+# %% ../../nbs/data/46_sources.ipynb #ec483d0e
+def _lacks_splits(there, split):
+    "Whether a folder, of which these are the folders, is to be divided into a training and a test split"
+    return split in _train + _eval and not any(p.name in _train + _eval for p in there)
+
+def _draw_split(folder, paths, numbers, split, notes):
+    "The images of a split that is drawn, their class numbers, and the notes with one about it"
+    keep = stratified_split(len(paths), numbers or None, .2)[split in _eval]
+    note = (f"{folder.name} has no folders of splits: a fifth of its {len(paths)} images"
+            f"{', the same share of each class,' if numbers else ''} is drawn as its test split")
+    return [paths[i] for i in keep], [numbers[i] for i in keep] if numbers else [], [*notes, note]
+
 # %% ../../nbs/data/46_sources.ipynb #a4d965f1
 def _open_folder(
     folder,             # folder with one folder per split, in each one folder per class
     split:str='train',  # also under a synonym, as "val" for "validation"; "" takes `folder` itself for the split
+    labels:bool|None=True, # read classes; False: images at any depth, without; None: the same, with classes where there are any
 )->Source:
     "Images in ImageNet's layout"
     folder = Path(folder)
@@ -355,16 +391,21 @@ def _open_folder(
         raise ValueError(f"folder {folder} cannot be read ({e.strerror}); give the folder that holds the splits") from e
     same = next((group for group in (_train, _eval[1:]) if split in group), ())
     found = [p for s in (split, *same) for p in there if p.name == s] if split else [folder]
-    if not found:
+    find, drawn = _find_images if labels else _find_any_images, _lacks_splits(there, split)
+    paths, numbers, classes, left = find((found or [folder])[0]) if found or drawn else ([], [], [], Counter())
+    if not found and not paths:
         raise ValueError(f"{folder} has no split {split!r}; "
                          f"its folders are {', '.join(p.name for p in there) or 'none'}")
-    paths, labels, classes, left = _find_images(found[0])
     if not paths:
-        raise ValueError(f"{found[0]} holds no images in class folders; lay it out as {found[0].name}/class/image.jpg")
+        raise ValueError(f"{found[0]} holds no images in class folders; lay it out as {found[0].name}/class/image.jpg, "
+                         "or set data.labels=none for images without classes"
+                         if labels else f"{found[0]} holds no images")
     name, few = f"{folder.name}/{split}", ', '.join(f"{k} × {what}" for what,k in left.most_common(5))
-    source = ImageFolderSource(paths, labels, classes, name, [f"left out of {name}: {few}"] if few else [])
-    source.root = str(found[0])
-    return source
+    notes = [f"left out of {folder.name if drawn else name}: {few}"] if few else []
+    if drawn: paths, numbers, notes = _draw_split(folder, paths, numbers, split, notes)
+    source = ImageFolderSource(paths, numbers or [0]*len(paths), classes or None, name, notes)
+    source.root = str((found or [folder])[0])
+    return source if labels or labels is None and numbers else without_labels(source)
 
 # %% ../../nbs/data/46_sources.ipynb #eef34995
 @contextmanager
@@ -462,8 +503,11 @@ def open_source(
     download:bool=False, # may missing data be fetched
     image_key:str|None=None, # column of images of a table ("hfds/…"); found if None
     label_key:str|None=None, # column of its labels; found if None
+    labels:bool|None=True, # read labels; False: leave them out; None: read them where there are any
 )->Source:
     "Open one split of a data set by name"
+    if labels is False and (source.partition('/')[0] in ('torch', 'hfds') or source == 'digits'):
+        return without_labels(open_source(source, split, root, download, image_key, label_key))
     kind, _, name = source.partition('/')
     keys = dict(image_key=image_key, label_key=label_key)
     if kind == 'hfds': return _open_hfds(name, split, root, download=download, **keys)
@@ -471,7 +515,7 @@ def open_source(
     if given: raise ValueError(f"data.{given}={keys[given]!r} names a column, and {source} is no table (hfds/…); leave it out")
     if source == 'digits': return _open_digits(split)
     if kind == 'torch': return _open_torch(name, split, root, download)
-    if (folder := Path(root or '')/source).is_dir(): return _open_folder(folder, split)
+    if (folder := Path(root or '')/source).is_dir(): return _open_folder(folder, split, labels)
     raise ValueError(f"unknown source {source!r}: "
                      f"neither a folder nor one of 'digits', 'torch/<name>', 'hfds/<hub name or folder>'")
 

@@ -154,7 +154,7 @@ def _check_stored(
     allowed = _stored_arguments(name.partition('.')[0]) if known and name else args
     bad = [k for k,v in args.items() if k not in allowed or not plain(v)]
     if not known: bad = [f'architecture={name[:100]!r}', *bad]
-    if not 0 < config['num_classes'] <= 10**6: bad = [f"num_classes={config['num_classes']}", *bad]
+    if not 0 <= config['num_classes'] <= 10**6: bad = [f"num_classes={config['num_classes']}", *bad]
     if not all(0 < n <= 2**13 for n in config['input_size']): bad = [f"input_size={config['input_size']}", *bad]
     if bad: raise _StoredArguments(f"{path} asks for {bad[0]}, which a stored student may not; "
                                   "export the student again, or load its weights yourself")

@@ -53,11 +53,13 @@ def open_images(
     source:str|None=None, # as in `data.source`; None: the recipe's own
     classes:list|None=None, # names by which to number; None: the source's own
     whose:str='the training split', # classes, for the message
+    labels:bool|None=True, # as in `open_source`
 )->ImageDataset:
     "Dataset of one split of a recipe's images, or of another source"
     table = source is None or source.startswith('hfds/')
     found = open_source(source or data.source, split, root=data.root, download=data.download,
-                        image_key=data.image_key if table else None, label_key=data.label_key if table else None)
+                        image_key=data.image_key if table else None, label_key=data.label_key if table else None,
+                        labels=labels)
     return ImageDataset(found if classes is None else found.under(classes, whose),
                   memory=data.in_memory, on_error=data.on_error, max_pixels=data.max_pixels)
 
@@ -74,6 +76,7 @@ def run_classes(
     recipe:Recipe,    # of it
 )->list|None:         # names, in the order of the head; None: it has not started training
     "Class names of a run; a run without a file of names gets those of its training images, in its old order"
+    if recipe.data.labels == 'none': return read_classes(run) or []          # a student without labels may have no head
     if (kept := read_classes(run)) is not None: return kept
     if not any((Path(run)/f).is_file() for f in ('last.pt', 'student.json')): return None
     data = _granted_data(recipe)
@@ -94,7 +97,7 @@ def image_notes(
     fingerprints:dict, # of both, "train" and "test"
 )->list:               # sentences
     "Notes about the images of a run, printed before it starts"
-    notes, empty = [*train.source.notes], (train.labels.bincount(minlength=train.num_classes) == 0).nonzero().squeeze(1).tolist()
+    notes, empty = [*train.source.notes], sorted({*range(train.num_classes)} - {*train.labels.tolist()})
     if empty: notes.append(f"of the {train.num_classes} classes of {train.source.name} {len(empty)} without images, "
                            f"{train.classes[empty[0]]!r} for one; each keeps its number and is not learned")
     if fingerprints['train'] == fingerprints['test']:
@@ -113,14 +116,17 @@ def build_datasets(
     "Training images with their split, and test images, all numbered by the classes of the training split"
     with fetching(recipe):
         d = _granted_data(recipe)
-        train = open_images(d, d.train_split, classes=None if run is None else run_classes(run, recipe), whose=run)
-        test = train if d.test_split == d.train_split else open_images(d, d.test_split, classes=train.classes)
-    if len(kinds := train.labels.unique()) < 2:
+        known = d.labels != 'none'
+        train = open_images(d, d.train_split, classes=run_classes(run, recipe) if known and run is not None else None, whose=run,
+                            labels=known)
+        test = (train if d.test_split == d.train_split else
+                open_images(d, d.test_split, classes=train.classes if known else None, labels=known or None))
+    if known and len(kinds := train.labels.unique()) < 2:
         raise ValueError(f"{train.source.name} holds one class alone, {train.classes[int(kinds)]!r}, "
                          "so there is nothing to tell apart; give each class a folder or a number of its own")
     if d.val_size >= len(train):
         raise ValueError(f"data.val_size={d.val_size:g} leaves none of the {len(train)} training images")
-    fit, val = stratified_split(len(train), train.labels, d.val_size if d.val_size < 1 else int(d.val_size), d.split_seed)
+    fit, val = stratified_split(len(train), train.labels if known else None, d.val_size if d.val_size < 1 else int(d.val_size), d.split_seed)
     if d.train_size is not None:
         if not 0 < d.train_size <= len(fit):
             raise ValueError(f"data.train_size={d.train_size}: should be between 1 and the {len(fit)} images "
@@ -137,6 +143,7 @@ def labeled_positions(
 )->list:           # those of them whose label is used
     "Indices of the training images whose labels are used, in proportion per class"
     d = recipe.data
+    if d.labels == 'none': return []
     if d.labeled is None: return fit
     if d.labeled > len(fit):
         raise ValueError(f"data.labeled={d.labeled:g}: there are only {len(fit)} training images")

@@ -141,8 +141,10 @@ def plot_run(
              if k in keys}
     curves = lambda ax, named, ylabel, *kinds, log=False: _mark(
         _named_above(plot_series(rows, named, ax, ylabel, log, colors)), complaints, *kinds)
-    panels = [lambda ax: _named_above(plot_series(epochs, {k: k.replace('_', ' ') for k in ('val_top1', 'val_top1_ema')
-                                                          if any(k in e for e in epochs)}, ax, 'validation top-1 (%)')),
+    judged = 'val_distill_loss' if any('val_distill_loss' in e for e in epochs) else 'val_top1'
+    panels = [lambda ax: _named_above(plot_series(epochs, {k: k.replace('_', ' ') for k in (judged, f'{judged}_ema')
+                                                          if any(k in e for e in epochs)}, ax,
+                                                  'validation top-1 (%)' if judged == 'val_top1' else 'validation loss')),
               lambda ax: curves(ax, parts, 'part of the loss', *(() if shares else ('dead',)), log=True)]
     if shares: panels.append(lambda ax: curves(ax, shares, 'gradient norm ÷ that of ce', 'dead', log=True))
     if weights:

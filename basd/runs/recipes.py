@@ -58,6 +58,9 @@ class DataRecipe:
     test_split:str = 'test'               # split that is evaluated at the end, and chooses nothing
     image_key:str|None = None             # of "hfds/…": column of the images; null: the only one
     label_key:str|None = None             # column of the classes, as numbers or texts; null: the only one, or "label"
+    # "none": no label of a training image is read, and a folder's images may lie at any depth; the test split's are
+    # read where there are any, to judge features by k-NN
+    labels:Literal['auto', 'none'] = 'auto'
     # use only this many of the training images, drawn by `split_seed` after the validation images; null: all
     train_size:_PositiveInt|None = None
     # training images whose labels are used, as many of each class: a share below 1 or a number from 1 on; null: all.
@@ -317,6 +320,11 @@ def _agree(recipe):
     if t.min_lr > t.lr:
         raise ValueError(f"train.min_lr={t.min_lr:g}: the learning rate falls from train.lr={t.lr:g} to it; "
                          "give a smaller one")
+    if d.labels == 'none' and d.labeled is not None:
+        raise ValueError(f"data.labeled={d.labeled:g} chooses among the labels, and data.labels=none reads none; leave one of them out")
+    if d.labels == 'none' and t.optimizer == 'dot':
+        raise ValueError("train.optimizer=dot gives cross-entropy a momentum of its own, and data.labels=none leaves "
+                         "cross-entropy out; choose another optimizer")
     for key in ('val_size', 'labeled'):
         if (value := getattr(d, key) or 0) >= 1 and value % 1:
             raise ValueError(f"data.{key}={value:g}: should be a share below 1, or a whole number of images")

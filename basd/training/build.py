@@ -6,6 +6,7 @@
 __all__ = ['TrainingData', 'build_task', 'loader_arguments', 'in_lines', 'build_trainer', 'compile_model', 'replay']
 
 # %% ../../nbs/training/75_build.ipynb #99905cd3
+import copy
 import os
 import sys
 from pathlib import Path
@@ -18,13 +19,13 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.distributed import rank, world_size
+from ..core.distributed import all_reduce_mean, rank, world_size
 from ..core.processes import check_compiler, keep_freed_memory
 from ..core.registry import METHODS, trusting
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
 from ..runs.builders import (
     build_student, build_teacher, describe_teacher, input_size, labeled_positions, image_notes, build_datasets)
-from ..runs.inference import validate, predict_logits
+from ..runs.inference import knn_among, pooled_features, predict_logits, validate
 from ..runs.recipes import Recipe, build_recipe
 from ..runs.run_directory import (
     check_resume, lock_run_directory, load_checkpoint, rng_state, set_rng_state, create_run_directory)
@@ -34,7 +35,7 @@ from .callbacks import (
     Refusals, StepRecorder, StopRequests, Test, Validation, _taken_back)
 from .nonfinite import explain_errors, rerun_step
 from .optimizers import DOT, create_optimizer
-from .task import DistillationTask, Mixing, assemble_task
+from .task import DistillationTask, Mixing, assemble_task, tapped_at
 from .trainer import Trainer
 
 # %% ../../nbs/training/75_build.ipynb #7e7d4244
@@ -81,6 +82,7 @@ def hide_labels(self:TrainingData,
     "Select the labels that the run may read, and the factor of its cross-entropy"
     self.labels, self.rarity, self.known, method = None, 1., len(known), self.recipe.method.name
     if len(known) == len(self.fit): return
+    if not known: self.rarity = 0.; return self.refuse_without_labels()
     if self.requires.labels:
         raise ValueError(f"data.labeled={self.recipe.data.labeled:g}: method {method!r} with these options "
                          "reads the label of every image; leave data.labeled out, or take a method that compares with "
@@ -89,6 +91,17 @@ def hide_labels(self:TrainingData,
     self.labels = torch.full((len(self.images),), -1)
     self.labels[known] = torch.as_tensor(self.images.labels)[known]
     self.rarity = len(self.fit)/len(known)
+
+# %% ../../nbs/training/75_build.ipynb #4f17b359
+@patch
+def refuse_without_labels(self:TrainingData):
+    "Refuse a method that learns nothing, or cannot run, without labels, and a split that is too small for all ranks"
+    name, needs = self.recipe.method.name, self.requires
+    if needs.labels or not needs.teacher:
+        raise ValueError(f"data.labels=none: method {name!r} {'with these options reads the label of every image' if needs.teacher else 'learns from labels alone'}; "
+                         "take a method that compares features or logits with a teacher's, as basd or match")
+    for what,n in dict(validation=len(self.val) or world_size(), test=len(self.test)).items():
+        if n < world_size(): raise ValueError(f"{n} {what} images on {world_size()} ranks; give each rank one, or use fewer ranks")
 
 # %% ../../nbs/training/75_build.ipynb #44c0febb
 @patch
@@ -131,8 +144,8 @@ def start_readers(self:TrainingData,
     size:int, # of the student's images, pixels
 ):
     "Register the data sets of the run with its readers"
-    clean = DualViewTransform(size, None, crop='center')
-    self.size, self.readers = size, ReaderPool(
+    clean = DualViewTransform(size, input_size(self.task.teacher) if not self.rarity else None, crop='center')
+    self.size, self.clean, self.readers = size, clean, ReaderPool(
         dict(fit=ViewDataset(self.images, None, self.views, seed=self.seed, labels=self.labels),
              val=ViewDataset(self.images, None, clean, train=False), test=ViewDataset(self.test, None, clean, train=False)),
         self.recipe.data.workers, pin=self.device.type == 'cuda')
@@ -155,11 +168,39 @@ def evaluate(self:TrainingData,
     split:str,      # "val" or "test"
     precision:str,
     stop=None,      # called before each batch, on all ranks
-)->dict|None:
+)->dict|None: # top1, top5, loss, n; of a run without labels distill_loss, n, and for labeled test images knn and k
     "`validate` of `runs.inference` with the readers of the run; None if stopped"
     images, which = (self.test, range(len(self.test))) if split == 'test' else (self.images, self.val)
+    if not self.rarity: return self.evaluate_unlabelled(model, split, images, list(which), stop)
     read = lambda data, n: self.readers(split, data, DistributedBatchSampler(len(data), n, shuffle=False, drop_last=False))
     return validate(model, images, list(which), self.size, self.device, precision=precision, read=read, stop=stop)
+
+# %% ../../nbs/training/75_build.ipynb #9e0a8e05
+@patch
+def evaluate_unlabelled(self:TrainingData,
+    model,
+    split:str,   # "val" or "test"
+    images,      # `ImageDataset`
+    which:list,  # positions
+    stop=None,   # called before each batch, on all ranks
+)->dict|None: # distill_loss, n; knn (%) and k for a test split with labels; None if stopped
+    "Distillation loss of a student, and k-NN among labeled test images"
+    task, was, total = self.task, model.training, 0.
+    n, method = len(which)//world_size()*world_size(), copy.deepcopy(task.method).requires_grad_(False).eval()
+    mine = ViewDataset(images, which[:n][rank()::world_size()], self.clean, train=False)
+    per_batch = self.recipe.data.batch_size//(self.grad_accum_steps*world_size())
+    batches = [b.tolist() for b in torch.arange(len(mine)).tensor_split(-(-len(mine)//per_batch))]
+    model.eval()
+    for at,b in zip(batches, self.readers(split, mine, batches)):
+        if stop is not None and stop(): model.train(was); return None
+        x, x_t = (b[k].to(self.device, non_blocking=True).repeat(self.requires.views_per_image, 1, 1, 1) for k in ('student', 'teacher'))
+        losses = task.distill_losses(method, model, x, x_t, self.total, self.recipe.train.epochs)
+        total += sum(losses.values())*len(at)/len(mine)
+    model.train(was)
+    out = dict(distill_loss=all_reduce_mean(total).item(), n=n)
+    if split != 'test' or images.num_classes < 2: return out
+    features = pooled_features(tapped_at(model, [-1], False), images, self.size, self.device, precision=task.precision)
+    return out | knn_among(features, images.labels)
 
 # %% ../../nbs/training/75_build.ipynb #6df9496d
 def build_task(
@@ -172,13 +213,29 @@ def build_task(
     "Student, teacher and method of a recipe"
     t, v, method = recipe.train, recipe.views, METHODS.get(recipe.method.name)
     needs = method.requires(recipe.method.options)
+    if recipe.data.labels == 'none' and needs.logits and not names: names = _teacher_classes(recipe, needs)
+    classes = classes or len(names or ())
     torch.manual_seed(t.seed)
     student = build_student(recipe, classes, needs).to(device)
-    student.label_names = names
-    teacher = build_teacher(recipe, needs, names)
+    student.label_names = names or None
+    teacher = build_teacher(recipe, needs, names or None)
     return assemble_task(method, recipe.method.options, student, teacher, classes, seed=t.seed,
                          mixing=Mixing(v.mixup, v.cutmix, v.mix_prob, v.label_smoothing, v.mix_teacher_input),
                          grad_accum_steps=t.grad_accum_steps, precision=t.precision, rarity=rarity)
+
+# %% ../../nbs/training/75_build.ipynb #7fb2dcda
+def _teacher_classes(
+    recipe:Recipe,
+    needs,         # `Requires` of the method
+)->list:           # names; numbers where it has none
+    "Classes of the head of a recipe's teacher"
+    teacher = build_teacher(recipe, needs)
+    first = getattr(teacher, 'members', [teacher])[0]
+    z = first.infer_shapes(torch.zeros(1, *first.input_size, dtype=torch.uint8)).logits
+    if z is None:
+        raise ValueError(f"method {recipe.method.name!r} compares logits, and the teacher has no head; "
+                         "take a teacher with a head, or a method that compares tokens alone, as basd or match")
+    return getattr(first, 'label_names', None) or list(map(str, range(z.shape[1])))
 
 # %% ../../nbs/training/75_build.ipynb #2ad61df1
 def _set_views(
@@ -187,6 +244,7 @@ def _set_views(
     task:DistillationTask,
 ):
     "Set the views of a run and its teacher's cache, if it has one"
+    data.task = task
     v, teacher, size = recipe.views, task.teacher, input_size(task.student)
     recorded = None if teacher is None else recipe.teacher.cache_views          # with and without a cache: a run may resume without
     make = lambda size_t: DualViewTransform(size, size_t, crop=v.crop, crop_scale=tuple(v.crop_scale),
@@ -220,12 +278,13 @@ def in_lines(
     "Lines about a run's device, data and models, for a terminal"
     d, names, teachers = made_of['data'], made_of['data']['classes'], made_of['teacher'] or []
     shown = names if len(names) <= 10 else [*names[:3], '...', names[-1]]
-    some = f" ({d['labeled']:,} with a label)" if d.get('labeled') else ''
+    some = {None: '', 0: ' (no label is read)'}.get(d.get('labeled'), f" ({d.get('labeled') or 0:,} with a label)")
     ranks = f", {made_of['ranks']} ranks" if made_of['ranks'] > 1 else ''
     model = lambda m: (f"{m['model']}, {m['weights'] or 'weights of unknown origin'}, digest {m['digest']}, "
                        f"{m['parameters']:,} parameters, images of {' x '.join(map(str, m['input_size']))}")
     return [f"{made_of['device']}, {made_of['precision']}{ranks}; {d['source']}: {d['training']:,} training{some}, "
-            f"{d['validation']:,} validation, {d['test']:,} test images, {len(names)} classes ({', '.join(shown)})",
+            f"{d['validation']:,} validation, {d['test']:,} test images"
+            + f", {len(names)} classes ({', '.join(shown)})"*bool(names),
             f"student {model(made_of['student'])}",
             *[f"teacher {model(t)}" for t in (teachers if isinstance(teachers, list) else [teachers])],
             *[f"no teacher, method {made_of['method']} asks none"]*(not teachers),
@@ -243,7 +302,7 @@ def _open_run(
     if rank() == 0:
         marks = dict(train=data.images.fingerprint(), test=data.test.fingerprint())
         notes, made, fresh = image_notes(data.images, data.test, marks), loader_arguments(recipe, data, task), not (run/'recipe.yaml').is_file()
-        create_run_directory(run, recipe, resume, marks, made | (dict(notes=notes) if notes else {}), data.names)
+        create_run_directory(run, recipe, resume, marks, made | (dict(notes=notes) if notes else {}), data.names or None)
         for line in (*in_lines(made), *notes): print(f"{recipe.name or 'run'}: {line}", flush=True)
         data.lock = lock_run_directory(run)
     if world_size() > 1: dist.barrier()
@@ -295,6 +354,7 @@ def build_trainer(
     with explain_errors(run), _taken_back(run, lambda: any(fresh) and not (made and made[0].step)):
         data = TrainingData(recipe, run, METHODS.get(recipe.method.name).requires(recipe.method.options), device)
         task = build_task(recipe, data.classes, data.names, device, data.rarity)
+        data.classes, data.names = task.classes, task.student.label_names or []
         _set_views(recipe, data, task)
         optimizer = create_optimizer(task, t)
         trainer = Trainer(task, data, optimizer, t)

@@ -222,11 +222,13 @@ def _print_row(name, row, epochs):
     "One line on standard output per epoch"
     acc = ''.join(f", {k.replace('val_top1', 'val top-1').replace('_', ' ')} {v:.2f} %"
                   for k,v in row.items() if k.startswith('val_top1'))
+    acc += ''.join(f", {k.replace('val_distill_loss', 'val distillation loss').replace('_', ' ')} {v:.4f}"
+                   for k,v in row.items() if k.startswith('val_distill_loss'))
     print(f"{name}: epoch {row['epoch']}/{epochs}{acc}, {row['time/elapsed']:.0f} s", flush=True)
 
 # %% ../../nbs/training/73_callbacks.ipynb #487db060
 class Validation(Callback):
-    "Validate after each epoch and keep the best epoch"
+    "Validate after each epoch and keep the best epoch, by accuracy, or without labels by the distillation loss"
     order, kept = 80, ('best',)
     def __init__(self,
         name:str,      # of the run, for the line that is printed
@@ -246,8 +248,10 @@ class Validation(Callback):
             row |= {f'val_{k}{suffix}': v for k,v in found.items() if k != 'n'}
         self.metrics.write(row)
         if rank() == 0: _print_row(self.name, row, t.config.epochs)
-        self.improved = row.get('val_top1', 0.) >= self.best['top1']
-        if self.improved: self.best = dict(top1=row.get('val_top1', 0.), epoch=t.epoch + 1)
+        by = 'distill_loss' if 'val_distill_loss' in row else 'top1'
+        found, before = row.get(f'val_{by}', 0.), self.best.get(by, float('inf'))
+        self.improved = found >= before if by == 'top1' else not found > before
+        if self.improved: self.best = {by: found, 'epoch': t.epoch + 1}
 
 # %% ../../nbs/training/73_callbacks.ipynb #41b284f2
 class Diagnostics(Callback):
@@ -372,13 +376,14 @@ class Test(Callback):
             if result[name] is None: break
         if None in result.values(): student.model.load_state_dict(last); return
         exported, best = self.export if self.export in weights else 'last', self.validation.best
-        t.result = dict(exported=exported, test=result, best_epoch=best['epoch'], val_top1=best['top1'],
-                        seconds=self.metrics.elapsed(), skipped_images=t.data.skipped_images())
+        t.result = dict(exported=exported, test=result, best_epoch=best['epoch'],
+                        **{f'val_{k}': v for k,v in best.items() if k != 'epoch'}, seconds=self.metrics.elapsed(), skipped_images=t.data.skipped_images())
         if rank() == 0:
             student.model.load_state_dict(weights[exported])
             save_student(student, self.run)
             self.metrics.write(dict(kind='test', step=t.step, exported=exported)
-                               | {f'test_{k}_{n}': v[k] for n,v in result.items() for k in ('top1', 'top5', 'loss')})
+                               | {f'test_{k}_{n}': v[k] for n,v in result.items()
+                                  for k in ('top1', 'top5', 'loss', 'distill_loss', 'knn') if k in v})
             plot_run(self.run)
             # last: a run that has it has ended
             write_atomic(self.run/'result.json', lambda p: p.write_text(json.dumps(t.result, indent=1)))

@@ -7,6 +7,7 @@ __all__ = ['Mixing', 'DistillationTask', 'assemble_task', 'create_task', 'loss_g
 
 # %% ../../nbs/training/69_task.ipynb #cd80f075
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,9 @@ class DistillationTask(nn.Module):
         seed:int=0,             # of all that is drawn in a step
         grad_accum_steps:int=1, # micro-batches of a step
         precision:str|None='float32', # "float32" or "bf16"; None: that of the surrounding loop
-        rarity:float=1.,        # training images per image with a label, by which cross-entropy is multiplied
+        # training images per image with a label, by which cross-entropy is multiplied; 0: no image has one, and there is
+        # no cross-entropy
+        rarity:float=1.,
         cache=None,             # `CachedTeacher`, used in the teacher's place
         total_steps:int|None=1, # of the run, for calls that do not give it; None: each call gives it, and its step
         normalized:bool=False,  # images are already normalized for the student, as timm's loaders make them
@@ -79,7 +82,9 @@ class DistillationTask(nn.Module):
     def compare(self, images:Tensor, teacher_features, target:Target, progress:StepState)->dict:
         "The method on both models' features; at steps that are logged, with the health of the student's"
         features = self.student(images)
+        if features.logits is None: features = replace(features, logits=target.labels[:, :0])
         out = self.method(features, teacher_features, target, progress)
+        if not self.rarity: out['losses'].pop('ce', None)
         if progress.should_log and features.tokens: out['metrics'] |= student_statistics(features.tokens)
         return out
 
@@ -154,7 +159,8 @@ def prepare_batch(self:DistillationTask,
     _check_size(images, self.student)
     if mix is None: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(labels), m.mixup, m.cutmix,
                                      m.prob, images.device)
-    x, y = mix_images(self.scaled(images), mix), mix_labels(labels, self.classes, mix, m.smoothing)
+    x = mix_images(self.scaled(images), mix)
+    y = mix_labels(labels, self.classes, mix, m.smoothing) if self.rarity else torch.zeros(len(labels), self.classes, device=x.device)
     if self.rarity != 1: y = self.rarity*y                              # those without a label have none of it
     target, features, self.depth = Target(y, None if m.teacher else mix), None, self.method.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
@@ -227,6 +233,28 @@ def assemble_task(
         made = method(options, infer_shapes(student, device), None if teacher is None else infer_shapes(teacher, device), num_classes).to(device)
         made.setup(student, teacher)
     return DistillationTask(student, teacher, made, num_classes, seed=seed, **settings)
+
+# %% ../../nbs/training/69_task.ipynb #b9f2366a
+@patch
+@torch.no_grad()
+def distill_losses(self:DistillationTask,
+    method:Method,         # copy of the task's own, in evaluation mode and without gradient
+    student:TappedModel,   # that is judged
+    images:Tensor,         # the student's clean view, (B, 3, h, w)
+    teacher_images:Tensor, # the teacher's
+    total_steps:int,       # of the whole run
+    epochs:float,          # likewise
+)->dict: # name → 0-d tensor
+    "Losses of the teacher's features and logits on clean images, as at the end of a run"
+    n, device = len(images), images.device
+    with self.amp_context(device):
+        features, taught = student(self.scaled(images)), self.teach(self.scaled(teacher_images))
+        target = Target(torch.zeros(n, self.classes, device=device))
+        if features.logits is None: features = replace(features, logits=target.labels[:, :0])
+        at = method.sample(StepState(total_steps, total_steps, self.seed, epochs), n, device)
+        out = method(features, taught, target, at)
+    raw = {k.removeprefix('loss_unweighted/'): v for k,v in out['metrics'].items() if k.startswith('loss_unweighted/')}
+    return {k: v.float() for k,v in (raw or out['losses']).items() if k != 'ce'}
 
 # %% ../../nbs/training/69_task.ipynb #dec2d220
 def tapped_at(
