@@ -186,18 +186,17 @@ def evaluate_unlabelled(self:TrainingData,
 )->dict|None: # distill_loss, n; knn (%) and k for a test split with labels; None if stopped
     "Distillation loss of a student, and k-NN among labeled test images"
     task, was, total = self.task, model.training, 0.
-    n, method = len(which)//world_size()*world_size(), copy.deepcopy(task.method).requires_grad_(False).eval()
-    mine = ViewDataset(images, which[:n][rank()::world_size()], self.clean, train=False)
-    per_batch = self.recipe.data.batch_size//(self.grad_accum_steps*world_size())
-    batches = [b.tolist() for b in torch.arange(len(mine)).tensor_split(-(-len(mine)//per_batch))]
+    ranks, n, method = world_size(), len(which)//world_size(), copy.deepcopy(task.method).requires_grad_(False).eval()
+    parts = torch.arange(n).tensor_split(-(-n*ranks*self.grad_accum_steps//self.recipe.data.batch_size))
+    batches = [(ranks*int(p[0]) + rank()*len(p) + torch.arange(len(p))).tolist() for p in parts]
     model.eval()
-    for at,b in zip(batches, self.readers(split, mine, batches)):
+    for at,b in zip(batches, self.readers(split, ViewDataset(images, which, self.clean, train=False), batches)):
         if stop is not None and stop(): model.train(was); return None
         x, x_t = (b[k].to(self.device, non_blocking=True).repeat(self.requires.views_per_image, 1, 1, 1) for k in ('student', 'teacher'))
         losses = task.distill_losses(method, model, x, x_t, self.total, self.recipe.train.epochs)
-        total += sum(losses.values())*len(at)/len(mine)
+        total += sum(losses.values())*len(at)/n
     model.train(was)
-    out = dict(distill_loss=all_reduce_mean(total).item(), n=n)
+    out = dict(distill_loss=all_reduce_mean(total).item(), n=n*ranks)
     if split != 'test' or images.num_classes < 2: return out
     features = pooled_features(tapped_at(model, [-1], False), images, self.size, self.device, precision=task.precision)
     return out | knn_among(features, images.labels)
@@ -397,7 +396,8 @@ def compile_model(
     task = trainer.task
     if trainer.config.compile: task.compile()
     elif device.type == 'cpu': keep_freed_memory()
-    if world_size() > 1: trainer.model = DistributedDataParallel(task)
+    # without labels nothing is computed from what follows the last tapped layer
+    if world_size() > 1: trainer.model = DistributedDataParallel(task, find_unused_parameters=not task.rarity)
 
 # %% ../../nbs/training/75_build.ipynb #a76660eb
 def replay(
