@@ -70,6 +70,7 @@ def train(
     from basd.core.processes import process_group
     from basd.core.distributed import rank
     from basd.core.processes import is_launched
+    from basd.core.registry import trusting
     from basd.runs.recipes import load_recipe
     from basd.training.build import build_trainer
     from basd.training.callbacks import Stopped, on_stop
@@ -78,7 +79,7 @@ def train(
         stages = load_recipe(_at_home(recipe), *as_overrides(*overrides, **sections), trust=trust, say=aloud)
         _check_device(device)
         if asked: _stopped()
-        with process_group(device, max(r.train.rank_timeout for r in stages.values())) as here:
+        with trusting(trust, Path.cwd()), process_group(device, max(r.train.rank_timeout for r in stages.values())) as here:
             run, results = Path(_at_home(run_dir) or _default_run_dir(recipe)), {}
             if resume and not run.is_dir(): raise FileNotFoundError(f"there is no run at {run} to resume")
             whole = {k: replace(r, teacher=replace(r.teacher, extra_teachers=[*map(dict, r.teacher.extra_teachers)]),

@@ -25,10 +25,14 @@ from basd.methods.base import CrossEntropy
 class Evil(CrossEntropy): pass
 class Loss(torch.nn.Module): pass
 def score(said): return said['labels'].double()
+def model(num_classes=2, **kwargs): return torch.nn.Flatten()
+def data(split): return []
 """
 HOSTILE = {"method": dict(name="payload:Evil"), "method in a package": dict(name="runs.hostile.payload:Evil"),
            "loss": dict(name="match", losses={"payload:Loss": {}}),
-           "score": dict(name="pocl", scores=["payload:score"])}
+           "score": dict(name="pocl", scores=["payload:score"]), "student": dict(student=dict(model="payload:model")),
+           "teacher": dict(teacher=dict(model="payload:model")), "data": dict(data=dict(source="payload:data")),
+           "further teacher": dict(teacher=dict(extra_teachers=[dict(model="payload:model")]))}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,8 @@ def here(tmp_path, monkeypatch):
 
 def recipe_with(method, path):
     tree = yaml.safe_load(path.read_text())
-    tree["method"] = method
+    for section in set(method) & {"student", "teacher", "data"}: tree[section] |= method[section]
+    if "name" in method: tree["method"] = method
     path.write_text(yaml.safe_dump(tree))
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'METHODS', 'LOSSES', 'SELECTORS', 'DIFFICULTIES', 'suggestion', 'validation_hint', 'trusting', 'trusted',
-           'imported', 'Registry', 'options_dataclass', 'pickled_by', 'options_from', 'refuse_unread']
+           'is_import_name', 'imported', 'call_imported', 'Registry', 'options_dataclass', 'pickled_by', 'options_from',
+           'refuse_unread']
 
 # %% ../../nbs/core/06_registry.ipynb #f3e41eaf
 import difflib
@@ -75,6 +76,15 @@ def trusted()->bool:
     "Whether any name may be imported here"
     return _allowed.get()[0] is True
 
+# %% ../../nbs/core/06_registry.ipynb #58982e4d
+def is_import_name(
+    name, # of a model or a data set in a recipe
+)->bool:
+    "Is this package.module:attribute, rather than a name of timm, of the hub or of a folder?"
+    module, _, attr = name.partition(':') if isinstance(name, str) else ('', '', '')
+    return (module not in ('hf_hub', 'hf', 'hub') and attr.isidentifier()
+            and all(p.isidentifier() for p in module.split('.')))
+
 # %% ../../nbs/core/06_registry.ipynb #7fad9acc
 def imported(
     name:str, # "package.module:attribute"
@@ -93,6 +103,20 @@ def imported(
         raise ValueError(f"{what} cannot be imported: {type(e).__name__}: {e}") from None
     _admitted.add(name)
     return found
+
+# %% ../../nbs/core/06_registry.ipynb #ecc10285
+def call_imported(
+    name:str, # "package.module:callable"
+    what:str, # for the message
+    *args, **kwargs, # of the callable
+):            # what it returns
+    "Call the object called `name`, if it may be imported; its failures are a `ValueError`"
+    make = imported(name, f'{what} {name!r}')
+    if not callable(make): raise ValueError(f"{what} {name!r} is a {type(make).__name__}; name a function or a class")
+    try: return make(*args, **kwargs)
+    except Exception as e:                      # it is not our code
+        given = ', '.join([*map(repr, args), *(f'{k}={v!r}' for k,v in kwargs.items())])[:300]
+        raise ValueError(f"{what} {name!r} failed with ({given}): {type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
 
 # %% ../../nbs/core/06_registry.ipynb #39a25c6d
 class Registry:

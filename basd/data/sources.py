@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as F
 
+from ..core.registry import call_imported, is_import_name
 from .pictures import MAX_PIXELS, decode_picture
 
 # %% ../../nbs/data/46_sources.ipynb #2ae671ed
@@ -495,9 +496,19 @@ def _open_hfds(
     if root is None: notes += [f"{called} is copied to {datasets.config.HF_DATASETS_CACHE}; data.root names another folder"]
     return TableSource(pictures, labels, classes, called, notes)
 
+# %% ../../nbs/data/46_sources.ipynb #2f82be2b
+def _open_own(name, split):
+    "The data set that package.module:callable returns"
+    found = call_imported(name, 'data.source', split)
+    if isinstance(found, Source): return found
+    if not (hasattr(found, '__len__') and hasattr(found, '__getitem__')):
+        raise ValueError(f"data.source {name!r} returned a {type(found).__name__}; "
+                         "it should return a data set with len that gives (image, label)")
+    return Source(found, classes=getattr(found, 'classes', None), name=f'{name}/{split}')
+
 # %% ../../nbs/data/46_sources.ipynb #6fe7aef9
 def open_source(
-    source:str,          # "digits", "torch/<name>", "hfds/<hub name or folder>", or a folder of images
+    source:str,          # "digits", "torch/<name>", "hfds/<hub name or folder>", a folder of images, or package.module:callable
     split:str='train',
     root=None,           # where downloads ("torch/…") or the cache ("hfds/…") lie, or where a folder's path starts
     download:bool=False, # may missing data be fetched
@@ -513,11 +524,12 @@ def open_source(
     if kind == 'hfds': return _open_hfds(name, split, root, download=download, **keys)
     given = next((k for k,v in keys.items() if v is not None), None)
     if given: raise ValueError(f"data.{given}={keys[given]!r} names a column, and {source} is no table (hfds/…); leave it out")
+    if is_import_name(source): return _open_own(source, split)
     if source == 'digits': return _open_digits(split)
     if kind == 'torch': return _open_torch(name, split, root, download)
     if (folder := Path(root or '')/source).is_dir(): return _open_folder(folder, split, labels)
     raise ValueError(f"unknown source {source!r}: "
-                     f"neither a folder nor one of 'digits', 'torch/<name>', 'hfds/<hub name or folder>'")
+                     f"neither a folder nor one of 'digits', 'torch/<name>', 'hfds/<hub name or folder>', package.module:callable")
 
 # %% ../../nbs/data/46_sources.ipynb #895fb578
 class ImageDataset(Dataset):

@@ -20,6 +20,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from ..core.files import write_atomic
+from ..core.registry import is_import_name
 from .layers import layer_names
 from .taps import TappedModel
 from .teachers import create_timm_model, check_module, input_config, load_weights, weights_origin
@@ -33,7 +34,7 @@ def default_student_layers(
 
 # %% ../../nbs/models/42_students.ipynb #f8d9c711
 def create_student(
-    model='deit_tiny_patch16_224', # name of a timm classifier, or a module of your own
+    model='deit_tiny_patch16_224', # name of a timm classifier, package.module:callable, or a module of your own
     num_classes:int|None=None,    # C; None: 10, or those of the module
     img_size:int|None=None,       # pixels; None: the model's own
     patch_size:int|None=None,     # pixels
@@ -68,9 +69,14 @@ def create_student(
         student.origin = (f'given as {type(model).__name__}' if checkpoint is None else
                           weights_origin(model, False, load_weights(model, checkpoint, True, checkpoint_key)))
         return student
+    if named := is_import_name(model):                      # its callable has the words of the section
+        args = args | {k: v for k,v in dict(width=width, heads=heads).items() if v is not None}
+        args = {k: v for k,v in args.items() if k not in ('embed_dim', 'num_heads') or k in kwargs}
+        if drop_path: args['drop_path'] = args.pop('drop_path_rate')
     m, args = create_timm_model(model, pretrained, num_classes=10 if num_classes is None else num_classes, **args)
     taken = None if checkpoint is None else load_weights(m, checkpoint, True, checkpoint_key)
-    if ':' in model: model = (m.pretrained_cfg or {}).get('architecture') # its name without the hub
+    if named: img_size = check_module(m, img_size, mean, {}, trained=False)
+    elif ':' in model: model = (m.pretrained_cfg or {}).get('architecture') # its name without the hub
     student = wrap_student(m, model, args, layers, attention, img_size, prefix, grid, mean, std)
     student.origin = weights_origin(m, pretrained, taken)
     return student
@@ -150,8 +156,9 @@ def _check_stored(
                                or isinstance(v, str) and re.fullmatch(r'[\w.+-]{0,64}', v) is not None or isinstance(v, (int, float)) and abs(v) <= 2**16
                                or deep < 3 and isinstance(v, list) and len(v) < 100 and all(plain(x, deep + 1) for x in v)
                                or deep < 3 and isinstance(v, dict) and len(v) < 100 and all(plain(x, deep + 1) for x in v.values()))
-    known = not name or timm.is_model(name.partition('.')[0])
-    allowed = _stored_arguments(name.partition('.')[0]) if known and name else args
+    own = is_import_name(name)                              # what may be imported is decided where it is
+    known = own or not name or timm.is_model(name.partition('.')[0])
+    allowed = _stored_arguments(name.partition('.')[0]) if known and name and not own else args
     bad = [k for k,v in args.items() if k not in allowed or not plain(v)]
     if not known: bad = [f'architecture={name[:100]!r}', *bad]
     if not 0 <= config['num_classes'] <= 10**6: bad = [f"num_classes={config['num_classes']}", *bad]

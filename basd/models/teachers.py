@@ -8,6 +8,7 @@ __all__ = ['FrozenTeacher', 'freeze', 'read_weights', 'load_weights', 'check_mod
 
 # %% ../../nbs/models/41_teachers.ipynb #5c1bb8e6
 import difflib
+import inspect
 import sys
 import warnings
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..core.features import Features
+from ..core.registry import call_imported, imported, is_import_name
 from .taps import TappedModel
 
 # %% ../../nbs/models/41_teachers.ipynb #92563b14
@@ -221,7 +223,8 @@ def _lost_biases(state, taken, name):
 def check_model_name(
     model:str, # of a timm model, with or without its weights' tag
 ):
-    "Refuse a name that timm does not have, and suggest similar ones"
+    "Refuse a name that is neither of timm nor package.module:callable, and suggest similar ones"
+    if is_import_name(model): return
     if timm.is_model(model.split('.')[0]) or model.startswith(('hf_hub:', 'hf-hub:', 'local-dir:')): return
     near = difflib.get_close_matches(model.split('.')[0], timm.list_models(), 3)
     raise ValueError(f"timm has no model {model!r}{'; did you mean ' + ', '.join(near) + '?' if near else ''} "
@@ -257,13 +260,26 @@ def _check_patches(
         raise ValueError(f"{model}: an image of {size[0]} pixels is not tiled by patches of {patch[0]}; "
                          "choose an img_size that is a multiple of the patch_size")
 
+# %% ../../nbs/models/41_teachers.ipynb #19285ad9
+def _call_model(model, pretrained, kwargs):
+    "The module that package.module:callable returns, and the arguments that it took"
+    make = imported(model, f'model {model!r}')
+    try: takes = inspect.signature(make).parameters
+    except (TypeError, ValueError): takes = {}
+    kwargs = {k: v for k,v in kwargs.items() if v is not None and (k != 'img_size' or k in takes)}
+    m = call_imported(model, 'model', **kwargs, **(dict(pretrained=True) if pretrained else {}))
+    if not isinstance(m, nn.Module):
+        raise ValueError(f"model {model!r} returned a {type(m).__name__}; it should return an nn.Module")
+    return m, kwargs
+
 # %% ../../nbs/models/41_teachers.ipynb #4cebed1b
 def create_timm_model(
-    model:str,              # any timm model
+    model:str,              # any timm model, or package.module:callable
     pretrained:bool=False, # fetch the model's weights
     **kwargs,              # of `timm.create_model`; None means the model's default
 )->tuple: # the model, and the arguments that it took
     "`timm.create_model` with its failures as one sentence; `img_size` is left out where any size will do"
+    if is_import_name(model): return _call_model(model, pretrained, kwargs)
     check_model_name(model)
     _check_arguments(model, pretrained, kwargs)
     kwargs = {k: v for k,v in kwargs.items() if v is not None}
@@ -345,7 +361,7 @@ def check_module(
 
 # %% ../../nbs/models/41_teachers.ipynb #aa2d4a68
 def create_teacher(
-    model='vit_small_patch14_dinov2.lvd142m', # name of a timm model, or a module of your own
+    model='vit_small_patch14_dinov2.lvd142m', # name of a timm model, package.module:callable, or a module of your own
     pretrained:bool=False,   # fetch the model's weights
     checkpoint=None,         # file with weights, in timm's layout or one that timm converts
     checkpoint_key:str|None=None, # of the dictionary to take from it, where it has several
@@ -368,16 +384,18 @@ def create_teacher(
     given = isinstance(model, nn.Module)
     if given: img_size = check_module(model, img_size, mean, dict(pretrained=pretrained, num_classes=num_classes) | kwargs)
     m, args = (model, {}) if given else create_timm_model(model, pretrained, img_size=img_size, num_classes=num_classes, **kwargs)
-    if pretrained: _check_head(m, model, num_classes)
+    named = not given and is_import_name(model)             # its weights are its callable's matter
+    if named: img_size = check_module(m, img_size, mean, {})
+    elif pretrained: _check_head(m, model, num_classes)
     taken = None if checkpoint is None else load_weights(m, checkpoint, key=checkpoint_key)
-    if not (given or pretrained or checkpoint is not None or untrained):
+    if not (given or named or pretrained or checkpoint is not None or untrained):
         warnings.warn(f"{model} teaches without trained weights; give pretrained=True or a checkpoint, "
                       "or untrained=True if that is meant", stacklevel=2)
     config = input_config(m, mean, std)
     t = TappedModel(m, layers, attention, config['mean'], config['std'], prefix, grid=grid, logits=logits)
     t.input_size = (3, *(2*(img_size,) if img_size else config['input_size'][1:]))
     t.architecture, t.model_args = None if given else model, args
-    t.origin = f'given as {type(m).__name__}' if given and taken is None else weights_origin(m, pretrained, taken)
+    t.origin = f'given as {type(m).__name__}' if (given or named) and taken is None and not untrained else weights_origin(m, pretrained, taken)
     return freeze(t)
 
 # %% ../../nbs/models/41_teachers.ipynb #d3c1d602

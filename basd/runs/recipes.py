@@ -21,7 +21,8 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from ..core.registry import (
-    LOSSES, METHODS, SELECTORS, options_dataclass, refuse_unread, suggestion, trusted, trusting, validation_hint)
+    LOSSES, METHODS, SELECTORS, imported, is_import_name, options_dataclass, refuse_unread)
+from ..core.registry import suggestion, trusted, trusting, validation_hint
 from ..data.pictures import MAX_PIXELS
 from ..methods.base import Method
 from .recipe_files import (
@@ -49,7 +50,8 @@ _Pixels = Annotated[_Int, Field(ge=1, le=2**15)]
 class DataRecipe:
     "Where images come from, how they are split and read"
     # "digits" (scikit-learn's, nothing to fetch), "torch/<name>" (torchvision's), "hfds/<hub name or folder of
-    # parquet files>", or a folder of images laid out as split/class/image
+    # parquet files>", a folder of images laid out as split/class/image, or
+    # package.module:callable, called with the split, for a data set of (image, label)
     source:str = 'digits'
     # folder of downloads ("torch/…"; null: data) or of the cache ("hfds/…"), or where a relative `source` starts
     root:str|None = None
@@ -97,7 +99,7 @@ class ViewRecipe:
 @options_dataclass
 class StudentRecipe:
     "The model that learns"
-    model:str = 'deit_tiny_patch16_224'   # any timm classifier, by its name
+    model:str = 'deit_tiny_patch16_224'   # any timm classifier, or package.module:callable
     img_size:_Pixels|None = None          # height and width of its images in pixels; null: the model's own
     patch_size:_Pixels|None = None        # height and width of a patch in pixels; null: the model's own
     depth:Annotated[_Int, Field(ge=1, le=1000)]|None = None   # blocks; null: the model's own
@@ -117,7 +119,7 @@ class StudentRecipe:
 @options_dataclass
 class TeacherRecipe:
     "The frozen model that teaches"
-    model:str|None = None                 # any timm model, by its name; null: no teacher, unless `run` names one
+    model:str|None = None                 # any timm model, or package.module:callable; null: none, unless `run` names one
     run:str|None = None                   # run directory of this trainer, or "stage:NAME" of the same recipe
     pretrained:bool = False               # the model's published weights
     checkpoint:str|None = None            # weights in a file, .pth or .safetensors, in timm's names or ones it converts
@@ -305,7 +307,7 @@ def check_teachers(
         found = _origin(t, key)
         if found is None:
             raise ValueError(f"method {recipe.method.name!r} needs a teacher; set {key}.model or {key}.run")
-        if not found:
+        if not found and not is_import_name(t.model):
             raise ValueError(f"{key}.model={t.model!r} would teach without trained weights; set {key}.pretrained=true, "
                              f"{key}.checkpoint or {key}.run, or {key}.untrained=true if random weights are meant")
 
@@ -356,7 +358,9 @@ def build_recipe(
     for section, m in (dict(student=recipe.student) | teachers_of(recipe)).items():
         _keywords(section, m, ('num_classes', 'points') if section == 'student' else ('layers',))
         _origin(m, section)
+        if is_import_name(m.model): imported(m.model, f'{section}.model={m.model!r}')
     for key in ('student_layers', 'teacher_layers', 'layer_map'): _layers(f'method.{key}', getattr(options, key, None))
+    if is_import_name(s := recipe.data.source): imported(s, f'data.source={s!r}')
     recipe.method = MethodRecipe(name, options)
     _agree(recipe)
     return recipe
