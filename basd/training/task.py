@@ -84,7 +84,7 @@ class DistillationTask(nn.Module):
         features = self.student(images)
         if features.logits is None: features = replace(features, logits=target.labels[:, :0])
         out = self.method(features, teacher_features, target, progress)
-        if not self.rarity: out['losses'].pop('ce', None)
+        if not self.rarity: out['losses'].pop('ce', None); out['metrics'].pop('loss_unweighted/ce', None)
         if progress.should_log and features.tokens: out['metrics'] |= student_statistics(features.tokens)
         return out
 
