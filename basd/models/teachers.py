@@ -260,7 +260,6 @@ def _check_patches(
         raise ValueError(f"{model}: an image of {size[0]} pixels is not tiled by patches of {patch[0]}; "
                          "choose an img_size that is a multiple of the patch_size")
 
-# %% ../../nbs/models/41_teachers.ipynb #19285ad9
 def _call_model(model, pretrained, kwargs):
     "The module that package.module:callable returns, and the arguments that it took"
     make = imported(model, f'model {model!r}')
