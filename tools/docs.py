@@ -125,7 +125,7 @@ def write_readme(markdown, front):
     "README.md from the text of index.ipynb; links to pages lead to the notebooks"
     text = pypandoc.convert_text(markdown, "gfm", format="markdown", extra_args=["--wrap=preserve"])
     text = re.sub(r"\]\(images/", "](nbs/images/", text).replace('src="images/', 'src="nbs/images/')
-    text = re.sub(r"\]\(((?:\w+/\d\d_)?\w+\.)(html|ipynb|qmd)", r"](nbs/\1ipynb", text)
+    text = re.sub(r"\]\(((?:\w+/)?\w+\.)(html|ipynb|qmd)", r"](nbs/\1ipynb", text)
     text = re.sub(r"<!-- WARNING.*?-->\n+", "", text)
     note = "<!-- Generated from nbs/index.ipynb by tools/docs.py. Edit the notebook. -->\n\n"
     (root/"README.md").write_text(f"{note}# {front['title']}\n\n> {front['description']}\n\n{text.strip()}\n")

@@ -381,7 +381,7 @@ def select(self:BASD,
     teacher:Features,
     blend,      # parameters of MixUp or CutMix, or None
     drawn:dict, # of `sample`
-):              # `Mix` of the selector
+):              # `Selection` of the selector
     "Layer weights, and the selector's own loss"
     return self.selector(student.tokens, teacher.tokens, student.grid_sizes, teacher.grid_sizes, drawn['selector'], blend,
                          drawn['step']/drawn['total'])
