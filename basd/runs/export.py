@@ -24,6 +24,9 @@ def timm_config(
     student:TappedModel, # of `load_student`
 )->dict: # content of config.json
     "Configuration of the student in the layout of timm's hub"
+    if ':' in student.architecture:
+        raise ValueError(f"the student is built by {student.architecture}, which timm does not know; load it with basd's load_student, "
+                         "or write ONNX alone (write_onnx)")
     args = dict(student.model_args)
     size = student.input_size[-1]
     prepared = dict(input_size=[3, size, size], fixed_input_size=bool(getattr(student.model, 'pretrained_cfg', {}).get('fixed_input_size')),
