@@ -35,7 +35,7 @@ def test_names_are_found_by_folder_or_alone():
     "A recipe's name is unique over all folders, each folder's frame is only extended, and no recipe deletes what it inherits but a teacher"
     files = sorted(RECIPES_DIR.rglob("*.yaml"))
     assert recipe_names() == sorted(p.stem for p in files if p.stem != "_frame") and len({*recipe_names()}) == len(recipe_names())
-    assert [p.name for p in RECIPES_DIR.glob("*.yaml")] == ["quickstart.yaml"]
+    assert sorted(p.name for p in RECIPES_DIR.glob("*.yaml")) == ["quickstart.yaml", "unlabelled.yaml"]
     for p in files:
         folder, written = p.parent.relative_to(RECIPES_DIR).as_posix(), yaml.safe_load(p.read_text())
         assert read_recipe(f"{folder}/{p.stem}".removeprefix("./")) == merge_override(str(p))[0]
