@@ -51,7 +51,7 @@ DIGITS = dict(
     views=dict(crop_scale=[.6, 1.], flip=0., mix_prob=.5),
     student=dict(model="deit_tiny_patch16_224", img_size=24, patch_size=4, depth=4, width=48, heads=3),
     train=dict(epochs=15, lr=2e-3, warmup_epochs=2, log_every=20, log_gradients=False))
-PLAIN = dict(mixup=0., cutmix=0., color="none", erase=0.)          # views of teachers
+PLAIN = dict(mixup=0., cutmix=0., color="none", random_erasing=0.)          # views of teachers
 SMALL = dict(student=dict(depth=6, width=72), views=PLAIN, train=dict(epochs=20))
 CNN = dict(student=dict(model="resnet18", img_size=48, patch_size=None, depth=None, width=None, heads=None,
                         kwargs=dict(channels=[24, 36, 48, 72])), views=PLAIN, train=dict(epochs=20))

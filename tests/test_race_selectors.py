@@ -29,6 +29,14 @@ def test_every_entry_has_a_recipe_in_every_frame(frame):
     assert len({*keys.values()}) == len(keys)
 
 
+@pytest.mark.parametrize("frame", race.FRAMES)
+def test_the_teachers_of_a_frame_have_recipes(frame):
+    f = race.FRAMES[frame]
+    teachers = race.teacher_runs(f, [0, 1], Path("/runs"), photos if "cifar" in frame else {})
+    assert len({t.name for t in teachers.values()}) == (1 if f.get("once") else 2)
+    assert all(t.recipe.method.name == "ce" and t.recipe.views.mixup == 0 for t in teachers.values())
+
+
 def test_keys_do_not_depend_on_the_place_of_the_data():
     f = race.FRAMES["cifar10_8"]
     keys = {race.recipe_of(f, "uniform", "basd_map_uniform", 0, dict(data=dict(source=f"hfds/{d}")), Path("/r/teachers/t"))[1]
