@@ -16,7 +16,7 @@ setup(
                   "Changelog": f"{source}/blob/{cfg['branch']}/CHANGELOG.md"},
     classifiers=[f"Development Status :: {cfg['status']} - {status}", "Intended Audience :: Science/Research",
                  *(f"Programming Language :: Python :: {v}" for v in ("3", "3.10", "3.11", "3.12", "3.13"))],
-    packages=find_packages(include=["basd", "basd.*"]), package_data={"basd": ["*.mplstyle", "recipes/*.yaml", "recipes/*/*.yaml"]},
+    packages=find_packages(include=["basd", "basd.*"]), package_data={"basd": ["*.mplstyle", "*.json", "recipes/*.yaml", "recipes/*/*.yaml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "onnx": ["onnx", "onnxscript", "onnxruntime"]},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["basd=basd._modidx:d"]},

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 repo, held = Path(sys.argv[1]), set(ZipFile(sys.argv[2]).namelist())
-wanted = {p.relative_to(repo).as_posix() for p in (repo/"basd").rglob("*") if p.suffix in (".py", ".yaml", ".mplstyle")}
+wanted = {p.relative_to(repo).as_posix() for p in (repo/"basd").rglob("*") if p.suffix in (".py", ".yaml", ".json", ".mplstyle")}
 sys.exit(f"not in the wheel: {', '.join(sorted(wanted - held))}" if wanted - held else 0)
 PYTHON
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DataRecipe', 'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'validate_tree',
            'teachers_of', 'check_teachers', 'build_recipe', 'load_recipe', 'to_dict', 'write_recipe', 'diff_recipes',
-           'recipe_sections', 'recipe_keys', 'keys_table', 'explained_yaml']
+           'recipe_schema', 'keys_table', 'explained_yaml']
 
 # %% ../../nbs/runs/61_recipes.ipynb #80195464
 import math
@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
@@ -26,7 +26,7 @@ from ..core.registry import suggestion, trusted, trusting, validation_hint
 from ..data.pictures import MAX_PIXELS
 from ..methods.base import Method
 from .recipe_files import (
-    as_overrides, check_stages, merge_recipes, merge_override, own_paths, RECIPES_DIR, pack_paths, parse_override)
+    as_overrides, choices_of, _flow, merge_override, own_paths, RECIPES_DIR, pack_paths, parse_override, stage_trees)
 
 # %% ../../nbs/runs/61_recipes.ipynb #df78f592
 def _whole(x):
@@ -425,54 +425,10 @@ def load_recipe(
 
 def _stages(name, tree, overrides, say):
     "The recipes of all stages"
-    for text in overrides:
-        key, known = (text.partition('=')[0].split('.'),
-                      [k for k,v in (tree.get('stages') or {}).items() if v is not None])
-        if key[0] == 'stages' and len(key) > 1 and key[1] not in known:
-            raise ValueError(f"{text[:100]!r}: {name} has no stage {key[1]!r}{suggestion(key[1], known)}; "
-                             f"allowed: {', '.join(known) or 'none'}")
-        # where there are stages, what concerns the method is given below, to those whose method has the key
-        if not (known and key[0] == 'method'): tree = merge_recipes(tree, parse_override(text))
-        check_stages(tree.get('stages'))
-    stages = tree.pop('stages', None)
-    # null leaves out a stage of the recipe that this one extends
-    if isinstance(stages, dict): stages = {k: v for k,v in stages.items() if v is not None}
-    if not stages: return {'': build_recipe(tree)}
-    trees = {stage: _overridden(merge_recipes(tree, over), overrides, stage) for stage,over in stages.items()}
-    takers = _takers(trees, [o for o in overrides if _of_options(parse_override(o).get('method'))], say)
-    mine = lambda stage: [o for o in overrides if stage in takers.get(o, trees)]
-    return {stage: build_recipe(_overridden(merge_recipes(tree, over), mine(stage), stage) | {'name': f"{tree['name']}/{stage}"})
-            for stage,over in stages.items()}
-
-def _overridden(tree, overrides, stage):
-    "A stage's tree with the changes from the command line; what names the stage comes last"
-    for text in sorted(overrides, key=lambda o: o.startswith('stages.')):
-        given = parse_override(text)
-        tree = merge_recipes(tree, (given['stages'] or {}).get(stage) or {} if 'stages' in given else given)
-    return tree
-
-def _of_options(x):
-    "Is this a change to a method's options alone, rather than to its name?"
-    return isinstance(x, dict) and bool(x) and 'name' not in x
-
-def _paths(x):
-    "The keys that a nested dictionary sets, each as a list"
-    return [[k, *p] for k,v in x.items() for p in _paths(v)] if isinstance(x, dict) and x else [[]]
-
-def _takers(trees, overrides, say):
-    "Override → the stages whose method has its keys"
-    if not overrides: return {}
-    def method(tree): return (tree.get('method') or {}).get('name', 'ce') if isinstance(tree.get('method', {}), dict) else None
-    options, takers = {s: _objective(method(t)).Options for s,t in trees.items()}, {}
-    for text in overrides:
-        paths = _paths(parse_override(text)['method'])
-        takers[text] = found = [s for s in trees if all(_takes(options[s], p) for p in paths)]
-        if not found:
-            raise ValueError(f"{text[:100]!r}: no stage has a method with this key; the methods of the stages are "
-                             + ', '.join(f'{s}: {method(t)}{_nearest(options[s], paths)}' for s,t in trees.items()))
-        others = [s for s in trees if s not in found]
-        if others and say: say(f"{text} goes to {', '.join(found)}; the method of {', '.join(others)} has no such key")
-    return takers
+    options = lambda method: _objective(method).Options
+    trees = stage_trees(name, tree, overrides, lambda m, path: _takes(options(m), path),
+                        lambda m, paths: _nearest(options(m), paths), say)
+    return {stage: build_recipe(t) for stage,t in trees.items()}
 
 def _nearest(cls, paths):
     "The key that may have been meant by the first of `paths` which `cls` does not have, for the end of a message"
@@ -545,65 +501,54 @@ def _meanings(
     return {f.name: words.get(f.name, '') for f in fields(cls)}
 
 # %% ../../nbs/runs/61_recipes.ipynb #64598d4c
-_in_words = {bool: 'true or false', int: 'whole number', float: 'number', str: 'text', dict: 'section', type(None): 'null',
-             Any: 'text, number or list'}
+_json = {bool: 'boolean', int: 'integer', float: 'number', str: 'string', dict: 'object', list: 'array', type(None): 'null'}
 
-def _range(metadata):
+def _bounds(metadata):
     "The bounds of a number, where it has any"
-    b = {type(m).__name__: getattr(m, type(m).__name__.lower()) for f in metadata for m in getattr(f, 'metadata', ())}
-    low, high = b.get('Ge', b.get('Gt')), b.get('Le', b.get('Lt'))
-    if high is None or high >= 2**31: return '' if low is None else f" {'≥' if 'Ge' in b else '>'} {low:g}"
-    return f" from {low:g} to {high:g}" if {'Ge', 'Le'} <= b.keys() else f" {'≥' if 'Ge' in b else '>'} {low:g} and {'≤' if 'Le' in b else '<'} {high:g}"
+    words = dict(Ge='minimum', Gt='exclusiveMinimum', Le='maximum', Lt='exclusiveMaximum')
+    return {words[n]: getattr(m, n.lower()) for f in metadata for m in getattr(f, 'metadata', ()) if (n := type(m).__name__) in words}
 
 # %% ../../nbs/runs/61_recipes.ipynb #d6b476fc
-def _type_in_words(
+def _type_schema(
     kind, # annotation of a field
-)->str:
-    "What may be written for a key"
-    of, inner = get_origin(kind), get_args(kind)
-    if is_dataclass(kind): return 'section'
-    if of is Annotated: return _type_in_words(inner[0]) + _range(kind.__metadata__)
-    if of is Literal: return 'choice'
-    if of in (Union, UnionType): return ', or '.join(map(_type_in_words, inner))
-    if of is dict: return 'section' if inner[1] is Any else f'section of {_type_in_words(inner[1])}s'
-    if of is list or of is tuple and ... in inner: return f'list of {_type_in_words(inner[0])}s'
-    if of is tuple: return f'list of {len(inner)} {_type_in_words(inner[0])}s'
-    return _in_words.get(kind, str(kind))
+)->dict:
+    "JSON schema of what may be written for a key"
+    of, inner, schema = get_origin(kind), get_args(kind), _type_schema
+    if is_dataclass(kind): return _section_schema(kind)
+    if kind == _Keywords: return dict(anyOf=[dict(type='object'), dict(type='null')])
+    if of is Annotated: return schema(inner[0]) | _bounds(kind.__metadata__)
+    if of is Literal: return dict(enum=list(inner))
+    if of in (Union, UnionType): return dict(anyOf=[schema(k) for k in inner])
+    if of is dict: return dict(type='object') | ({} if inner[1] is Any else dict(additionalProperties=schema(inner[1])))
+    if of in (list, tuple):
+        return dict(type='array', items=schema(inner[0])) | ({} if of is list or ... in inner else
+                                                            dict(minItems=len(inner), maxItems=len(inner)))
+    return {} if kind is Any else dict(type=_json[kind])
 
 # %% ../../nbs/runs/61_recipes.ipynb #797b99c8
-def _choices(kind):
-    "The words in a type such as `Literal['a', 'b']|None`"
-    if get_origin(kind) is Literal: return get_args(kind)
-    return sum(map(_choices, get_args(kind)), ()) if get_origin(kind) in (Union, UnionType, Annotated) else ()
-
-def _flow(x):
-    "A value as it is written in YAML, on one line"
-    if isinstance(x, tuple): x = list(x)
-    return yaml.safe_dump(x, default_flow_style=True, allow_unicode=True, sort_keys=False, width=2**20).removesuffix('\n').removesuffix('\n...')
-
-# %% ../../nbs/runs/61_recipes.ipynb #ed8c524d
-class _Key(NamedTuple):
-    "One key of a recipe"
-    section:str   # frame section, method or loss that it belongs to
-    key:str       # dotted, as on the command line
-    type:str      # in words
-    choices:tuple # words that are allowed, () where any are
-    default:str   # in YAML; '' for a section whose own keys follow
-    meaning:str
-
-# %% ../../nbs/runs/61_recipes.ipynb #65f074b7
 def _default(f): return f.default if f.default_factory is MISSING else f.default_factory()
 
-def _described(cls, section, prefix):
-    "A row for each key of an `options_dataclass`, those of its sections after it"
-    rows, about = [], _meanings(cls)
+def _first_line(x): return (x.__doc__ or '').strip().split('\n')[0]
+
+def _plain(x):
+    "Data as YAML and JSON have it"
+    if isinstance(x, dict): return {k: _plain(v) for k,v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+def _section_schema(cls, about=None):
+    "JSON schema of an `options_dataclass`: its keys with their meanings, and the names of a registry that it takes besides"
+    meanings, keys = _meanings(cls), {}
     for f in fields(cls):
         if not f.init: continue
         default = _default(f)
-        rows.append(_Key(section, prefix + f.name, _type_in_words(f.type), _choices(f.type),
-                        '' if is_dataclass(default) else _flow(default), about[f.name]))
-        if (inner := _section(f.type)) is not None: rows += _described(inner, section, f'{prefix}{f.name}.')
-    return rows
+        keys[f.name] = (_type_schema(f.type) | dict(description=meanings[f.name])
+                        | ({} if is_dataclass(default) else dict(default=_plain(default))))
+    more = {n: _or_null(f'term.{n}') for n in getattr(cls, 'registry', ()) if n not in keys}
+    return dict(type='object', description=about or _first_line(cls), properties=keys | more, additionalProperties=False)
+
+def _ref(name): return {'$ref': f'#/$defs/{name}'}
+
+def _or_null(name): return dict(anyOf=[_ref(name), dict(type='null')])
 
 # %% ../../nbs/runs/61_recipes.ipynb #ef120b94
 @options_dataclass
@@ -616,43 +561,58 @@ class _FileRecipe:
 # %% ../../nbs/runs/61_recipes.ipynb #7a0d5970
 _frame = dict(data=DataRecipe, views=ViewRecipe, student=StudentRecipe, teacher=TeacherRecipe, train=TrainRecipe)
 
-def _first_line(x): return (x.__doc__ or '').strip().split('\n')[0]
+def _chosen(kind, names, about, **key):
+    "JSON schema of a section whose `name` decides its other keys"
+    names, named = list(names), lambda n: dict(properties=dict(name=dict(const=n)), required=['name'])
+    return dict(type='object', description=about,
+                properties=dict(name=key | dict(type='string', anyOf=[dict(enum=names), dict(pattern=':')])),
+                allOf=[*({'if': named(n), 'then': _ref(f'{kind}.{n}')} for n in names),
+                       {'if': {'not': dict(required=['name'])}, 'then': dict(anyOf=[_ref(f'{kind}.{n}') for n in names])}])
 
-# %% ../../nbs/runs/61_recipes.ipynb #d71ef879
-def recipe_sections()->dict: # "frame", "method", "selector" or "loss" → name → one line about it
-    "The parts of a recipe that have keys of their own"
-    frame = dict(recipe=_first_line(Recipe)) | {n: _first_line(c) for n,c in _frame.items()}
-    return dict(frame=frame | dict(method=_first_line(MethodRecipe)),
-                method={n: _first_line(METHODS.get(n)) for n in METHODS},
-                selector={f'selector.{n}': _first_line(SELECTORS.get(n)) for n in SELECTORS},
-                loss={n: _first_line(LOSSES.get(n)) for n in LOSSES})
+def _own(schema, n):
+    "The keys of one method or selector, `name` among them"
+    return schema | dict(properties=dict(name=dict(const=n)) | {k: v for k,v in schema['properties'].items() if k != 'name'})
 
-# %% ../../nbs/runs/61_recipes.ipynb #f4d7affb
-def recipe_keys(
-    section:str|None=None, # a frame section ("recipe" for what stands outside), a method, "selector.NAME" or a loss; None: all
-)->list: # of `_Key`
-    "Every key of a section with its type, choices, default and meaning"
-    kinds = {n: kind for kind,names in recipe_sections().items() for n in names}
-    if section is None: return [k for n in kinds for k in recipe_keys(n)]
-    if section not in kinds:
-        raise ValueError(f"unknown section {section!r}{suggestion(section, kinds)}; allowed: {', '.join(kinds)}")
-    if section == 'recipe':
-        return [k for cls in (_FileRecipe, Recipe) for k in _described(cls, section, '') if k.key not in kinds and '.' not in k.key]
-    if section == 'method':
-        return [k._replace(choices=tuple(METHODS))
-                for k in _described(MethodRecipe, section, 'method.') if k.key == 'method.name']
-    if section in _frame: return _described(_frame[section], section, f'{section}.')
-    if kinds[section] == 'method': return _described(METHODS.get(section).Options, section, 'method.')
+# %% ../../nbs/runs/61_recipes.ipynb #c00a2c88
+def _method_schema(n):
+    "JSON schema of a method's options; those of its losses and of its selector are chosen by name"
+    schema = _own(_section_schema(METHODS.get(n).Options, _first_line(METHODS.get(n))), n)
+    keys = schema['properties']
+    if keys.get('losses', {}).get('type') == 'object' and 'properties' not in keys['losses']:
+        keys['losses'] |= dict(properties={l: _or_null(f'loss.{l}') for l in LOSSES}, patternProperties={':': {}},
+                               additionalProperties=False)
+    if 'selector' in keys and 'properties' not in keys['selector']:
+        keys['selector'] |= dict(anyOf=[_chosen('selector', SELECTORS, 'Selector and its options'), dict(type='null')])
+    return schema
+
+# %% ../../nbs/runs/61_recipes.ipynb #e84a8f46
+def recipe_schema()->dict:
+    "JSON schema of recipe files, made from the classes that check the values; `tools/schema.py` writes it to a file"
     from basd.methods.basd import selector_options
     from basd.methods.feature_distillation import loss_options
-    if kinds[section] == 'selector':
-        own = _described(selector_options(section.removeprefix('selector.')), section, 'method.selector.')
-        return [k for k in own if k.key != 'method.selector.name']
-    return [k for cls in loss_options(section) for k in _described(cls, section, f'method.losses.{section}.')]
+    frame = {n: _section_schema(c) for n,c in _frame.items()}
+    frame['teacher']['properties']['extra_teachers']['items'] = _ref('teacher')
+    name = _section_schema(MethodRecipe)['properties']['name']
+    frame['method'] = _chosen('method', METHODS, _first_line(MethodRecipe), description=name['description'], default='ce')
+    methods = {f'method.{n}': _method_schema(n) for n in METHODS}
+    selectors = {f'selector.{n}': _own(_section_schema(selector_options(n), _first_line(SELECTORS.get(n))), n) for n in SELECTORS}
+    terms = {n: _section_schema(loss_options(n)[1], _first_line(LOSSES.get(n))) for n in LOSSES}
+    shared = _section_schema(loss_options('cka')[0])['properties']
+    losses = {f'loss.{n}': s | dict(properties=shared | s['properties']) for n,s in terms.items()}
+    about = {k: v for k,v in _section_schema(Recipe)['properties'].items() if k not in frame} | {n: _ref(n) for n in frame}
+    whole = _section_schema(_FileRecipe)['properties']
+    whole['stages']['anyOf'][0]['additionalProperties'] = _or_null('stage')
+    return {'$schema': 'https://json-schema.org/draft/2020-12/schema', '$id': _schema_address,
+            'title': 'Recipe of basd', 'description': _first_line(Recipe), 'type': 'object',
+            'properties': whole | about, 'additionalProperties': False,
+            '$defs': frame | dict(stage=dict(type='object', properties=about, additionalProperties=False))
+                     | methods | selectors | losses | {f'term.{n}': s for n,s in terms.items()}}
+
+_schema_address = 'https://raw.githubusercontent.com/basd-project/basd/main/basd/recipe.schema.json'   # where editors find it
 
 # %% ../../nbs/runs/61_recipes.ipynb #d592417f
 def keys_table(
-    rows, # of `_Key`
+    rows, # of `recipe_keys`
 )->str: # Markdown, with code as HTML, so that it is not linked as a symbol
     "Keys as a table: key, type or choices, default, meaning"
     code = lambda text: f'<code class="key">{text}</code>' if text else ''     # unbroken, but for a key's dots
@@ -672,7 +632,7 @@ def _comment(f, value, meaning):
     "Description of a key: its choices, its meaning, its default where the value is another"
     inner, default = _section(f.type), _default(f)
     choices = f"null | section of {', '.join(k.name for k in fields(inner))}" if inner and value is None else \
-        ' | '.join(map(_flow, _choices(f.type)))
+        ' | '.join(map(_flow, () if inner else choices_of(_type_schema(f.type))))
     plain = not (is_dataclass(default) or is_dataclass(value) or value is None and inner or f.name == 'options')
     other = f"default {_flow(default)}" if plain and value != default and default not in ('', [], {}) else ''
     return '; '.join(filter(None, (': '.join(filter(None, (choices, meaning))), other)))
