@@ -16,7 +16,18 @@ TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.trai
 NO_MODEL = ["teacher.model=null", "teacher.untrained=false", "teacher.img_size=null", "teacher.kwargs=null"] # of TINY's
 
 
-def pytest_configure(config): config.addinivalue_line("markers", "figures: runs in this test draw their figure")
+def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "figures: runs in this test draw their figure")
+    config.addinivalue_line("markers", "slow: takes a minute or more; runs with --slow, in a weekly job")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"): return
+    for item in items:
+        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow; run it with --slow"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
 """The quickstart's recorded results: few points between seeds, a good teacher, a gain in each seed, little time. The figures
-are those of experiments/quickstart.py; labels alone are trained again."""
+are those of experiments/quickstart.py; labels alone are trained again (slow)."""
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from basd.cli import train
@@ -24,6 +25,7 @@ def test_promise():
     assert all(r["cpu_seconds"] < 180 for r in RUNS)
 
 
+@pytest.mark.slow
 def test_labels_alone_end_where_they_did(tmp_path):
     "Within four points, the spread that the seeds may have, since another processor rounds differently"
     before = torch.get_num_threads()
