@@ -1,6 +1,7 @@
 "Taps of many families of models: maps against unfused attention, passes that end early, copies, and failures on the way"
 import copy
 import pickle
+import weakref
 
 import pytest
 import timm
@@ -268,3 +269,21 @@ def test_each_depth_compiles_to_one_graph(four, x):
     equals(len(graphs), 5)
     four.remove_hooks()
     torch._dynamo.reset()
+
+
+def test_what_is_worked_out_once():
+    "The layers are found once, and anew when a module is replaced or a setting changes; a pass leaves no activation behind"
+    student = TappedModel(timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=3, embed_dim=24, num_heads=3))
+    x = torch.randn(2, 3, 16, 16)
+    f = student(x)
+    taps, alive = student.made[2], [weakref.ref(t) for t in (f.tokens[0], f.attention[0].q)]
+    del f
+    assert [a() for a in alive] == [None, None]
+    assert student(x).attention[0] is not None and student.made[2] is taps
+    student.attention = False
+    assert student(x).attention[0] is None
+    student.model.blocks[1] = nn.Identity()
+    f = student(x)
+    assert torch.equal(f.tokens[1], f.tokens[0]) and student.made[2] is not taps
+    with pytest.raises(AssertionError): student(torch.randn(1, 3, 5, 5))            # timm refuses the size
+    assert student.made is None and copy.deepcopy(student)(x).logits.equal(student(x).logits)

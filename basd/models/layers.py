@@ -83,15 +83,15 @@ def resolve_layers(
     "Names of the modules that `layers` means in `model`"
     if layers is None: return []
     if isinstance(layers, str) and layers == 'all': return layer_names(model)
-    names = [_name(model, l) for l in ([layers] if isinstance(layers, (int, str)) else layers)]
+    known = dict(model.named_modules())
+    names = [_name(model, l, known) for l in ([layers] if isinstance(layers, (int, str)) else layers)]
     if len(set(names)) < len(names):
         raise ValueError(f"layers={layers!r} names a layer twice ({', '.join(names)}); name each once")
     return names
 
 # %% ../../nbs/models/39_layers.ipynb #12b4efc5
-def _name(model, layer):
+def _name(model, layer, known):
     if isinstance(layer, str):
-        known = dict(model.named_modules())
         if layer and layer in known: return layer
         close = difflib.get_close_matches(layer, known, 3, .5)
         raise ValueError(f"{type(model).__name__} has no module {layer!r}"
@@ -186,6 +186,10 @@ class QKNormReader:
     def _k(self, module, args, out): self.k = out
     def _qkv(self, module, args, out): self.qkv = out
 
+    def release(self):
+        "Forget the latest forward pass"
+        self.q = self.k = self.qkv = self.given = None
+
     def values(self)->Tensor|None: # (B, H, N', D_h)
         "The last third of a joint projection; None where there is none"
         B, H, N, _ = self.q.shape
@@ -235,6 +239,10 @@ class MultiheadReader:
         qk = F.linear(given['query'], module.in_proj_weight[:2*module.embed_dim], bias)
         self.q, self.k = qk.unflatten(-1, (2, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
 
+    def release(self):
+        "Forget the latest forward pass"
+        self.q = self.k = None
+
     def read(self,
         prefix:int, # prefix tokens
     )->Attention|None:
@@ -266,8 +274,13 @@ class ProjectedReader:
                 *(getattr(self.attn, n).register_forward_hook(keep(n)) for n in self.parts(self.attn))]
 
     def _note(self, module, args, kwargs):
-        self.seen.clear()
+        self.release()
         self.given = {**dict(zip(self.names, args)), **kwargs}
+
+    def release(self):
+        "Forget the latest forward pass"
+        self.seen.clear()
+        self.given = {}
 
     def read(self,
         prefix:int, # prefix tokens

@@ -55,7 +55,7 @@ class Taps:
         self.readings = readings or [_Reading(prefix=prefix, last=channels_last) for _ in self.names]
         self.widths, self.channels_last = _channels(model), _is_channels_last(model)
         self.fixed, self.embed = grid and tuple(grid), None if grid else _embedding(model)
-        self.droppers = [m for m in model.modules() if 'PatchDrop' in type(m).__name__ and getattr(m, 'prob', 1)]
+        self.droppers = [m for m in model.modules() if 'PatchDrop' in type(m).__name__]
         self.images = any(isinstance(m, nn.Conv2d) for m in model.modules())
         self.outputs, self.versions, self.grid, self.handles = {}, {}, self.fixed, []
         self.running, self.repeated = False, set()
@@ -110,10 +110,12 @@ class Taps:
         return Features(tokens, attention, logits, grids, unread=unread)
 
     def pop_features(self, logits=None, depth=None)->Features:
-        "The latest forward pass as `Features`; the recorded outputs are released"
-        f = self.features(logits, depth)
-        for seen in (self.outputs, self.versions): seen.clear()
-        return f
+        "The latest forward pass as `Features`; what the hooks recorded is released"
+        try: return self.features(logits, depth)
+        finally:
+            for seen in (self.outputs, self.versions): seen.clear()
+            for r in self.readers:
+                if r: r.release()
 
 # %% ../../nbs/models/40_taps.ipynb #aa2c8686
 @patch
@@ -149,7 +151,7 @@ def tokens(self:Taps,
         return *to_tokens(out, channels_last=last), 0
     if out.dim() != 3: return *to_tokens(out), 0
     if r.turned: out = out.mT
-    drops = any(m.training for m in self.droppers)
+    drops = any(m.training and getattr(m, 'prob', 1) for m in self.droppers)
     prefix, grid = _place_tokens(out.shape[1], self.grid, self.stated if r.prefix is None else r.prefix,
                                 r.prefix is not None or drops)
     if r.grid: grid = r.grid if out.shape[1] - prefix == math.prod(r.grid) else None
@@ -295,6 +297,7 @@ class TappedModel(nn.Module):
             self.register_buffer(name, None if v is None else torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1),
                                  persistent=False)
         self.taps = None         # hooks that stay, after `install_hooks`
+        self.made = None         # what was worked out for the latest pass: modules and settings, readings, `Taps`
         self.widths = self.tokens = self.grid_sizes = self.heads = None # one entry per layer, after `infer_shapes`
         self.input_size = None   # (3, height, width) of the images that the model expects, where it is known
         # name and arguments for `timm.create_model`, where the model comes from there
@@ -315,7 +318,7 @@ class TappedModel(nn.Module):
         z = self.normalize(x)
         if self.taps is not None: return self._features(self.taps.pop_features, z, self.taps.run(depth, z, *args, **kwargs), depth)
         with self._watched() as taps: out = taps.run(depth, z, *args, **kwargs)
-        return self._features(taps.features, z, out, depth)
+        return self._features(taps.pop_features, z, out, depth)
 
     def install_hooks(self):
         "Install hooks that stay, so that a compiler finds them and no step has to set them"
@@ -343,8 +346,14 @@ class TappedModel(nn.Module):
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
     def _taps(self):
-        return Taps(self.model, self.names, self.attention, self.prefix, self.channels_last, self.time_axis, self.grid,
-                    self.readings)
+        "`Taps` of this model, made anew where a module was replaced or a setting changed since the pass before"
+        settings = [[*self.names], self.attention, self.prefix, self.channels_last, self.time_axis, self.grid]
+        now = [*self.model.modules()], settings
+        then, readings, taps = self.made or (None, None, None)
+        if then != now or readings is not self.readings:
+            taps = Taps(self.model, *settings, self.readings)
+            self.made = now, self.readings, taps
+        return taps
 
     @contextmanager
     def _watched(self):
@@ -352,6 +361,7 @@ class TappedModel(nn.Module):
         taps = self._taps()
         taps.install_hooks()
         try: yield taps
+        except BaseException: self.made = None; raise       # its activations go with it
         finally: taps.remove()
 
     def _features(self, read, x, out, depth):
@@ -366,7 +376,7 @@ class TappedModel(nn.Module):
                              "and no nn.DataParallel on several devices")
         return f
 
-    def __getstate__(self): return self.__dict__ | dict(taps=None)      # a copy has no hooks of its own
+    def __getstate__(self): return self.__dict__ | dict(taps=None, made=None)      # a copy has no hooks of its own
 
     def __setstate__(self, state):
         super().__setstate__(state)
