@@ -19,7 +19,8 @@ from basd.methods.base import StepState, FeatureShapes, Target
 from basd.models.taps import TappedModel
 from basd.runs.recipes import build_recipe
 
-B, C, STEPS = 8, 6, 6
+B, C, STEPS = 8, 6, 4
+LONGER = dict(pocl=6, complementary=6)      # steps where an option is read late
 NO = object()
 
 # values to try where the type does not determine them; the first option path that ends like it counts
@@ -115,8 +116,8 @@ def lesson(name, words):
     at = {"default": "all", None: []}
     layers = lambda l: at.get(l, l) if not isinstance(l, list) else l
     student, teacher = TappedModel(plain_s, layers(needs.student_layers)), TappedModel(plain_t, layers(needs.teacher_layers))
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(STEPS, B, 3, 16, 16, generator=g)
+    g, steps = torch.Generator().manual_seed(1), LONGER.get(words.get("selector", {}).get("name", name), STEPS)
+    x = torch.randn(steps, B, 3, 16, 16, generator=g)
     f = student(x[0]), teacher(x[0])
     of_two = lambda t: Features(t.tokens, t.attention, t.logits, t.grid_sizes, per_teacher=[t, Features(
         [y.flip(1) for y in t.tokens], t.attention, -t.logits, t.grid_sizes)])
@@ -131,8 +132,8 @@ def lesson(name, words):
     labels = torch.nn.functional.one_hot(torch.arange(B) % C, C).float()
     said = dict(labels=torch.arange(40) % C, student=torch.randn(40, C, generator=g),
                 teacher=torch.randn(40, C, generator=g))
-    for step in range(STEPS):
-        if hasattr(objective, "plan"): out += seen(objective.plan(step, STEPS, lambda: said))
+    for step in range(steps):
+        if hasattr(objective, "plan"): out += seen(objective.plan(step, steps, lambda: said))
         torch.manual_seed(10 + step)
         s = student(x[step])
         if second: s.dist_logits = s.logits.roll(1, 1) + .1*s.logits

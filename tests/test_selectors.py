@@ -33,18 +33,19 @@ def moved(run): return [(r["step"], r["selector/weights"], r.get("selector/front
 
 @pytest.mark.parametrize("name", SELECTORS)
 def test_stop_and_go_on(name, tmp_path):
-    "Stopped between two rows of the log, and between two of the teacher's depths"
+    "Stopped three times: between two rows of the log, right after one, and between two of the teacher's depths"
     recipe = load_recipe("basd_cifar10", words_of(name))[""]
     build_trainer(recipe, tmp_path/"whole", bars=False).fit()
+    run = tmp_path/"stopped"
+    trainer = build_trainer(recipe, run, bars=False)
     for stop in (5, 6, 11):             # the second right after a row of the log
-        half = build_trainer(recipe, tmp_path/f"half-{stop}", bars=False)
-        half.agreed_to_stop = lambda: half.step >= stop
-        assert half.fit() is None
-        again = build_trainer(recipe, tmp_path/f"half-{stop}", resume=True, bars=False)
-        assert again.step == stop and again.task.method.selector.depth == half.task.method.selector.depth
-        again.fit()
-        assert state_of(tmp_path/f"half-{stop}") == state_of(tmp_path/"whole")
-        assert moved(tmp_path/f"half-{stop}") == moved(tmp_path/"whole")
+        trainer.agreed_to_stop = lambda t=trainer, stop=stop: t.step >= stop
+        assert trainer.fit() is None
+        depth = trainer.task.method.selector.depth
+        trainer = build_trainer(recipe, run, resume=True, bars=False)
+        assert trainer.step == stop and trainer.task.method.selector.depth == depth
+    trainer.fit()
+    assert state_of(run) == state_of(tmp_path/"whole") and moved(run) == moved(tmp_path/"whole")
     row = next(r for r in read_metrics(tmp_path/"whole") if r["kind"] == "step")
     assert [f"selector/{c}" in row for c in ("distance", "temperature", "entropy")] == LOGGED.get(name, [True, True, True])
     if name in OWN: # the test can fail: something has moved
