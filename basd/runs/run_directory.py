@@ -32,11 +32,11 @@ from .recipes import Recipe, to_dict, diff_recipes, load_recipe, write_recipe
 def save_checkpoint(
     state:dict,         # tensors, numbers, strings, and lists and dicts of them
     path,
-    keep:str|None=None, # name beside `path` under which the checkpoint before this one stays
+    keep:str|None=None, # file name beside `path` for the previous checkpoint; None: not kept
 ):
-    "Write a checkpoint atomically, with a digest of its content"
+    "Write a checkpoint atomically, with a checksum of its content"
     def write(p):
-        # our own file: the error has the reason
+        # an open file, not a name: then the `OSError` has the reason
         with open(p, 'wb') as f: torch.save({'state': state, 'digest': checksum(state)}, f)
     write_atomic(path, write, keep)
 
@@ -57,8 +57,8 @@ def load_checkpoint(
     if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
     try: content = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path.name} is damaged, or holds more than tensors and plain data and is no checkpoint "
-                         "of this trainer; it was not opened") from None
+        raise ValueError(f"{path.name} is damaged, or holds more than tensors and plain data and is not a checkpoint "
+                         "of this trainer; it was not unpickled") from None
     except Exception as e:
         raise ValueError(f"{path.name} cannot be read as a checkpoint ({_first_line(e)}); "
                          "it is truncated, damaged or not one") from None
@@ -78,7 +78,7 @@ def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0
 # %% ../../nbs/runs/62_run_directory.ipynb #db43543b
 def load_last(
     run,       # run directory
-)->dict|None:  # None: nothing has been saved yet
+)->dict|None:  # None: no checkpoint yet
     "The state in `last.pt`; where it cannot be read, the error names `previous.pt`"
     last, previous = (Path(run)/n for n in ('last.pt', 'previous.pt'))
     if not last.is_file() and not previous.is_file(): return None
@@ -86,7 +86,7 @@ def load_last(
     except (ValueError, FileNotFoundError) as e: raise ValueError(f"{e}; {_offer(previous)}") from None
 
 def _offer(previous):
-    "What can be done with the checkpoint before the last"
+    "Advice about the previous checkpoint, the end of an error sentence"
     try: step = load_checkpoint(previous)['step']
     except FileNotFoundError: return "there is no previous.pt either, so begin a new run"
     except ValueError: return "previous.pt cannot be read either, so begin a new run"
@@ -102,37 +102,37 @@ def load_best_student(
 
 # %% ../../nbs/runs/62_run_directory.ipynb #77dc895b
 def rng_state()->dict:
-    "State of this rank's random generators"
+    "States of this rank's torch generators, CPU and GPU"
     return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
 
 # %% ../../nbs/runs/62_run_directory.ipynb #6ade691d
 def set_rng_state(
     state:dict, # of `rng_state`
 ):
-    "Put this rank's random generators back to `state`"
+    "Set this rank's torch generators to `state`"
     torch.set_rng_state(state['cpu'].cpu())
     if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'].cpu())
 
 # %% ../../nbs/runs/62_run_directory.ipynb #e62ed1f1
-_may_change = ('name', 'about', 'paper',                                    # words
-              'data.source', 'data.root', 'data.download',                  # places; the images have fingerprints
-              'data.workers', 'data.in_memory', 'train.rank_timeout',       # how they are read, and waited for
-              'teacher.cache', 'train.checkpoint_every')                    # what is kept, and when
+_may_change = ('name', 'about', 'paper',                                    # descriptions
+              'data.source', 'data.root', 'data.download',                  # paths; images are compared by fingerprint
+              'data.workers', 'data.in_memory', 'train.rank_timeout',       # how images are read, and the timeout
+              'teacher.cache', 'train.checkpoint_every')                    # what is stored, and when
 
 # %% ../../nbs/runs/62_run_directory.ipynb #03eefccf
 def _changes(
-    there:Recipe,
-    here:Recipe,
+    there:Recipe,    # of the run directory
+    here:Recipe,     # with which it is resumed
     free=_may_change, # keys that may change
 )->list: # "key: there, here" strings
-    "Where two recipes are not the same run"
+    "Differences between two recipes that make them different runs"
     return [d for d in diff_recipes(settle_paths(to_dict(there)), settle_paths(to_dict(here))) if d.split(':')[0] not in free]
 
 # %% ../../nbs/runs/62_run_directory.ipynb #971b6b74
 def forget_start(
     path, # run directory
 ):
-    "Take back a start that came to nothing; where there is more than that, nothing is touched"
+    "Remove the run directory of a start that trained nothing; does nothing if there is any other file or a log with rows"
     path, own = Path(path), {'recipe.yaml', 'environment.json', 'classes.json', 'metrics.jsonl', '.lock', 'tensorboard'}
     there = {p.name: p for p in path.iterdir()}
     if there.keys() - own or 'metrics.jsonl' in there and there['metrics.jsonl'].stat().st_size: return
@@ -141,15 +141,15 @@ def forget_start(
 
 # %% ../../nbs/runs/62_run_directory.ipynb #df35843c
 def start_stages(
-    path,        # of the whole
+    path,        # run directory of all stages
     stages:dict, # stage → Recipe
     resume:bool=False,
 ):
-    "Store the recipe of all stages above them, or check that the one there is the same"
+    "Write the recipe of all stages to `path`, or check that the one there is the same"
     path = Path(path)
     for stage in stages:
         if (path/stage).is_symlink():
-            raise ValueError(f"{path/stage} is a link, and what is written there would go elsewhere; remove it")
+            raise ValueError(f"{path/stage} is a symbolic link, so files would be written outside of {path}; remove it")
     if resume and (path/'recipe.yaml').is_file():
         there = load_recipe(str(path/'recipe.yaml'))
         other = [f'its stages: {", ".join(there)} there, {", ".join(stages)} here'] if list(there) != list(stages) else [
@@ -170,12 +170,12 @@ def start_stages(
 def create_run_directory(
     path,
     recipe:Recipe,
-    resume:bool=False, # go on with the run that `path` holds, or begin it if `path` is empty
+    resume:bool=False, # continue the run in `path`, or start it if `path` is empty
     images:dict|None=None, # fingerprints of the images, "train" and "test"; None: neither recorded nor compared
-    made_of:dict|None=None, # what else is to stand in `environment.json`: device, images, models, steps
-    classes=None,      # their names, in the order of the head; None: not recorded
+    made_of:dict|None=None, # further entries of `environment.json`: device, images, models, steps
+    classes=None,      # class names, in the order of the outputs; None: not recorded
 )->Path:
-    "Make the run directory, or check that the one there holds a run of the same recipe"
+    "Create the run directory, or check that the existing one holds a run of the same recipe"
     path = Path(path)
     if resume and path.is_dir(): remove_stale_temp_files(path)
     def name():
@@ -184,7 +184,7 @@ def create_run_directory(
         _same_images(_same_recipe(path, recipe, images), images)
         if not (path/'classes.json').is_file(): name()
         return path
-    # more than a killed start leaves
+    # other files than those of a start that was killed
     there = ([p.name for p in path.iterdir() if p.name not in ('environment.json', 'classes.json') and p.name[0] != '.']
              if path.is_dir() else [])
     if resume and there:
@@ -212,12 +212,12 @@ def _same_images(path, images):
     try: there = dict(json.loads((path/'environment.json').read_text()).get('data') or {})
     except FileNotFoundError: there = {}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path}/environment.json is damaged and does not say what images the run began with; "
-                         "delete it to resume without asking") from None
+        raise ValueError(f"{path}/environment.json is damaged, so the images cannot be compared with those of the run; "
+                         "delete it to resume without that check") from None
     for split, mark in (images or {}).items():
         old = str(there.get(split, mark))
         if '-' in mark and '-' not in old:
-            print(f"{path} was begun when fingerprints were of 256 images; its {split} images are not compared")
+            print(f"{path} was started by an earlier version, with fingerprints of 256 images; its {split} images are not compared")
         elif old != mark:
             times = mark.startswith('times-') and old.startswith('times-')
             raise ValueError(f"{path} holds a run of other {dict(train='training').get(split, split)} images "
@@ -228,9 +228,9 @@ def _same_images(path, images):
 # %% ../../nbs/runs/62_run_directory.ipynb #60c6d5b0
 def add_note(
     path,       # run directory
-    **entries,
+    **entries,  # plain values
 ):
-    "Add entries to what `environment.json` lists the run as made of"
+    "Add entries to `made_of` in `environment.json`"
     file = Path(path)/'environment.json'
     try: there = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError): there = {}
@@ -240,9 +240,9 @@ def add_note(
 # %% ../../nbs/runs/62_run_directory.ipynb #a67beb9d
 def load_run_recipe(
     path, # run directory
-    trust:bool=False, # the recipe may import code of its own and fetch what it names
+    trust:bool=False, # the recipe may import code and download models
 )->Recipe:
-    "The recipe of the run in `path`"
+    "Recipe of the run in `path`; an error for a directory of stages"
     path = Path(path)
     if not (path/'recipe.yaml').is_file():
         raise FileNotFoundError(f"{path} is not a run directory: it holds no recipe.yaml")
@@ -253,7 +253,7 @@ def load_run_recipe(
 
 # %% ../../nbs/runs/62_run_directory.ipynb #1479ebc3
 def environment()->dict:
-    "Versions, hardware and git state under which a run is made"
+    "Versions, hardware and git state of this process"
     names = ['basd', 'torch', 'torchvision', 'timm', 'numpy', 'scikit-learn', 'pydantic']
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(versions={n: _version(n) for n in names}, python=platform.python_version(),
@@ -275,10 +275,10 @@ def _git():
 # %% ../../nbs/runs/62_run_directory.ipynb #e202903d
 def check_resume(
     path,          # run directory
-    recipe:Recipe, # with which the run goes on
-    step:int,      # from which
-)->list: # "key: before, now" strings, of what may make the numbers others
-    "Record that a run is taken up, and under what"
+    recipe:Recipe, # with which the run is resumed
+    step:int,      # of the checkpoint
+)->list: # "key: before, now" strings, of what may change the numbers
+    "Record a resume and its environment; returns what differs from the start before"
     path, now = Path(path), environment()
     try: there = dict(json.loads((path/'environment.json').read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError): there = {}
@@ -288,15 +288,15 @@ def check_resume(
     there['resumed'] = [*past, now | dict(step=step, recipe=moved)]
     write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(there, indent=1), encoding='utf-8'))
     if moved: write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
-    telling = lambda e: {k: e.get(k) for k in ('versions', 'python', 'gpu', 'threads')} | dict(
+    relevant = lambda e: {k: e.get(k) for k in ('versions', 'python', 'gpu', 'threads')} | dict(
         commit=(e.get('git') or {}).get('commit'))
-    return diff_recipes(telling(before), telling(now)) if 'versions' in before else []
+    return diff_recipes(relevant(before), relevant(now)) if 'versions' in before else []
 
 # %% ../../nbs/runs/62_run_directory.ipynb #f993a87a
 def read_classes(
     run,          # run directory
-)->list|None:     # names, in the order of the head; None: it keeps none
-    "What the classes of a run are called"
+)->list|None:     # in the order of the outputs; None: no names are stored
+    "Class names of a run"
     for file,key in (('classes.json', None), ('student.json', 'label_names')):
         if not (path := Path(run)/file).is_file(): continue
         try: names = json.loads(path.read_text(encoding='utf-8'))
@@ -304,20 +304,20 @@ def read_classes(
         if isinstance(names, dict): names = names.get(key)
         if isinstance(names, list) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names) > 0: return names
         if key is None or isinstance(names, str): raise ValueError(f"{path} is damaged and does not name the run's classes; "
-                                        "write them there again as a list, in the order of the head")
+                                        "write them there again as a list, in the order of the outputs")
     return None
 
 # %% ../../nbs/runs/62_run_directory.ipynb #7683d874
-_held = weakref.WeakValueDictionary()                       # run directory → the lock that this process holds
+_held = weakref.WeakValueDictionary()                       # run directory → lock held by this process
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: [f.close() for f in list(_held.values())])
 
 # %% ../../nbs/runs/62_run_directory.ipynb #7588ea17
 def lock_run_directory(
     path, # run directory
-):        # the lock; it holds as long as this object, and this process, live
-    "Keep other processes from training in `path`"
+):        # the lock; held while this object and this process exist
+    "Lock `path` against training by other processes; an error if another one holds the lock"
     try: import fcntl
-    except ImportError: return None                         # a system without such locks
+    except ImportError: return None                         # no `flock` on this system
     at = os.path.realpath(path)
     if (lock := _held.get(at)) is not None and not lock.closed: return lock
     lock = open_private(Path(path)/'.lock')
