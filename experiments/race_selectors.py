@@ -5,7 +5,8 @@
 
 FRAME is one of the names in FRAMES below, whose numbers stay what they are whatever the packaged recipes become. An
 entry is a packaged recipe: every `select_NAME`, every `map_NAME`, the other methods in RIVALS, those with other options in VARIANTS,
-and `ce`, labels alone; the recipe's student stage is merged into the frame. All seeds of a frame share one teacher where
+and `ce`, labels alone; the recipe's student stage is merged into the frame. Where a frame says `as_long`, `ce_as_long` is labels
+alone for the time that BASD takes there: its steps and the filling of its cache (AS_LONG). All seeds of a frame share one teacher where
 `once` is set, and its outputs on eight views per image where `views` is set, so that a step costs no teacher pass.
 
 One thread per run, --jobs runs at a time, seed by seed. Each run that ends is written to
@@ -44,6 +45,10 @@ POINTS, DEPTH = 4, 6                    # of the packaged recipes' student and t
 # entry → packaged recipe with other options: what the moving targets make of more time
 VARIANTS = dict(progressive_slow=("basd_select_progressive", dict(method=dict(selector=dict(share=.45, fast=.4, until=.9)))),
                 ramp_slow=("basd_select_ramp", dict(method=dict(selector=dict(until=.9)))))
+
+# steps of labels alone in one of BASD, its losses from samples and its teacher cached, and in one pass of the teacher
+# (results/step_cost.json, "sampled_more": the cached ratio, and what the full one is above it)
+AS_LONG = dict(step=1.90, teacher=1.61)
 
 # the quickstart of November 2026, where labels alone are in the middle of their rise
 DIGITS = dict(
@@ -90,7 +95,7 @@ FRAMES = dict(
                          merge_recipes(SMALL, dict(student=dict(depth=4))), points=[1, 3, 5, 7], depth=4),
     digits_cnn=digits("digits, a small ResNet-18 as teacher of a ViT", teacher=CNN, depth=4),
     cifar10_8=cifar10(8), cifar10_8_sampled=cifar10(8, sampled=True),
-    cifar10_34=cifar10(34, sampled=True))
+    cifar10_34=cifar10(34, sampled=True) | dict(as_long=round(34*AS_LONG["step"] + 8*AS_LONG["teacher"])))      # 77 epochs
 
 
 def entries():
@@ -99,6 +104,7 @@ def entries():
     found = {"ce": None} | {n: n for n in RIVALS if n in names} | {n.removeprefix("basd_map_"): n for n in names if n.startswith("basd_map_")}
     for n in (n for n in names if n.startswith("basd_select_")):         # another method's rule as BASD's selector keeps its long name
         found[n.removeprefix("basd_") if n.removeprefix("basd_select_") in found else n.removeprefix("basd_select_")] = n
+    found |= {"ce_as_long": None}
     found.setdefault("nearest", "digits")
     found |= {n: recipe for n, (recipe, _) in VARIANTS.items()}
     return dict(sorted(found.items(), key=lambda e: FIRST.index(e[0]) if e[0] in FIRST else len(FIRST)))
@@ -122,8 +128,10 @@ def placed(given, all_of, count):
 
 def recipe_of(frame, entry, recipe, seed, local, teacher):
     "The recipe of a run, and what distinguishes it from other runs of its seed"
+    if entry == "ce_as_long" and "as_long" not in frame: raise ValueError("what a step costs has not been measured in this frame")
     stage = dict(method=dict(name="ce")) if recipe is None else merge_recipes(stage_of(recipe), VARIANTS.get(entry, (0, {}))[1])
     tree = merge_recipes(merge_recipes(frame["base"], local), stage)
+    if entry == "ce_as_long": tree = merge_recipes(tree, dict(train=dict(epochs=frame["as_long"])))
     objective = METHODS.get(tree["method"]["name"])
     options = build_recipe({k: v for k,v in tree.items() if k != "teacher"}).method.options
     if "last_width" in tree["student"].get("kwargs", {}):           # as wide as the teacher
@@ -138,7 +146,7 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
     if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(distill_weight=.3) | (SAMPLED if frame.get("sampled") else {}))
     told = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
     key = fingerprint([told, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])[:8]
-    if entry != "ce" and teacher:
+    if recipe is not None and teacher:
         needs = objective.requires(build_recipe({k: v for k,v in tree.items() if k != "teacher"}).method.options)
         tree["teacher"] = tree.get("teacher", {}) | dict(run=str(teacher))
         if "views" in frame:
