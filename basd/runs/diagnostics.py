@@ -15,18 +15,18 @@ from torch import Tensor
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #351a56d4
 def first_persistent(
-    bad:list,   # does a row show the symptom, one bool per row
-    last:int=3, # rows in succession that make it one
-)->int|None:    # where it began; None if it never lasted
-    "Where a symptom has lasted for the first time"
-    if last < 1: raise ValueError(f"last={last} rows; a symptom lasts for at least one")
+    bad:list,   # is the row beyond its bound, one bool per row
+    last:int=3, # rows in succession that are needed
+)->int|None:    # index of the first of them; None if there are none
+    "Index where `bad` is first true `last` times in succession"
+    if last < 1: raise ValueError(f"last={last} rows, but a finding needs at least one; raise last")
     return next((i for i in range(len(bad) - last + 1) if all(bad[i:i + last])), None)
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #a119f15e
 def ramps_finished(
     row:dict, # of the log
 )->bool:
-    "Has every ramp come to its end?"
+    "Whether every ramp has reached 1"
     return all(v > .999 for k,v in row.items() if k == 'ramp' or k.startswith('ramp/'))
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #9133c794
@@ -34,8 +34,8 @@ def log_column(
     rows:list, # of the log, from its first step on
     key:str,   # a number or a list of numbers
     relative:bool=False, # to the first row that has it
-)->tuple:      # steps of settled rows; what was measured there, (rows, numbers a row)
-    "Values of `key` where they can be judged"
+)->tuple:      # steps of the rows after all ramps; their values, (rows, numbers per row)
+    "Steps and values of `key` after all ramps have reached 1"
     have = [r for r in rows if key in r]
     x = torch.tensor([r[key] for r in have], dtype=torch.float64)[:, None].flatten(1)
     if relative and have: x = x / x[0].abs().clamp(min=1e-12)
@@ -44,30 +44,30 @@ def log_column(
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #baff9f37
 class MonitoredCurve(NamedTuple):
-    "A number over the log, and the bound that it has to keep"
-    name:str       # of the symptom, if it does not
+    "A logged number over steps, its bound, and the text of its finding"
+    name:str       # of the finding
     steps:list     # one per entry of `values`
     values:Tensor  # (rows,)
     bound:float
-    above:bool     # is the symptom beyond the bound, or below it
-    seen:str       # what the value is, with `{value}` in it
+    above:bool     # is a violation above the bound, or below it
+    seen:str       # what was measured, with `{value}` in it
     change:str     # what it means, and what to change
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #cb544aa1
 class Finding(NamedTuple):
-    "One thing that went wrong, and what to do about it"
-    name:str     # what, and of which loss
-    step:int     # of the first row that shows it
-    value:float  # in the row in which it had lasted
+    "A failure found in the log, and what to change"
+    name:str     # the failure, and the loss it concerns
+    step:int     # of the first row beyond the bound
+    value:float  # in the last of the `last` rows
     bound:float  # that was crossed
-    sentence:str # what was seen, what it means, what to change
+    sentence:str # what was measured, what it means, what to change
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #3836867c
 def first_violation(
     curve:MonitoredCurve,
-    last:int=3, # rows in succession that make a symptom
+    last:int=3, # rows in succession that are needed
 )->Finding|None:
-    "The symptom that a curve shows, if it ever lasts"
+    "The first violation of a curve that lasts, as a `Finding`"
     x, bound = curve.values, curve.bound
     i = first_persistent((x > bound if curve.above else x < bound).tolist(), last)
     if i is None: return None
@@ -78,16 +78,16 @@ def first_violation(
 # %% ../../nbs/runs/63_diagnostics.ipynb #681e5d13
 def threshold_curve(
     rows:list,   # of the log
-    key:str,     # what to look at
-    name:str,    # of the symptom
-    bound:float, # that it has to keep
-    seen:str,    # words for the value, with `{value}` in them
+    key:str,     # of the log
+    name:str,    # of the finding
+    bound:float, # beyond which there is a violation
+    seen:str,    # what was measured, with `{value}` in it
     change:str,  # what it means, and what to change
-    above:bool=False,    # is the symptom beyond the bound, or below it
-    every:bool=False,    # must every point show it, or is one enough
+    above:bool=False,    # is a violation above the bound, or below it
+    every:bool=False,    # must every student layer be beyond the bound, or is one enough
     relative:bool=False, # to the first row
-)->list:         # of one `MonitoredCurve`; none where the log has nothing to judge
-    "The curve of the worst point of `key`, or with `every` of the best"
+)->list:         # of one `MonitoredCurve`; empty if the log has no such row
+    "The curve of the worst student layer of `key`, or with `every` of the best"
     steps, x = log_column(rows, key, relative)
     return [MonitoredCurve(name, steps, x.amax(1) if above != every else x.amin(1), bound, above, seen, change)] if steps else []
 
@@ -95,116 +95,116 @@ def threshold_curve(
 def collapsed_targets(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
-    "Curves of aligned targets: their spread and cosine over images, and their rank"
-    name, change = 'collapsed targets', ("a student that ignores its image can meet them: set method.aligner.kind=interp, which has nothing "
-                                         "to train (of basd_literal, first method.targets=constant)")
+    "Curves of aligned targets: spread and cosine over images, and effective rank"
+    name, change = 'collapsed targets', ("a student that ignores its image can match them: set method.aligner.kind=interp, which has no trainable parameters "
+                                         "(in basd_literal set method.targets=constant first)")
     return (threshold_curve(rows, 'target/batch_std', name, .1,
-                  "their spread over the batch is {value} of its first", change, relative=True)
+                  "their spread over the batch is {value} of its first value", change, relative=True)
           + threshold_curve(rows, 'target/cosine', name, .99,
-                  "those of different images agree to a cosine of {value}", change, above=True)
-          + threshold_curve(rows, 'target/effective_rank', name, 2., "they use {value} directions", change))
+                  "those of different images have a cosine of {value}", change, above=True)
+          + threshold_curve(rows, 'target/effective_rank', name, 2., "their effective rank is {value}", change))
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #3b3badf8
 def stuck_selector(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
-    "Do mixing weights choose, and can their temperature still learn?"
+    "Curves of the entropy of mixing weights: too uniform, or saturated"
     free = [r for r in rows if any(r.get('selector/entropy', [])) and any(r.get('selector/temperature', [1.]))]
-    seen = "at every extraction point its entropy is {value} of uniform"
+    seen = "for every student layer its entropy is {value} of uniform"
     return (threshold_curve(free, 'selector/entropy', 'uniform selector', .99, seen,
                   "it averages all teacher layers: set method.selector.normalize=standard "
-                  "(and for subspaces method.selector.space=sample); if they are, lower method.selector.tau",
+                  "(and for subspaces method.selector.space=sample); if these are set, lower method.selector.tau",
                   above=True, every=True)
           + threshold_curve(free, 'selector/entropy', 'saturated selector', .01, seen,
-                  "one teacher layer has everything, and a temperature as low as this gets no gradient to recover by: "
+                  "one teacher layer has nearly all the weight, and at so low a temperature the gradient vanishes: "
                   "raise method.selector.tau, and for subspaces keep method.selector.orth=0, "
                   "whose penalty rewards a single layer", every=True))
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #5c456273
 def fractions(
     rows:list,  # of the log
-    kind:str,   # "weight" or "pull"
+    kind:str,   # "loss_weight" or "grad_norm"
     names:list, # of losses
-)->list:        # the rows that have all of them and not only zeros, with `of/NAME`, a loss's part of the sum
-    "Divide weights or pulls by their sum"
+)->list:        # rows that have all names and a positive sum, with `of/NAME`, each loss's fraction of it
+    "Divide loss weights or gradient norms by their sum"
     sums = [(r, sum(r[f'{kind}/{n}'] for n in names)) for r in rows if all(f'{kind}/{n}' in r for n in names)]
     return [r | {f'of/{n}': r[f'{kind}/{n}']/s for n in names} for r,s in sums if s > 0]
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #1fae9575
 def keys_of_kind(
     rows:list, # of the log
-    kind:str,  # what comes before the slash
-)->list:       # what comes after it
-    "Names under which the log holds something of a kind"
+    kind:str,  # part of the key before the slash
+)->list:       # parts after the slash
+    "Names that follow `kind/` in the keys of the log"
     return [k.removeprefix(f'{kind}/') for k in dict.fromkeys(k for r in rows for k in r) if k.startswith(f'{kind}/')]
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #af523f08
 def pinned_weight(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
-    "Has one loss the weight of all?"
+    "Curves of each loss's fraction of the weights"
     names = keys_of_kind(rows, 'loss_weight')
-    change = ("the others are not trained: set method.balance.form=uwso_ema; if it is, lower method.balance.u_max, "
-              "or give weights by method.balance.form=fixed")
+    change = ("the other losses have almost no weight: set method.balance.form=uwso_ema; if it is set, lower method.balance.u_max, "
+              "or use constant weights with method.balance.form=fixed")
     return [c for n in names if len(names) > 1
             for c in threshold_curve(fractions(rows, 'loss_weight', names), f'of/{n}', f'pinned weight {n}', .9,
-                           "its part of the sum of all weights is {value}", change, above=True)]
+                           "its fraction of the sum of all weights is {value}", change, above=True)]
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #7cd57414
 def vanishing_gradient(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
-    "Curves of each loss's share of the gradient on the student, and of all losses together"
+    "Curves of each loss's fraction of the gradient norms on the student, and of all losses together"
     names = [n for n in keys_of_kind(rows, 'loss_unweighted') if any(f'grad_norm/{n}' in r for r in rows)]
     each = lambda n: threshold_curve(fractions(rows, 'grad_norm', names), f'of/{n}', f'dead loss {n}', .001,
-                           "its part of the pull of all losses on the student is {value}",
-                           "it costs time and teaches nothing: "
-                           "give it weight (under a balance, method.balance.form=uwso_ema), "
-                           f"or leave it out (method.losses.{n}=null)")
+                           "its fraction of the gradient norms of all losses on the student is {value}",
+                           "it costs time and has no effect: "
+                           "raise its weight (with a balance, set method.balance.form=uwso_ema), "
+                           f"or remove it (method.losses.{n}=null)")
     have = [r for r in rows if 'grad_ratio/distill' in r]
-    said = [r for i,r in enumerate(have) if r['grad_ratio/distill'] or not any(q['grad_ratio/distill'] for q in have[:i])]
-    every = threshold_curve(said, 'grad_ratio/distill', 'dead loss all', .001,
-                  "together they pull with {value} of the gradient of cross-entropy",
-                  "the student learns from labels alone: raise method.distill_weight, or the weights of the losses")
+    nonzero = [r for i,r in enumerate(have) if r['grad_ratio/distill'] or not any(q['grad_ratio/distill'] for q in have[:i])]
+    every = threshold_curve(nonzero, 'grad_ratio/distill', 'dead loss all', .001,
+                  "the gradient norm of all distillation losses is {value} of that of cross-entropy",
+                  "the student is trained by the labels alone: raise method.distill_weight, or the weights of the losses")
     return [c for n in names if len(names) > 1 for c in each(n)] + every
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #cc142434
 def constant_loss(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
-    "Where pulls were not measured: does the value of each loss move at all?"
+    "Curves of the relative change of each loss from row to row, where gradient norms were not logged"
     out = []
     for n in (n for n in keys_of_kind(rows, 'loss_unweighted') if not any(f'grad_norm/{n}' in r for r in rows)):
         have = [(r, torch.tensor(r[f'loss_unweighted/{n}'], dtype=torch.float64)) for r in rows if f'loss_unweighted/{n}' in r]
         change = lambda x, y: ((x - y).abs().max() / x.abs().max().clamp(min=1e-30)).item()
         moves = [r | dict(moved=change(x, y)) for (_,y),(r,x) in zip(have, have[1:])]
-        out += threshold_curve(moves, 'moved', f'dead loss {n}', 1e-6, "its value changes by {value} of itself from row to row",
+        out += threshold_curve(moves, 'moved', f'dead loss {n}', 1e-6, "its relative change from row to row is {value}",
                      "it does not depend on the images, so it compares nothing: "
-                     f"look at what it is given, or leave it out (method.losses.{n}=null)")
+                     f"check its inputs, or remove it (method.losses.{n}=null)")
     return out
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #e53f6304
 def collapsed_student(
     rows:list, # of the log
 )->list:       # of `MonitoredCurve`
-    "Do the student's tokens use more than one direction?"
+    "Curves of the effective rank of the student's tokens"
     key, name = 'student/effective_rank', 'collapsed student'
-    change = "the rest of its width does nothing: lower train.lr or method.distill_weight, or raise train.warmup_epochs"
-    return (threshold_curve(rows, key, name, 2., "its tokens use {value} directions", change)
+    change = "the rest of its width is unused: lower train.lr or method.distill_weight, or raise train.warmup_epochs"
+    return (threshold_curve(rows, key, name, 2., "the effective rank of its tokens is {value}", change)
           + threshold_curve(rows, key, name, .1,
-                  "its tokens use {value} of the directions that they used at first", change, relative=True))
+                  "the effective rank of its tokens is {value} of its first value", change, relative=True))
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #83f23bde
-# rows → curves
+# functions from rows to curves
 DETECTORS = [collapsed_targets, stuck_selector, pinned_weight, vanishing_gradient, constant_loss, collapsed_student]
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #5f9acb82
 def diagnose(
     rows:list,   # of the log, from its first step on: dictionaries of numbers and lists, with `step`
-    last:int=3,  # rows in succession that make a symptom
-    known=(),    # names that were reported before
-)->list:         # of `Finding`, in the order in which they began
-    "What is wrong with a run, each thing once"
+    last:int=3,  # rows in succession that are needed
+    known=(),    # names of findings to leave out
+)->list:         # of `Finding`, in the order of their steps
+    "Findings of a run, each name once"
     found = {}
     for s in (first_violation(c, last) for detect in DETECTORS for c in detect(rows)):
         if s and s.name not in known and (s.name not in found or s.step < found[s.name].step): found[s.name] = s
