@@ -18,7 +18,7 @@ setup(
                  *(f"Programming Language :: Python :: {v}" for v in ("3", "3.10", "3.11", "3.12", "3.13"))],
     packages=find_packages(include=["basd", "basd.*"]), package_data={"basd": ["*.mplstyle", "*.json", "recipes/*.yaml", "recipes/*/*.yaml"]},
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "onnx": ["onnx", "onnxscript", "onnxruntime"]},
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "onnx": ["onnx", "onnxscript", "onnxruntime"], "completion": ["shtab"]},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["basd=basd._modidx:d"]},
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
     long_description_content_type="text/markdown", zip_safe=False,

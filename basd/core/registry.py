@@ -42,7 +42,8 @@ def suggestion(
     "Today's name for a former one, or the closest of `words`, as a hint for the end of an error message"
     words = list(words)
     if new := [w for w in RENAMED.get(str(word), ()) if w in words]: return f" (it is now {path + new[0]!r})"
-    near = difflib.get_close_matches(str(word), words, 1)
+    letters = lambda w: sorted(str(w).lower())                       # in another order or case
+    near = [w for w in words if letters(w) == letters(word)] or difflib.get_close_matches(str(word), words, 1)
     return f" (did you mean {path + near[0]!r}?)" if near else ''
 
 # %% ../../nbs/core/06_registry.ipynb #5e7a11d1

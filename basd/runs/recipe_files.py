@@ -6,7 +6,7 @@
 __all__ = ['own_paths', 'RECIPES_DIR', 'SCHEMA_FILE', 'merge_recipes', 'parse_yaml', 'pack_paths', 'settle_paths', 'read_recipe',
            'merge_override', 'recipe_names', 'packaged_file', 'check_stages', 'parse_override', 'as_overrides',
            'stage_trees', 'read_schema', 'type_in_words', 'choices_of', 'RecipeKey', 'recipe_sections', 'recipe_keys',
-           'check_words']
+           'takes_option', 'nearest_option', 'check_words']
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #256e4447
 import json
@@ -35,7 +35,7 @@ def merge_recipes(
     return out
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #65033d7e
-class _Loader(yaml.SafeLoader):
+class _Checked:
     def flatten_mapping(self, node):
         if any(k.tag == 'tag:yaml.org,2002:merge' for k,_ in node.value):
             raise yaml.YAMLError("'<<' merges sections, which recipes do not allow; use extends")
@@ -47,15 +47,20 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{k.value!r} stands in line {first.start_mark.line + 1} and again in line {line}, "
                                      "and one would silently replace the other; write it once")
 
+class _Loader(_Checked, yaml.SafeLoader): pass
+
+class _FastLoader(_Checked, getattr(yaml, 'CSafeLoader', yaml.SafeLoader)): pass  # in C, for the packaged recipes
+
 # %% ../../nbs/runs/60_recipe_files.ipynb #41cac57a
 def parse_yaml(
     text,          # YAML, str or bytes
     what:str,      # for the message
     most:int=10_000, # entries
+    loader=_Loader,  # from `yaml`
 ):
     "Parse YAML to plain data; tags, merge keys, repeated keys and dates are refused"
     if len(text) > 2**20: raise ValueError(f"{what} is too large for a recipe: {len(text)} characters, at most {2**20}")
-    try: raw = _Loader(text.decode() if isinstance(text, bytes) else text).get_single_data()
+    try: raw = loader(text.decode() if isinstance(text, bytes) else text).get_single_data()
     except RecursionError: raise ValueError(f"{what} is nested too deeply for a recipe") from None
     except Exception as e:                    # its readers of dates and numbers raise all sorts
         raise ValueError(f"{what} is not valid YAML: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
@@ -169,13 +174,15 @@ def merge_override(
     file = name.endswith(('.yaml', '.yml'))
     path = Path(_at_home(name)) if file else packaged_file(name)
     if file and above and (above[-1].parent/path).is_file(): path = above[-1].parent/path
-    if not path.is_file(): raise FileNotFoundError(f"no recipe file at {path}")
+    if not path.is_file():
+        there = [p.with_name(n) for p in [path] if p.parent.is_dir() for n in sorted(os.listdir(p.parent)) if n.endswith('.yaml')]
+        raise FileNotFoundError(f"no recipe file at {path}{suggestion(path, [*map(str, there), *recipe_names()])}")
     if path.resolve() in above:
         raise ValueError(f"{path.name} extends itself{', by way of ' + above[-1].name if len(above) > 1 else ''}")
     if path.stat().st_size > 2**20:
         raise ValueError(f"{path.name} is too large for a recipe: {path.stat().st_size} bytes, at most {2**20}")
     text = path.read_bytes()
-    raw = parse_yaml(text, path.name)
+    raw = parse_yaml(text, path.name, loader=_FastLoader if RECIPES_DIR in path.parents else _Loader)
     if not isinstance(raw, dict):
         raise ValueError(f"{path.name} must hold keys and values at its top level, not {type(raw).__name__}")
     base, files = raw.pop('extends', None), [path]
@@ -201,8 +208,9 @@ def packaged_file(
     files = sorted(RECIPES_DIR.rglob('*.yaml'))
     known = {whole(p): p for p in files} | {p.stem: p for p in files if not p.stem.startswith('_')}
     if name in known: return known[name]
-    raise ValueError(f"unknown recipe {name!r}{suggestion(name, known)}; "
-                     f"allowed: {', '.join(recipe_names())}, or a .yaml file")
+    if (Path(name)/'recipe.yaml').is_file():
+        raise ValueError(f"{name} is a run, not a recipe; basd resume {name} goes on with it, and {name}/recipe.yaml is its recipe")
+    raise ValueError(f"unknown recipe {name!r}{suggestion(name, known)}; basd recipes lists them, and the name of a file ends in .yaml")
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #e183c57f
 def check_stages(
@@ -408,6 +416,36 @@ def _flow(x):
     if isinstance(x, tuple): x = list(x)
     return yaml.safe_dump(x, default_flow_style=True, allow_unicode=True, sort_keys=False, width=2**20).removesuffix('\n').removesuffix('\n...')
 
+# %% ../../nbs/runs/60_recipe_files.ipynb #0d80d067
+def takes_option(
+    method:str, # name
+    path,       # keys, as ["losses", "rsd", "kappa"]
+)->bool:        # True, too, for a method that the schema does not know, and where a name decides about the keys
+    "Whether a packaged method has this option"
+    return _option(method, path)[0]
+
+def nearest_option(
+    method:str, # name
+    paths,      # keys of each option that is asked for
+)->str: # empty if none is close
+    "Hint at the end of a message about the first option that a packaged method does not have"
+    return next((hint for p in paths if (hint := _option(method, p)[1])), '')
+
+def _option(method, path):
+    defs = read_schema()['$defs']
+    node = defs.get(f'method.{method}')
+    for i,part in enumerate(path):
+        section = next((b for b in _branches(node, defs) if 'properties' in b), None) if node else None
+        if not section or 'allOf' in section or any(re.search(p, part) for p in section.get('patternProperties', ())): return True, ''
+        if part not in section['properties']: return False, suggestion(part, section['properties'], '.'.join(['method', *path[:i], '']))
+        node = section['properties'][part]
+    return True, ''
+
+def _branches(node, defs):
+    "The alternatives that a schema allows"
+    if '$ref' in node: return _branches(defs[node['$ref'].removeprefix('#/$defs/')], defs)
+    return [b for a in node['anyOf'] for b in _branches(a, defs)] if 'anyOf' in node else [node]
+
 # %% ../../nbs/runs/60_recipe_files.ipynb #dfb0cc4a
 def check_words(
     tree:dict, # of a recipe without stages
@@ -416,11 +454,6 @@ def check_words(
     "Refuse a key that does not exist, or a word that is not among the choices"
     schema = schema or read_schema()
     _check(tree, dict(schema['$defs']['stage'], **{'$defs': schema['$defs']}), [], schema['$defs'])
-
-def _branches(node, defs):
-    "The alternatives that a schema allows"
-    if '$ref' in node: return _branches(defs[node['$ref'].removeprefix('#/$defs/')], defs)
-    return [b for a in node['anyOf'] for b in _branches(a, defs)] if 'anyOf' in node else [node]
 
 def _named(x, kind, default, path, defs):
     "The schema of the method or selector that a section names; None for one that the schema does not know"
@@ -442,7 +475,9 @@ def _check(x, node, path, defs):
         for k,v in x.items():
             if k in keys: _check(v, keys[k], [*path, k], defs)
             elif not any(re.search(p, k) for p in section.get('patternProperties', ())):
-                raise ValueError(f"unknown key {'.'.join([*path, k])}{_meant(k, keys, defs)}; allowed: {', '.join(keys)}")
+                if path == ['method', 'losses']:
+                    raise ValueError(f"method.losses: unknown loss {k!r}{suggestion(k, keys)}; allowed: {', '.join(keys)}")
+                raise ValueError(f"unknown key {'.'.join([*path, k])}{_meant(k, keys, defs)}; allowed: {', '.join(keys) or 'none'}")
     elif isinstance(x, list):
         for v in x if (items := next((b['items'] for b in branches if 'items' in b), None)) else (): _check(v, items, path, defs)
     elif isinstance(x, str) and all('enum' in b or b.get('type') == 'null' for b in branches):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataRecipe', 'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'validate_tree',
-           'teachers_of', 'check_teachers', 'build_recipe', 'load_recipe', 'to_dict', 'write_recipe', 'diff_recipes',
-           'recipe_schema', 'keys_table', 'explained_yaml']
+           'teachers_of', 'check_teachers', 'build_recipe', 'load_recipe', 'to_dict', 'recipe_text', 'write_recipe',
+           'diff_recipes', 'recipe_schema', 'keys_table', 'explained_yaml']
 
 # %% ../../nbs/runs/61_recipes.ipynb #80195464
 import math
@@ -457,18 +457,29 @@ def to_dict(
     return tree | {'method': {'name': recipe.method.name, **tree['method']['options']}}
 
 # %% ../../nbs/runs/61_recipes.ipynb #67579475
+def recipe_text(
+    recipe,      # `Recipe`, or stage → `Recipe`, as of `load_recipe`
+    name:str|None=None, # of the whole, where there are stages
+    folder='.',  # where the text will lie
+)->str: # YAML
+    "`recipe` with every default filled in, and relative paths as they hold in `folder`"
+    if isinstance(recipe, dict) and '' in recipe: recipe = recipe['']
+    tree = (to_dict(recipe) if isinstance(recipe, Recipe)
+            else dict(name=name, stages={k: to_dict(r) for k,r in recipe.items()}))
+    return own_paths + yaml.safe_dump(_plain(pack_paths(tree, folder)), sort_keys=False, allow_unicode=True, width=120)
+
 def write_recipe(
     recipe,      # `Recipe`, or stage → `Recipe`
     path,        # .yaml file
     name:str|None=None, # of the whole, where there are stages
 ):
-    "Store `recipe` with every default filled in, and relative paths as they hold beside it"
-    plain = lambda x: ({k: plain(v) for k,v in x.items()} if isinstance(x, dict)
-                       else [plain(v) for v in x] if isinstance(x, (list, tuple)) else x)
-    tree = (to_dict(recipe) if isinstance(recipe, Recipe)
-            else dict(name=name, stages={k: to_dict(r) for k,r in recipe.items()}))
-    text = yaml.safe_dump(plain(pack_paths(tree, Path(path).parent)), sort_keys=False, allow_unicode=True, width=120)
-    Path(path).write_text(own_paths + text, encoding='utf-8')
+    "Store `recipe_text` in a file"
+    Path(path).write_text(recipe_text(recipe, name, Path(path).parent), encoding='utf-8')
+
+def _plain(x):
+    "Data as YAML and JSON have it"
+    if isinstance(x, dict): return {k: _plain(v) for k,v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 # %% ../../nbs/runs/61_recipes.ipynb #715557da
 def diff_recipes(
@@ -529,11 +540,6 @@ def _type_schema(
 def _default(f): return f.default if f.default_factory is MISSING else f.default_factory()
 
 def _first_line(x): return (x.__doc__ or '').strip().split('\n')[0]
-
-def _plain(x):
-    "Data as YAML and JSON have it"
-    if isinstance(x, dict): return {k: _plain(v) for k,v in x.items()}
-    return [_plain(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 def _section_schema(cls, about=None):
     "JSON schema of an `options_dataclass`: its keys with their meanings, and the names of a registry that it takes besides"
