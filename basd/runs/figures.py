@@ -31,7 +31,7 @@ def plot_series(
     ax=None,
     ylabel:str='', # with unit
     log:bool=False,# logarithmic axis
-    colors:dict={},# label → colour; the others follow the style
+    colors:dict={},# label → color; others as in the style
 ):
     "Draw logged numbers over optimizer steps"
     import matplotlib.pyplot as plt
@@ -49,7 +49,7 @@ def plot_matrix(
     x:Tensor,        # (rows, columns)
     ax=None,
     xlabel:str='teacher layer',
-    ylabel:str='extraction point',
+    ylabel:str='student layer',
     title:str='',
     limits:tuple=(0, None), # of the color scale
 ):
@@ -86,12 +86,12 @@ def plot_points(
 # %% ../../nbs/runs/65_figures.ipynb #afd17e62
 def _mark(
     ax,
-    complaints:list, # log rows of kind "finding"
-    *kinds:str,      # beginnings of the names that concern this panel
+    findings:list, # log rows of kind "finding"
+    *kinds:str,      # prefixes of the names of findings that concern this panel
 ):
-    "Mark where symptoms began, by their numbers"
+    "Mark the steps of findings by their numbers"
     at = {}
-    for i,s in enumerate(complaints, 1):
+    for i,s in enumerate(findings, 1):
         if s['name'].startswith(kinds): at.setdefault(s['step'], []).append(str(i))
     for step,numbers in at.items():
         ax.axvline(step, color='k', ls=':', lw=1)
@@ -101,7 +101,7 @@ def _mark(
 
 # %% ../../nbs/runs/65_figures.ipynb #5d0c2a91
 def _named_above(ax):
-    "Name several curves above their panel"
+    "Legend above the panel, if it has several curves"
     if len(ax.get_legend_handles_labels()[0]) > 1:
         ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=4, fontsize=8, handlelength=1.2, columnspacing=1,
                   borderaxespad=0)
@@ -110,8 +110,8 @@ def _named_above(ax):
 # %% ../../nbs/runs/65_figures.ipynb #e2a47c58
 def _panels_by_inches(
     n:int,        # panels
-    names:int=1,  # lines of curve names above a panel
-    below:int=0,  # lines of text below all
+    names:int=1,  # lines of the legend above a panel
+    below:int=0,  # lines of text below all panels
     width=2.6, height=1.5, # of a panel (inches)
 )->tuple: # (figure, list of n axes)
     "A sheet of panels in two columns"
@@ -121,7 +121,7 @@ def _panels_by_inches(
     fig, axs = plt.subplots(rows, 2, figsize=size, squeeze=False, layout='constrained', gridspec_kw=dict(
         left=left/size[0], right=1 - right/size[0], top=1 - over/size[1], bottom=(under + text)/size[1],
         wspace=between/width, hspace=(over + under)/height))
-    fig.set_layout_engine('none')       # from here on; a figure that never had an engine gets the style's when saved
+    fig.set_layout_engine('none')       # afterwards: a figure created without an engine gets the style's when saved
     for ax in axs.flat[n:]: ax.set_axis_off()
     return fig, list(axs.flat[:n])
 
@@ -129,9 +129,9 @@ def _panels_by_inches(
 def plot_run(
     run, # run directory
 ):
-    "One sheet about a run: accuracy, loss and parts, what else was reported, what went wrong; saves `figures/run.png`"
+    "Draw accuracy, losses, other metrics and findings of a run on one sheet, and save it as `figures/run.png`"
     import matplotlib.pyplot as plt
-    rows, epochs, complaints = (read_metrics(run, kind) for kind in ('step', 'epoch', 'finding'))
+    rows, epochs, findings = (read_metrics(run, kind) for kind in ('step', 'epoch', 'finding'))
     keys = dict.fromkeys(k for r in rows for k in r)
     named = lambda prefix: {k: k.removeprefix(prefix) for k in keys if k.startswith(prefix)}
     parts, shares, weights = map(named, ('loss/', 'grad_ratio/', 'loss_weight/'))
@@ -140,27 +140,27 @@ def plot_run(
     ranks = {k: label for k,label in {'target/effective_rank': 'targets', 'student/effective_rank': 'student'}.items()
              if k in keys}
     curves = lambda ax, named, ylabel, *kinds, log=False: _mark(
-        _named_above(plot_series(rows, named, ax, ylabel, log, colors)), complaints, *kinds)
-    judged = 'val_distill_loss' if any('val_distill_loss' in e for e in epochs) else 'val_top1'
-    panels = [lambda ax: _named_above(plot_series(epochs, {k: k.replace('_', ' ') for k in (judged, f'{judged}_ema')
+        _named_above(plot_series(rows, named, ax, ylabel, log, colors)), findings, *kinds)
+    metric = 'val_distill_loss' if any('val_distill_loss' in e for e in epochs) else 'val_top1'
+    panels = [lambda ax: _named_above(plot_series(epochs, {k: k.replace('_', ' ') for k in (metric, f'{metric}_ema')
                                                           if any(k in e for e in epochs)}, ax,
-                                                  'validation top-1 (%)' if judged == 'val_top1' else 'validation loss')),
-              lambda ax: curves(ax, parts, 'part of the loss', *(() if shares else ('dead',)), log=True)]
+                                                  'validation top-1 (%)' if metric == 'val_top1' else 'validation loss')),
+              lambda ax: curves(ax, parts, 'term of the loss', *(() if shares else ('dead',)), log=True)]
     if shares: panels.append(lambda ax: curves(ax, shares, 'gradient norm ÷ that of ce', 'dead', log=True))
     if weights:
         panels.append(lambda ax: curves(ax, weights, 'UW-SO weight', 'pinned').axhline(
             1/len(weights), color='.6', ls=':'))
     if 'selector/entropy' in keys:
         panels.append(lambda ax: (_mark(plot_points(rows, {'selector/entropy': 'selector'}, ax, 'selector entropy ÷ uniform'),
-                                       complaints, 'uniform', 'saturated').axhline(1, color='.6', ls=':'),
+                                       findings, 'uniform', 'saturated').axhline(1, color='.6', ls=':'),
                                   ax.set(ylim=(0, 1.05))))
     if ranks:
         panels.append(lambda ax: _mark(_named_above(plot_points(rows, ranks, ax, 'effective rank')),
-                                      complaints, 'collapsed'))
+                                      findings, 'collapsed'))
     for key,title in {'selector/weights': 'mixing weights, last logged', 'selector/distance': 'subspace distances, last logged'}.items():
         if key in keys:
             panels.append(lambda ax, key=key, title=title: plot_matrix(log_series(rows, key)[1][-1], ax, title=title))
-    lines = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(complaints, 1)]
+    lines = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(findings, 1)]
     with page_style():
         fig, axs = _panels_by_inches(len(panels), -(-max(len(parts), len(shares))//4),
                                     sum(len(s.splitlines()) for s in lines))

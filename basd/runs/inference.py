@@ -18,7 +18,7 @@ def autocast(
     device,
     precision:str, # "float32" or "bf16"
 ):
-    "The autocast context of a recipe's precision"
+    "Autocast context for a recipe's `train.precision`"
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16')
 
 # %% ../../nbs/runs/67_inference.ipynb #0d0fb4c1
@@ -32,10 +32,10 @@ def validate(
     batch:int=256,
     workers:int=0,
     precision:str='float32',
-    read=None,        # from a data set and a batch size to batches; None: a `DataLoader`
-    stop=None,        # asked before each batch, on all ranks: is this to end?
-    # top1 and top5 in %, loss in nats, n; classes, if the images are of some of the model's and judged among these;
-    # None if it was to end
+    read=None,        # function of a data set and a batch size that returns batches; None: a `DataLoader`
+    stop=None,        # function without arguments, called before each batch on all ranks; True ends the evaluation
+    # top1 and top5 in %, loss in nats, n; and the number of classes, if the images have only some of the model's
+    # classes and predictions are restricted to these; None if `stop` ended it
 )->dict|None:
     "Accuracy and cross-entropy of `model`, exact on any number of ranks"
     was = model.training
@@ -46,7 +46,7 @@ def validate(
     loader = lambda data, batch: torch.utils.data.DataLoader(data, batch, num_workers=workers, worker_init_fn=reader_process,
                                                              generator=torch.Generator().manual_seed(0))
     batches = iter((read or loader)(mine, batch))
-    for _ in range(0, -(-len(indices)//world_size()), batch): # as many on each rank, as they ask each other
+    for _ in range(0, -(-len(indices)//world_size()), batch): # the same count on each rank, because `stop` may communicate
         if stop is not None and stop(): model.train(was); return None
         if (b := next(batches, None)) is None: continue
         y = b['label'].to(device, non_blocking=True)
@@ -86,14 +86,14 @@ def predict_logits(
 # %% ../../nbs/runs/67_inference.ipynb #32f2d235
 @torch.no_grad()
 def pooled_features(
-    model,         # `TappedModel`; features are of its last tapped layer
+    model,         # `TappedModel`; the features are those of its last tapped layer
     images,        # `ImageDataset`
     size:int,      # pixels
     device,
     batch:int=256,
     precision:str='float32',
 )->Tensor:         # (n, D) on the CPU, float32
-    "Mean token of each clean image"
+    "Mean over tokens of each clean image's features"
     was, out = model.training, []
     model.eval()
     data = ViewDataset(images, None, DualViewTransform(size, None, crop='center'), train=False)
@@ -106,8 +106,8 @@ def pooled_features(
 def knn_among(
     features:Tensor,    # (n, D)
     labels:Tensor,      # (n,), from 0
-    k:int|None=None,    # neighbors that vote; None: 20, and at most half of the images of an average class
-    temperature:float=.07, # of their weights
+    k:int|None=None,    # neighbors; None: at most 20, and at most half of the mean number of images per class
+    temperature:float=.07, # of the neighbors' weights, exp(cosine / temperature)
 )->dict:                # knn in %, k
     "Leave-one-out accuracy of k-NN by cosine"
     classes = int(labels.max()) + 1
