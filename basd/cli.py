@@ -357,7 +357,7 @@ def parser()->argparse.ArgumentParser:
     e.add_argument('--corrupted', type=_int_range(0), default=1000, metavar='N',
                    help='test images for robustness (default 1000; 0: leave it out)')
     a = sub.add_parser('analyze', help='attention, CKA, curvature, spectra and mixing of runs, side by side',
-                       description='Metrics: attention, cka, hessian, spectrum, mixing.')
+                       description=f"Metrics: {', '.join(_metrics)}.")
     a.add_argument('run_dirs', nargs='+', metavar='run_dir')
     a.add_argument('--metrics', help='which of them, with commas (default: all)')
     a.add_argument('--output-dir', default='analysis', help='gets analysis.json and the figures (default analysis)')
@@ -410,6 +410,8 @@ def parser()->argparse.ArgumentParser:
         s.add_argument('--trust', action='store_true',
                        help='let recipes found in runs import code of their own, and fetch what they name')
     return p
+
+_metrics = ('attention', 'cka', 'hessian', 'spectrum', 'mixing') # as `METRICS` of page 84 has them
 
 # %% ../nbs/90_cli.ipynb #2b063f95
 def _changes(
@@ -485,7 +487,8 @@ def _parse(
         p.error(f"unknown command {argv[0]!r}{_command_hint(argv, p.commands)}; allowed: {', '.join(p.commands)}")
     for i,word in enumerate(argv):
         known = p.commands[argv[0]] if argv[0] in p.commands else p
-        if word.startswith('-') and word.partition('=')[0] not in known._option_string_actions and word[1:2].isalpha() | word.startswith('--'):
+        option = word.startswith('--') and word != '--' or word.startswith('-') and word[1:2].isalpha()
+        if option and word.partition('=')[0] not in known._option_string_actions:
             known.error(_unknown_option(word, argv[i + 1:], argv, known))
     args, rest = p.parse_known_args(argv)
     if hasattr(args, 'overrides') and args.command != 'compare': args.overrides += rest
@@ -512,19 +515,19 @@ def _check_changes(
     args:argparse.Namespace, # of `_parse`
 ):
     "Refuse words that are neither a recipe nor a change, and keys that do not exist"
-    recipes, words = getattr(args, 'recipes', None) or [getattr(args, 'recipe', None)], args.overrides
-    if recipes[0] and _changes(recipes[0]):
+    recipes = getattr(args, 'recipes', None) or [getattr(args, 'recipe', None) or str(Path(args.run_dir)/'recipe.yaml')]
+    if _changes(recipes[0]):
         raise ValueError(f"the recipe is missing before its changes, as in basd {args.command} quickstart {recipes[0]}")
     for words in (args.overrides, recipes[1:]):
         for word, after in zip(words, [*words[1:], '']):
             if '=' not in word: _refuse_word(word, after, args, recipes[0])
     for text in args.overrides: parse_override(text)
-    for name in filter(None, recipes):
+    for name in recipes:
         for tree in stage_trees(name, read_recipe(name), args.overrides, takes_option, nearest_option).values(): check_words(tree)
 
 def _refuse_word(word, after, args, recipe):
     "Raise an error for a word without '=', unless it is one more recipe of a comparison"
-    key = _key_named(word.replace('-', '_'), ['', recipe or ''])
+    key = _key_named(word.replace('-', '_'), ['', recipe])
     second = word in recipe_names() or word.endswith('.yaml')
     if args.command == 'compare' and word not in args.overrides and (second or not key): return
     if second and args.command == 'train':
@@ -558,10 +561,13 @@ def _prepare(
         raise ValueError("--all needs the name of a recipe, as in basd recipes quickstart --all")
     if args.command == 'recipes' and args.name: read_recipe(args.name)
     if args.command in ('resume', 'evaluate', 'export'): _check_run(args.run_dir)
-    if args.command == 'resume': [parse_override(text) for text in args.overrides]
-    elif hasattr(args, 'overrides'): _check_changes(args)
-    if args.command == 'evaluate' and args.weights not in (words := ('all', 'last', 'best', 'ema', 'exported')):
-        raise ValueError(f"--weights {args.weights}: choose {', '.join(words)}{suggestion(args.weights, words)}")
+    if hasattr(args, 'overrides'): _check_changes(args)
+    weights = ('last', 'best', 'ema', 'exported') + ('all',)*(args.command == 'evaluate')
+    if getattr(args, 'weights', weights[0]) not in weights:
+        raise ValueError(f"--weights {args.weights}: choose {', '.join(weights)}{suggestion(args.weights, weights)}")
+    for name in (getattr(args, 'metrics', None) or '').split(','):
+        if name and name not in _metrics:
+            raise ValueError(f"metric {name!r} does not exist{suggestion(name, _metrics)}; known: {', '.join(_metrics)}")
     # torch's profiler reports each start on stderr, unless it finds this when torch is imported
     if args.command == 'bench': os.environ.setdefault('KINETO_LOG_LEVEL', '99')
 

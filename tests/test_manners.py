@@ -33,7 +33,9 @@ WRONG = {
     "train kd method.t=4": "did you mean 'method.T'?", "train kd stages.teachr.train.lr=1": "did you mean 'teacher'?",
     "train basd_cifar10 method.name=bsad": "did you mean 'basd'?", "train basd_cifar10 method.losses.rds={}": "did you mean 'rsd'?",
     "train basd_cifar10 method.selector.name=neerest": "did you mean 'nearest'?", "train kd --device gpu": "choose cpu or cuda",
-    "keys trian": "did you mean 'train'?", "keys train.epoch": "did you mean 'train.epochs'?", "recipes quikstart": "did you mean 'quickstart'?"}
+    "evaluate runs/kd-2": "did you mean 'runs/kd-1'?", "train runs/kd-1": "basd resume runs/kd-1", "runs/kd-1": "basd resume runs/kd-1",
+    "resume runs/kd-1 train.epoch=3": "did you mean 'epochs'?", "evaluate runs/kd-1 --weights bset": "did you mean 'best'?",
+    "analyze runs/kd-1 --metrics atention": "did you mean 'attention'?", "keys trian": "did you mean 'train'?", "keys train.epoch": "did you mean 'train.epochs'?", "recipes quikstart": "did you mean 'quickstart'?"}
 RIGHT = ["--help", "--version", *(f"{c} --help" for c in ("train", "resume", "evaluate", "analyze", "export", "compare", "bench", "keys",
                                                           "completion", "recipes")),
          "keys", "keys basd", "keys train.lr", "keys --json-schema", "recipes", "recipes kd"]
@@ -59,8 +61,11 @@ for words in json.load(sys.stdin):
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     "Words → exit status, what is said, seconds; in one process, in which nothing heavy can be imported"
+    here = tmp_path_factory.mktemp("here")
+    (here/"runs"/"kd-1").mkdir(parents=True)
+    (here/"runs"/"kd-1"/"recipe.yaml").write_text("name: kd")
     done = subprocess.run([sys.executable, "-c", f"HEAVY = {HEAVY}" + TYPED], input=json.dumps([*WRONG, *RIGHT]), capture_output=True,
-                          text=True, env={**os.environ, **ENVIRONMENT}, cwd=tmp_path_factory.mktemp("here"))
+                          text=True, env={**os.environ, **ENVIRONMENT}, cwd=here)
     assert done.returncode == 0, done.stderr
     return {words: rest for words, *rest in map(json.loads, done.stdout.splitlines())}
 
