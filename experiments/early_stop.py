@@ -61,7 +61,7 @@ def main():
     one, teacher, steps = benches[1], {n: [] for n in DEPTHS}, {n: [] for n in STEPS}
     for i in range(args.rounds + 1):        # the first warms up
         whole = seconds(one.ask)
-        for n in DEPTHS: teacher[n].append(seconds(lambda n=n: one.ask(n))/whole)
+        for n in DEPTHS: teacher[n].append(seconds(lambda n=n: one.run_teacher(n))/whole)
         for n,b in benches.items():
             b.whole = True
             before = seconds(b.full)
