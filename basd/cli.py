@@ -515,7 +515,8 @@ def _check_changes(
     args:argparse.Namespace, # of `_parse`
 ):
     "Refuse words that are neither a recipe nor a change, and keys that do not exist"
-    recipes = getattr(args, 'recipes', None) or [getattr(args, 'recipe', None) or str(Path(args.run_dir)/'recipe.yaml')]
+    recipes = ([str(Path(args.run_dir)/'recipe.yaml')] if args.command == 'resume' else
+               args.recipes or args.overrides[:1] if args.command == 'compare' else [args.recipe])
     if _changes(recipes[0]):
         raise ValueError(f"the recipe is missing before its changes, as in basd {args.command} quickstart {recipes[0]}")
     for words in (args.overrides, recipes[1:]):
