@@ -63,17 +63,17 @@ def test_a_run_and_its_student_name_their_classes(trained):
 def test_other_images(trained, tmp_path, capsys):
     "Fewer classes in another order are matched by name; images of unknown classes have no accuracy"
     words = ["evaluate", trained/"run", "--quick", "--on"]
-    said = run(capsys, *words, zoo(tmp_path/"few", Testing=called("bee", "cow"))).out
-    assert "top-1 100.00 %" in said and "judged among their own 2 classes" in said
-    said = run(capsys, *words, zoo(tmp_path/"renamed", Testing=called("bee", "cow", emmet="ant")))
-    assert "renamed/Testing has images of class 'emmet', which is none of the 3 classes" in said.err and "top-1" not in said.out
+    printed = run(capsys, *words, zoo(tmp_path/"few", Testing=called("bee", "cow"))).out
+    assert "top-1 100.00 %" in printed and "judged among their own 2 classes" in printed
+    printed = run(capsys, *words, zoo(tmp_path/"renamed", Testing=called("bee", "cow", emmet="ant")))
+    assert "renamed/Testing has images of class 'emmet', which is none of the 3 classes" in printed.err and "top-1" not in printed.out
     full = zoo(tmp_path/"full", Training=called("bee", "cow", emmet="ant"), Testing=called("bee", "cow", emmet="ant"))
-    said = run(capsys, "evaluate", trained/"run", "--corrupted", "0", "--on", full)
-    assert "class 'emmet'" in said.err and "k-NN: 100.00 %" in said.out and "top-1: left out" in said.out
-    said = run(capsys, "evaluate", trained/"run", "--corrupted", "0", "--weights", "best").out
+    printed = run(capsys, "evaluate", trained/"run", "--corrupted", "0", "--on", full)
+    assert "class 'emmet'" in printed.err and "k-NN: 100.00 %" in printed.out and "top-1: left out" in printed.out
+    printed = run(capsys, "evaluate", trained/"run", "--corrupted", "0", "--weights", "best").out
     report = json.loads((trained/"run"/"report.json").read_text())
     assert [c["name"] for c in report["per_class"]["classes"]] == ["ant", "cow"] and report["accuracy"]["top1"] == 100
-    assert "among 2 of 3 classes" in said
+    assert "among 2 of 3 classes" in printed
 
 
 def test_a_run_that_is_older_than_names(trained, tmp_path, capsys):
@@ -84,14 +84,14 @@ def test_a_run_that_is_older_than_names(trained, tmp_path, capsys):
     del student["label_names"]
     (old/"student.json").write_text(json.dumps(student))
     assert read_classes(old) is None
-    said = run(capsys, "evaluate", old, "--quick").out
-    assert f"{old} was made before runs kept the names of their classes" in said and "top-1 100.00 %" in said
+    printed = run(capsys, "evaluate", old, "--quick").out
+    assert f"{old} was written by an earlier version, without class names" in printed and "top-1 100.00 %" in printed
     (old/"result.json").unlink()
     environment = json.loads((old/"environment.json").read_text())
     environment["data"] = dict(train="0123456789abcdef", test="0123456789abcdef")
     (old/"environment.json").write_text(json.dumps(environment))
-    said = run(capsys, "train", *CE, f"data.source={trained/'zoo'}", "--run-dir", old, "--resume").out
-    assert "was made before" in said and "its train images are not compared" in said
+    printed = run(capsys, "train", *CE, f"data.source={trained/'zoo'}", "--run-dir", old, "--resume").out
+    assert "was written by an earlier version" in printed and "its train images are not compared" in printed
     assert read_classes(old) == ["ant", "bee", "cow"] and (old/"result.json").is_file()
 
 
@@ -103,18 +103,18 @@ def test_a_teacher_of_other_classes(trained, tmp_path, capsys):
     last = [json.loads(line) for line in (tmp_path/"two-run"/"metrics.jsonl").read_text().splitlines()]
     assert any("agreement" in row for row in last)
     more = zoo(tmp_path/"more", Training=called("cow", "dog"), Testing=called("cow", "dog"))
-    said = run(capsys, "train", *LOGITS, *teacher, f"data.source={more}", "--run-dir", tmp_path/"no", status=2).err
-    assert "has not learned class 'dog' (3 classes: 'ant', 'bee', 'cow')" in said and not (tmp_path/"no").exists()
+    printed = run(capsys, "train", *LOGITS, *teacher, f"data.source={more}", "--run-dir", tmp_path/"no", status=2).err
+    assert "has no class 'dog' (3 classes: 'ant', 'bee', 'cow')" in printed and not (tmp_path/"no").exists()
 
 
-def test_what_is_said_before_the_first_step(tmp_path, capsys):
+def test_notes_before_the_first_step(tmp_path, capsys):
     "Equal splits, classes without images, the order of numbers"
     root = zoo(tmp_path/"zoo", 4, Training={str(i): "ant" if i % 2 else "cow" for i in range(12)})
     (root/"Training"/"12").mkdir()
-    said = run(capsys, "train", *CE, f"data.source={root}", "data.test_split=Training", "train.epochs=1", "--run-dir",
+    printed = run(capsys, "train", *CE, f"data.source={root}", "data.test_split=Training", "train.epochs=1", "--run-dir",
                tmp_path/"run").out
-    assert "test and training images are the same, so test accuracy is of images that were learned" in said
-    assert "of the 13 classes of zoo/Training 1 without images, '12' for one" in said
+    assert "test and training images are the same, so test accuracy is measured on training images" in printed
+    assert "of the 13 classes of zoo/Training 1 without images, '12' for one" in printed
     assert read_classes(tmp_path/"run") == [*map(str, range(13))]
     shutil.copytree(root/"Training", root/"Testing")                                    # a copy is as equal as a name
     assert "test and training images are the same" in run(
@@ -125,5 +125,5 @@ def test_tests_that_are_among_the_training_images(tmp_path, capsys):
     root = zoo(tmp_path/"zoo", 12, Training=called("ant", "bee"))
     shutil.copytree(root/"Training", root/"Testing")
     for i in range(8): (root/"Testing"/"ant"/f"{i}.png").unlink()
-    said = run(capsys, "train", *CE, f"data.source={root}", "train.epochs=1", "--run-dir", tmp_path/"run").out
-    assert "16 of the 16 test images are among the training images" in said
+    printed = run(capsys, "train", *CE, f"data.source={root}", "train.epochs=1", "--run-dir", tmp_path/"run").out
+    assert "16 of the 16 test images are among the training images" in printed

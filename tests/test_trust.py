@@ -198,7 +198,7 @@ def test_nothing_is_fetched(kind, finished, here, capsys, monkeypatch):
     (run/"recipe.yaml").write_text(yaml.safe_dump(tree))
     main(["evaluate", RUN, "--corrupted", "0"])
     assert main(["train", RECIPE, "--run-dir", "new"]) == 2
-    assert "nothing was fetched" in capsys.readouterr().err and not (here/"new").exists()
+    assert "nothing was downloaded" in capsys.readouterr().err and not (here/"new").exists()
     assert main(["compare", RECIPE, "--seeds", "1", "--folder", "race"]) == 2
     assert not asked
     if kind in ("teacher by address", "data of torchvision"):       # not the hub's, which has an off switch of its own

@@ -31,28 +31,28 @@ from .run_directory import read_classes
 def fetching(
     recipe:Recipe,
 ):
-    "Block downloads in this block if the recipe was found in a run and is not trusted"
+    "Context manager that blocks downloads if the recipe was found in a run directory and is not trusted"
     if not recipe.foreign: yield; return
     models = [recipe.student, *teachers_of(recipe).values()]
     before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
     try:
         for m in models:
             about = get_pretrained_cfg(m.model, allow_unregistered=True) if m.model and m.pretrained else None
-            if about and not about.hf_hub_id: raise ValueError(f"the weights of {m.model} come from {about.url}")
+            if about and not about.hf_hub_id: raise ValueError(f"the pretrained weights of {m.model} would be downloaded from {about.url}")
         yield
     except ValueError as e:
         if not (recipe.data.download or any(m.pretrained for m in models)): raise
-        raise ValueError(f"{e}; the recipe was found in a run, so nothing was fetched: look at it, then allow that "
+        raise ValueError(f"{e}; the recipe was found in a run directory, so nothing was downloaded: read it, then allow downloads "
                          "with --trust (in Python: trust=True)") from None
     finally: hub.HF_HUB_OFFLINE = before
 
 # %% ../../nbs/runs/66_builders.ipynb #d09ca3ef
 def open_images(
     data:DataRecipe,
-    split:str,
+    split:str,            # as in `data.train_split`
     source:str|None=None, # as in `data.source`; None: the recipe's own
-    classes:list|None=None, # names by which to number; None: the source's own
-    whose:str='the training split', # classes, for the message
+    classes:list|None=None, # class names, in the order of the labels; None: the source's own
+    whose:str='the training split', # origin of `classes`, for the error
     labels:bool|None=True, # as in `open_source`
 )->ImageDataset:
     "Dataset of one split of a recipe's images, or of another source"
@@ -67,27 +67,27 @@ def open_images(
 def _granted_data(
     recipe:Recipe,
 )->DataRecipe:
-    "Data section of a recipe, without `download` if the recipe was found in a run"
+    "Data section of a recipe, without `download` if the recipe is not trusted"
     return replace(recipe.data, download=recipe.data.download and not recipe.foreign)
 
 # %% ../../nbs/runs/66_builders.ipynb #fb513af4
 def run_classes(
     run,              # run directory
-    recipe:Recipe,    # of it
-)->list|None:         # names, in the order of the head; None: it has not started training
-    "Class names of a run; a run without a file of names gets those of its training images, in its old order"
+    recipe:Recipe,    # of the run
+)->list|None:         # in the order of the outputs; None: the run has not started training
+    "Class names of a run; for a run of an earlier version, which stored none, those of its training images"
     if recipe.data.labels == 'none': return read_classes(run) or []          # a student without labels may have no head
-    if (kept := read_classes(run)) is not None: return kept
+    if (names := read_classes(run)) is not None: return names
     if not any((Path(run)/f).is_file() for f in ('last.pt', 'student.json')): return None
     data = _granted_data(recipe)
     try: source = open_source(data.source, data.train_split, root=data.root, download=data.download,
                               image_key=data.image_key, label_key=data.label_key)
     except ValueError as e:
-        raise ValueError(f"{run} was made before runs kept the names of their classes, and its training images, "
+        raise ValueError(f"{run} was written by an earlier version, without class names, and its training images, "
                          f"which have them, cannot be opened: {e}") from None
     names = sorted(source.classes) if isinstance(source, ImageFolderSource) else source.classes
-    if rank() == 0: print(f"{run} was made before runs kept the names of their classes; they are taken from its training images, in the order "
-          f"of that time: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}")
+    if rank() == 0: print(f"{run} was written by an earlier version, without class names; they are taken from its training images, in the order "
+          f"of that version: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}")
     return names
 
 # %% ../../nbs/runs/66_builders.ipynb #8138c8c9
@@ -99,12 +99,12 @@ def image_notes(
     "Notes about the images of a run, printed before it starts"
     notes, empty = [*train.source.notes], sorted({*range(train.num_classes)} - {*train.labels.tolist()})
     if empty: notes.append(f"of the {train.num_classes} classes of {train.source.name} {len(empty)} without images, "
-                           f"{train.classes[empty[0]]!r} for one; each keeps its number and is not learned")
+                           f"{train.classes[empty[0]]!r} for one; they keep their outputs, which are not trained")
     if fingerprints['train'] == fingerprints['test']:
-        notes.append("test and training images are the same, so test accuracy is of images that were learned")
-    elif (same := test.shared(train) or 0) > len(test)//20:         # some twins there are in most sets
+        notes.append("test and training images are the same, so test accuracy is measured on training images")
+    elif (same := test.shared(train) or 0) > len(test)//20:         # most data sets have a few duplicates
         notes.append(f"{same:,} of the {len(test):,} test images are among the training images, "
-                     "so test accuracy is in part of images that were learned")
+                     "so test accuracy is measured on training images in part")
     notes += [n for n in test.source.notes if n not in notes]
     return notes
 
@@ -113,7 +113,7 @@ def build_datasets(
     recipe:Recipe,
     run=None,      # directory of a run that has started: its class names are used
 )->tuple: # (training images, training indices, validation indices, test images)
-    "Training images with their split, and test images, all numbered by the classes of the training split"
+    "Training images with their split, and test images, all labeled by the classes of the training split"
     with fetching(recipe):
         d = _granted_data(recipe)
         known = d.labels != 'none'
@@ -122,10 +122,10 @@ def build_datasets(
         test = (train if d.test_split == d.train_split else
                 open_images(d, d.test_split, classes=train.classes if known else None, labels=known or None))
     if known and len(kinds := train.labels.unique()) < 2:
-        raise ValueError(f"{train.source.name} holds one class alone, {train.classes[int(kinds)]!r}, "
-                         "so there is nothing to tell apart; give each class a folder or a number of its own")
+        raise ValueError(f"{train.source.name} has a single class, {train.classes[int(kinds)]!r}, "
+                         "but training needs at least two; give each class a folder or a number of its own")
     if d.val_size >= len(train):
-        raise ValueError(f"data.val_size={d.val_size:g} leaves none of the {len(train)} training images")
+        raise ValueError(f"data.val_size={d.val_size:g} leaves none of the {len(train)} training images; lower it")
     fit, val = stratified_split(len(train), train.labels if known else None, d.val_size if d.val_size < 1 else int(d.val_size), d.split_seed)
     if d.train_size is not None:
         if not 0 < d.train_size <= len(fit):
@@ -140,16 +140,16 @@ def labeled_positions(
     train:ImageDataset,
     fit:list,      # training indices
     recipe:Recipe,
-)->list:           # those of them whose label is used
+)->list:           # those whose label is used
     "Indices of the training images whose labels are used, in proportion per class"
     d = recipe.data
     if d.labels == 'none': return []
     if d.labeled is None: return fit
     if d.labeled > len(fit):
-        raise ValueError(f"data.labeled={d.labeled:g}: there are only {len(fit)} training images")
+        raise ValueError(f"data.labeled={d.labeled:g}: there are only {len(fit)} training images; lower it")
     if d.labeled == len(fit): return fit
     chosen = stratified_split(len(fit), torch.as_tensor(train.labels)[fit], d.labeled, d.split_seed)[1]
-    if not chosen: raise ValueError(f"data.labeled={d.labeled:g} leaves none of the {len(fit)} training images a label")
+    if not chosen: raise ValueError(f"data.labeled={d.labeled:g} gives none of the {len(fit)} training images a label; raise it")
     return [fit[i] for i in chosen]
 
 # %% ../../nbs/runs/66_builders.ipynb #5c3bef21
@@ -166,7 +166,7 @@ def build_student(
               else needs.student_layers)
     with fetching(recipe):
         student = create_student(num_classes=classes, layers=points, attention=needs.attention, **options, **s.kwargs)
-    export_config(student)                                  # what would fail at the end fails here
+    export_config(student)                                  # raise errors of the export now, not at the end of training
     return student
 
 # %% ../../nbs/runs/66_builders.ipynb #d39e4897
@@ -196,16 +196,16 @@ def _one_teacher(
 
 # %% ../../nbs/runs/66_builders.ipynb #a2c6c4c1
 def load_teacher_run(
-    run,                    # run directory of this trainer
+    run,                    # run directory
     layers='all',
     attention:bool=True,
 ):
     "The student of an earlier run, frozen"
     if not (Path(run)/'recipe.yaml').is_file():
         raise FileNotFoundError(f"{run} is not a run directory: it holds no recipe.yaml")
-    read_recipe(str(Path(run)/'recipe.yaml'))               # whole, but nothing that it names is looked for
+    read_recipe(str(Path(run)/'recipe.yaml'))               # raises an error if it is damaged; what it names is not opened
     weights = Path(run)/'student.safetensors'
-    if not weights.is_file(): raise FileNotFoundError(f"{run} holds no student.safetensors; has the run ended?")
+    if not weights.is_file(): raise FileNotFoundError(f"{run} holds no student.safetensors, which is written at the end of a run; finish that run first")
     teacher = freeze(load_student(Path(run), layers=layers, attention=attention))
     teacher.origin, teacher.label_names = f'run {run}', teacher.label_names or read_classes(run)
     return teacher
@@ -213,33 +213,33 @@ def load_teacher_run(
 # %% ../../nbs/runs/66_builders.ipynb #888016a5
 def _of_classes(
     teacher,             # frozen, with `label_names`, in the order of its logits, or None if they are not known
-    classes:list|None,   # the student's, by name; None: leave the teacher as it is
-    run,                 # where the teacher is from, for the message
-    compared:bool=False, # are its logits compared with the student's
+    classes:list|None,   # the student's class names; None: the teacher is not changed
+    run,                 # origin of the teacher, for the error
+    compared:bool=False, # whether the method compares logits
 ):                       # `teacher`
     "The teacher with its logits in the student's order of classes"
     names = teacher.label_names
     if classes is None or names == classes or names is None and not compared: return teacher
     if names is None:
-        if sorted(classes) != classes == sorted(classes, key=natural_order): # folders were once in the order of letters
-            raise ValueError(f"the run in {run} keeps no names of its classes, which may be in another order than the student's; "
-                             "write them as a list, in the order of its head, to classes.json there")
-        if rank() == 0: print(f"the run in {run} keeps no names of its classes; its logits are taken in the student's order")
+        if sorted(classes) != classes == sorted(classes, key=natural_order): # earlier versions sorted folders alphabetically
+            raise ValueError(f"the run in {run} has no class names, so its classes may be in another order than the student's; "
+                             "write them as a list, in the order of its outputs, to classes.json there")
+        if rank() == 0: print(f"the run in {run} has no class names; its logits are taken in the student's order")
         return teacher
     at = {c: i for i,c in enumerate(names)}
-    strange = next((c for c in classes if c not in at), None)
-    if strange is not None and compared:
-        raise ClassMismatch(f"the teacher in {run} has not learned class {strange!r} ({len(names)} classes: "
-                           f"{', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''}), and the method compares "
-                           "logits; take a teacher of the same classes, or a method that compares tokens alone")
-    teacher.columns = torch.tensor([] if strange is not None else [at[c] for c in classes], dtype=torch.long)
+    missing = next((c for c in classes if c not in at), None)
+    if missing is not None and compared:
+        raise ClassMismatch(f"the teacher in {run} has no class {missing!r} ({len(names)} classes: "
+                           f"{', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''}), but the method compares "
+                           "logits; use a teacher with the student's classes, or a method that compares tokens only")
+    teacher.columns = torch.tensor([] if missing is not None else [at[c] for c in classes], dtype=torch.long)
     return teacher
 
 # %% ../../nbs/runs/66_builders.ipynb #a88cfcb1
 def describe_teacher(
     model, # `TappedModel`, `TeacherEnsemble` or None
-):         # model, weights (where they come from), digest, parameters, input_size, mean, std; a list for several
-    "Architecture, weights, digest and input of a model"
+):         # model, weights (their origin), digest, parameters, input_size, mean, std; a list for several
+    "Architecture, origin and digest of the weights, and input of a model"
     if model is None: return None
     if isinstance(model, TeacherEnsemble): return [describe_teacher(t) for t in model.members]
     numbers = lambda x: None if x is None else [round(v, 6) for v in x.flatten().tolist()]
@@ -252,7 +252,7 @@ def describe_teacher(
 def input_size(
     tapped, # `TappedModel`
 )->int:
-    "Side of the images that a model takes, in pixels"
+    "Side of a model's input images, in pixels"
     return tapped.input_size[-1]
 
 # %% ../../nbs/runs/66_builders.ipynb #de7bd328
