@@ -16,9 +16,10 @@ def test_the_file_says_what_the_classes_say():
 
 
 def test_no_key_is_without_a_meaning():
-    "A meaning is words: not the key's own name, and not a fragment of two"
+    "A meaning stands alone: it is not the key's own name, nor does it begin in the middle of a sentence or lean on the key before"
     keys = recipe_keys()
     assert len(keys) > 400 and [k.key for k in keys if not k.meaning] == []
+    assert [k.key for k in keys if re.match(r"(of|over|likewise|the same)\b", k.meaning) or "likewise" in k.meaning] == []
     assert [k.key for k in keys if k.meaning.strip(" .").lower() == k.key.rpartition(".")[2].replace("_", " ")] == []
 
 

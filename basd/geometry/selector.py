@@ -148,8 +148,8 @@ class GrassmannSelector(nn.Module):
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
         # decompose each batch's covariances, or follow those of their running mean
         solver:Literal['eigh', 'tracking']='eigh',
-        ema_decay:float=.99, # of solver='tracking': decay of the running mean per step
-        warmup_steps:int=50, # of solver='tracking': first steps, in which it decomposes too
+        ema_decay:float=.99, # decay per step of the running mean of solver='tracking'
+        warmup_steps:int=50, # first steps, in which solver='tracking' decomposes too
     ):
         super().__init__()
         for name, given, allowed in (('space', space, ('sample', 'channel')), ('rows', rows, ('token', 'image')),

@@ -138,7 +138,7 @@ class ComplementarySelector(TeacherMap):
         widths_t:list,   # widths of the teacher's layers, L integers
         rank:int=16,     # k, directions of a subspace
         dim:int=128,     # d, width to which layers of different widths are mapped
-        last:bool=True,  # the last layer is one of them
+        last:bool=True,  # make the last layer one of those that are chosen
         batches:int=20,  # steps that are measured, at least; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):

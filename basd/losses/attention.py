@@ -81,7 +81,7 @@ class AttentionKLLoss(FeatureLoss):
         # heads of all student layers against all their targets; of each against its own; or against all teacher layers
         scope:Literal['joint', 'point', 'all_layers']='joint',
         normalize:Literal['row', 'map']='row',    # one distribution per query, or per map (published)
-        reduction:Literal['row', 'batch']='row',  # nats per query; or summed over heads and queries (original)
+        reduction:Literal['row', 'batch']='row',  # mean per query, in nats, or sum over heads and queries (original)
         learn_temperature:bool=False,             # divide scores by a learned temperature, 1 at first
         rows:int|None=None,                       # query rows sampled at each step; None: all of them
         # standard deviation of the first map between heads around their mean, in units of 1/(student heads)

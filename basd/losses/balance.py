@@ -74,11 +74,11 @@ class LossBalancer(nn.Module):
         form:Literal['uwso_ema', 'equal', 'uwso', 'uwso_original', 'fixed']='uwso_ema',
         # T of the softmax over losses: large is uniform; None: 1 for "uwso_ema", else 2
         temperature:float|None=None,
-        u_max:float=1.5,              # of "uwso_ema": how many times below its trend a loss may count as
-        beta:float=.99,               # of "uwso_ema" and "equal": decay of the running means per step
-        floor:float=.25,              # of the same: smallest divisor, relative to the first level
-        warmup_steps:int=50,          # of the same: active forward passes whose mean is the first level
-        weights:dict|None=None,       # of "fixed": loss → weight; None: all equal
+        u_max:float=1.5,              # how many times below its trend a loss may count as in "uwso_ema"
+        beta:float=.99,               # decay per step of the running means of "uwso_ema" and "equal"
+        floor:float=.25,              # smallest divisor of "uwso_ema" and "equal", relative to the first level
+        warmup_steps:int=50,          # active forward passes whose mean is the first level of "uwso_ema" and "equal"
+        weights:dict|None=None,       # loss → weight, for "fixed"; None: all equal
     ):
         super().__init__()
         if form not in ('uwso_ema', 'equal', 'uwso', 'uwso_original', 'fixed'):

@@ -100,7 +100,7 @@ class CKALoss(FeatureLoss):
         # estimate from pairs of different rows only; None: where there are fewer than 4 rows per channel
         debias:bool|None=None,
         log:bool=False,           # −log CKA in place of 1 − CKA; below a tenth continued by its tangent
-        max_rows:int|None=4096,   # of "token": about that many over all ranks, at least one per image; None: all
+        max_rows:int|None=4096,   # about that many token rows over all ranks, at least one per image; None: all
         center:bool=True,         # False: without centering, for parity only
     ):
         super().__init__()

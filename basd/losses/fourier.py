@@ -53,9 +53,9 @@ class FourierLoss(FeatureLoss):
         widths_t:list|None=None,     # C_t of its teacher layer
         # real and imaginary parts, or log(1 + amplitude), which is invariant to shifts
         form:Literal['complex', 'magnitude']='complex',
-        # of "complex": weight columns as symmetry asks, which is the plain mean squared error; False as published
+        # weight the columns of "complex" as symmetry asks, which is the plain mean squared error; False as published
         hermitian_weight:bool=False,
-        # where widths differ: a learned map of the student, or averages of neighboring teacher channels as published
+        # how different widths meet: a learned map of the student, or averages of neighboring teacher channels as published
         channels:Literal['learned', 'pool']='learned',
     ):
         super().__init__()

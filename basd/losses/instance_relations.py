@@ -42,7 +42,7 @@ class RKDLoss(FeatureLoss):
     def __init__(self,
         distance:float=25., # weight of the distances between images, ≥ 0
         angle:float=50.,    # weight of the angles between images, ≥ 0
-        images:int|None=64, # among which angles are taken, over all ranks, at least 3; None: all
+        images:int|None=64, # images among which angles are taken, over all ranks, at least 3; None: all
     ):
         super().__init__()
         if distance < 0 or angle < 0 or distance + angle == 0:

@@ -88,9 +88,9 @@ class SpectralLoss(FeatureLoss):
         # a spectrum for each image; one of the whole batch; or three soft ranks without decomposition
         form:Literal['svd', 'batch', 'moments']='svd',
         center:bool=False,       # subtract the mean token first; uncentered spectra are dominated by it
-        # of different lengths: keep the largest values of both, or average neighbors as the original
+        # spectra of different lengths: keep the largest values of both, or average neighbors as the original
         align:Literal['truncate', 'pool']='truncate',
-        reduction:Literal['sum', 'mean']='sum', # over singular values; the mean as the original
+        reduction:Literal['sum', 'mean']='sum', # sum or mean over singular values; the mean as the original
         samples:int|None=None,   # images per step, over all ranks, drawn at random in pairs; None: all
     ):
         super().__init__()

@@ -48,13 +48,13 @@ class LearnedTemperature(nn.Module):
     def __init__(self,
         classes:int|None=None, # C; for "sample"
         kind:Literal['global', 'sample']='global', # one temperature for all images, or one per image
-        init:float=4.,      # where it starts, inside the range; the published code's 15.6 is 1 + 20 σ(1)
+        init:float=4.,      # initial temperature, inside the range; the published code's 15.6 is 1 + 20 σ(1)
         low:float=1.,       # τ_low, least temperature
         span:float=20.,     # τ_range: the largest is `low` + `span`
-        epochs:float=10.,   # of `reversed`: epochs until the reversal has its full strength
-        reversed:bool=True, # trained against the student; False: with it; give an anchor then
+        epochs:float=10.,   # epochs until the reversal of the gradient has its full strength
+        reversed:bool=True, # train the temperature against the student; False: with it, and give an anchor
         anchor:float=0.,    # weight of (τ − init)²; 0.1 is a good value without reversal
-        hidden:int=64,      # of "sample": width of the network that gives the temperatures
+        hidden:int=64,      # width of the network that gives the temperatures of "sample"
     ):
         super().__init__()
         if kind not in ('global', 'sample'): raise ValueError(f"kind={kind!r}; choose 'global' or 'sample'")

@@ -41,10 +41,10 @@ from .base import Requires, Method, StepState, FeatureShapes, Target, cross_entr
 @options_dataclass
 class AlignerOptions:
     "How teacher tokens are mapped to the student's grid and width"
-    kind:Literal['cross', 'interp'] = 'cross'       # cross-attention, or resampling and a fixed projection
-    width:Literal['student', 'teacher'] = 'student' # of the aligned tokens; the original code used the teacher's
-    pos_embed:bool = True                           # of "cross": position embeddings on queries and keys
-    # of "cross": images per step whose reconstruction trains the aligner, over all ranks; null: all
+    kind:Literal['cross', 'interp'] = 'cross'       # map by cross-attention, or by resampling and a fixed projection
+    width:Literal['student', 'teacher'] = 'student' # width of the aligned tokens; the original code used the teacher's
+    pos_embed:bool = True                           # add position embeddings to queries and keys of "cross"
+    # images per step whose reconstruction trains the aligner of "cross", over all ranks; null: all
     samples:int|None = None
 
     def __post_init__(self):

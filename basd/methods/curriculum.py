@@ -113,9 +113,10 @@ class POCLOptions:
     stages:Annotated[int, Field(ge=1)] = 4     # stages of the curriculum; stage k of n trains on the easiest k/n
     # a stage lasts its share of the epochs, or until its training loss, or a held-out tenth's, stops falling
     until:Literal['time', 'plateau', 'validation'] = 'time'
-    patience:Annotated[int, Field(ge=1)] = 2   # of "plateau" and "validation": epochs without a loss 1 % lower
-    temperatures:tuple[float, float] = (1., 2.)# of the logits, in the first and in the last stage
-    alphas:tuple[float, float] = (.7, 1.)      # weight of the teacher's loss, likewise; that of cross-entropy is the rest
+    patience:Annotated[int, Field(ge=1)] = 2   # epochs without a loss 1 % lower that end a stage ("plateau", "validation")
+    temperatures:tuple[float, float] = (1., 2.)# temperature of the logits in the first and in the last stage
+    # weight of the teacher's loss in the first and in the last stage; cross-entropy has the rest
+    alphas:tuple[float, float] = (.7, 1.)
     # rank the images of each class separately; "validation" ranks them all together
     balanced:bool = True
     direction:Literal['forward', 'reverse'] = 'forward' # KL(teacher‖student), or KL(student‖teacher)

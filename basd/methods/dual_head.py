@@ -53,7 +53,7 @@ class DualHeadOptions:
     # the last one carries the second head
     student_layers:Any = 'default'
     T:Annotated[float, Field(gt=0)] = 2.      # temperature that divides the logits
-    distill_weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, on the second head
+    distill_weight:Annotated[float, Field(ge=0)] = 1. # weight of the teacher's loss, on the second head
 
 # %% ../../nbs/methods/59_dual_head.ipynb #8e9fd301
 @METHODS.register('dual_head')

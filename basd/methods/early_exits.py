@@ -59,7 +59,7 @@ class OFAOptions:
     # layers with an exit, student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
     student_layers:Any = 'default'
     gamma:Annotated[float, Field(ge=1)] = 1.5 # how much the true class is enhanced where the teacher is sure; 1: not
-    distill_weight:Annotated[float, Field(ge=0)] = 1. # of the teacher's loss, a mean over exits and the student's own head
+    distill_weight:Annotated[float, Field(ge=0)] = 1. # weight of the teacher's loss, a mean over exits and the head
 
 # %% ../../nbs/methods/56_early_exits.ipynb #aef3825a
 @METHODS.register('ofa')

@@ -80,7 +80,7 @@ class FeatureDistillationOptions:
     layer_map:Any = 'uniform'
     ce_weight:float = 1.                # weight of cross-entropy with the labels; 0: labels are not used
     kd_start:Annotated[float, Field(ge=0, lt=1)] = 0. # share of the run before the teacher's losses start
-    # share of the run over which their weight rises to its full value, after `start`
+    # share of the run over which the teacher's losses rise to their full weight, after `kd_start`
     kd_warmup:Annotated[float, Field(ge=0, le=1)] = 0.
     # initialize the student from evenly spaced layers of a teacher of the same width (DistilBERT)
     init_from_teacher:bool = False

@@ -30,12 +30,13 @@ class LogitOptions:
     loss:Literal['kl', 'dkd', 'hard', 'vrm'] = 'kl'
     # temperature of "kl" and "dkd" that divides both models' logits; the loss is multiplied by T²
     T:Annotated[float, Field(gt=0)] = 4.
-    direction:Literal['forward', 'reverse'] = 'forward' # of "kl": KL(teacher‖student), or KL(student‖teacher)
-    beta:float = 8.                            # of "dkd": weight of the ranking of other classes
-    # of "vrm": two views per image in a batch, edges between first and second views only
+    direction:Literal['forward', 'reverse'] = 'forward' # divergence of "kl": KL(teacher‖student), or KL(student‖teacher)
+    beta:float = 8.                            # weight that "dkd" gives to the ranking of the other classes
+    # for "vrm": two views per image in a batch, and edges between first and second views only
     two_views:bool = False
-    temperature:options_from(LearnedTemperature, 'classes')|None = None # of "kl": a temperature that is learned in place of `T`
-    # of "kl": mean over images; "numel" divides by the classes, too, as DeiT's code does
+    # temperature of "kl" that is learned in place of `T`; null: `T`
+    temperature:options_from(LearnedTemperature, 'classes')|None = None
+    # what "kl" is divided by: the images ("batch"), or images times classes ("numel"), as in DeiT's code
     reduction:Literal['batch', 'numel'] = 'batch'
 
     def __post_init__(self):

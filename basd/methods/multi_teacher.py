@@ -170,8 +170,8 @@ class DiverseDistillOptions:
     # the last one gives the queries
     student_layers:Any = 'default'
     teacher_layers:Any = field(default_factory=lambda: [-1]) # layers of each teacher, by index or name; queries attend to the last one
-    distill_weight:Annotated[float, Field(ge=0)] = 1. # of the match between the student's state and the answers
-    task:Annotated[float, Field(ge=0)] = 1.   # of the classification that trains the answers
+    distill_weight:Annotated[float, Field(ge=0)] = 1. # weight of the match between the student's state and the answers
+    task:Annotated[float, Field(ge=0)] = 1.   # weight of the classification that trains the answers
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #56bd6504
 @METHODS.register('diverse')

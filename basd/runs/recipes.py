@@ -55,13 +55,14 @@ class DataRecipe:
     source:str = 'digits'
     # folder of downloads ("torch/…"; null: data) or of the cache ("hfds/…"), or where a relative `source` starts
     root:str|None = None
-    download:bool = False                 # may missing data be fetched
+    download:bool = False                 # true: data that are missing in `root` are fetched from their publisher
     train_split:str = 'train'             # split to learn from; of a folder of images, the folder's name
     test_split:str = 'test'               # split that is evaluated at the end, and chooses nothing
-    image_key:str|None = None             # of "hfds/…": column of the images; null: the only one
-    label_key:str|None = None             # column of the classes, as numbers or texts; null: the only one, or "label"
-    # "none": no label of a training image is read, and a folder's images may lie at any depth; the test split's are
-    # read where there are any, to judge features by k-NN
+    image_key:str|None = None             # column of the images in a table ("hfds/…"); null: the only one
+    # column of the classes in a table ("hfds/…"), as numbers or texts; null: the only one, or "label"
+    label_key:str|None = None
+    # "auto": labels are read from the source; "none": no label of a training image is read, and a folder's images may
+    # lie at any depth; the test split's are read where there are any, to judge features by k-NN
     labels:Literal['auto', 'none'] = 'auto'
     # use only this many of the training images, drawn by `split_seed` after the validation images; null: all
     train_size:_PositiveInt|None = None
@@ -70,7 +71,7 @@ class DataRecipe:
     labeled:Annotated[float, Field(gt=0)]|None = None
     # validation images, held out of the training images: a share below 1, a number of images from 1 on, 0: none
     val_size:_NonNegativeFloat = .1
-    split_seed:_Seed = 42                 # of the draw of validation images; equal for runs that are compared
+    split_seed:_Seed = 42                 # seed of the draw of validation images; equal for runs that are compared
     batch_size:_PositiveInt = 256         # images in an optimizer step, over all ranks and accumulation steps
     workers:Annotated[_Int, Field(ge=0, le=1024)] = 2 # reader processes per rank; 0: the training process reads
     in_memory:bool = True                 # hold decoded images in memory if they take at most 4 GiB
@@ -81,10 +82,10 @@ class DataRecipe:
 @options_dataclass
 class ViewRecipe:
     "Two views of each image, and how the student's are blended"
-    # crop and mirror both views alike, the student's alone, or neither (both are the middle square)
+    # random crops and mirror images of both views alike, of the student's alone, or of neither (the middle square)
     crop:Literal['shared', 'student_only', 'center'] = 'shared'
     crop_scale:tuple[float, float] = (.35, 1.) # area of the random crop, as shares of the image: least and most
-    flip:_Fraction = .5                   # probability of a mirror image
+    flip:_Fraction = .5                   # probability that an image is mirrored left to right
     # one random change of color for each image the student sees, of random strength (TrivialAugment), or none
     color:Literal['trivial_augment', 'none'] = 'trivial_augment'
     random_erasing:_Fraction = .25        # probability that a rectangle of the student's view is erased
@@ -102,7 +103,7 @@ class StudentRecipe:
     model:str = 'deit_tiny_patch16_224'   # any timm classifier, or package.module:callable
     img_size:_Pixels|None = None          # height and width of its images in pixels; null: the model's own
     patch_size:_Pixels|None = None        # height and width of a patch in pixels; null: the model's own
-    depth:Annotated[_Int, Field(ge=1, le=1000)]|None = None   # blocks; null: the model's own
+    depth:Annotated[_Int, Field(ge=1, le=1000)]|None = None   # number of blocks; null: the model's own
     # width of a token, a multiple of `heads`; null: the model's own
     width:Annotated[_Int, Field(ge=1, le=2**16)]|None = None
     heads:Annotated[_Int, Field(ge=1, le=2**16)]|None = None # attention heads of a block; null: the model's own
@@ -112,7 +113,7 @@ class StudentRecipe:
     checkpoint_key:str|None = None        # which dictionary of the file to take, as "model_ema"; null: the usual one
     # mean of each channel of images in [0, 1], by which they are normalized; null: the model's own
     mean:_Channels|None = None
-    std:_Channels|None = None             # standard deviation of each channel, likewise
+    std:_Channels|None = None             # standard deviation of each channel, by which images are divided
     kwargs:_Keywords = field(default_factory=dict) # further arguments of timm.create_model
 
 # %% ../../nbs/runs/61_recipes.ipynb #b130b464
@@ -121,10 +122,10 @@ class TeacherRecipe:
     "The frozen model that teaches"
     model:str|None = None                 # any timm model, or package.module:callable; null: none, unless `run` names one
     run:str|None = None                   # run directory of this trainer, or "stage:NAME" of the same recipe
-    pretrained:bool = False               # the model's published weights
+    pretrained:bool = False               # use the model's published weights
     checkpoint:str|None = None            # weights in a file, .pth or .safetensors, in timm's names or ones it converts
     checkpoint_key:str|None = None        # which dictionary of the file to take, as "model_ema"; null: the usual one
-    untrained:bool = False                # random weights are meant, as in a test of the machinery
+    untrained:bool = False                # true: random weights are meant, as in a test of the machinery
     img_size:_Pixels|None = None          # height and width of its view in pixels; null: the model's own
     # folder for its outputs on the training images, computed once before the first step; needs a view that does not
     # move (views.crop center or student_only), or `cache_views`
@@ -134,7 +135,7 @@ class TeacherRecipe:
     cache_views:_PositiveInt|None = None
     # mean of each channel of images in [0, 1], as in its training; null: the model's own
     mean:_Channels|None = None
-    std:_Channels|None = None             # standard deviation of each channel, likewise
+    std:_Channels|None = None             # standard deviation of each channel, by which images are divided
     kwargs:_Keywords = field(default_factory=dict) # further arguments of timm.create_model
     # further teachers, each with the keys of this section, for methods of several teachers
     extra_teachers:list[dict[str, Any]] = field(default_factory=list)
@@ -144,19 +145,21 @@ class TeacherRecipe:
 class TrainRecipe:
     "Optimization, precision, evaluation and logging"
     epochs:_PositiveInt = 100             # passes over the training images
-    # of the initial weights, the order of the images, their views and all draws of the method
+    # seed of the initial weights, the order of the images, their views and all draws of the method
     seed:_Seed = 0
     # "sgd" is with Nesterov momentum 0.9; "dot" is SGD with one momentum for cross-entropy and a longer one for the rest
     optimizer:Literal['adamw', 'adam', 'sgd', 'dot'] = 'adamw'
-    dot_delta:Annotated[float, Field(gt=0, lt=.1)] = .075 # Δ of "dot": momentum 0.9 − Δ of cross-entropy, 0.9 + Δ of the rest
+    # Δ of "dot": its momentum is 0.9 − Δ for cross-entropy and 0.9 + Δ for the rest
+    dot_delta:Annotated[float, Field(gt=0, lt=.1)] = .075
     lr:_PositiveFloat = 1e-3              # largest learning rate, after the warm-up; not scaled by the batch size
     min_lr:_NonNegativeFloat = 1e-6       # learning rate at the first step and, after a half cosine, at the last
-    weight_decay:_NonNegativeFloat = .05  # of matrices and kernels; biases, norms and what the model names have none
+    # weight decay of matrices and kernels; biases, norms and what the model names have none
+    weight_decay:_NonNegativeFloat = .05
     warmup_epochs:Annotated[float, Field(ge=0, lt=2**31)] = 5. # epochs of linear rise from `min_lr` to `lr`
     # largest gradient norm, of the student and of the objective's own parameters apart; null: no limit
     clip_grad:_PositiveFloat|None = 1.
     grad_accum_steps:_PositiveInt = 1     # forward passes per optimizer step; the batch is divided among them
-    precision:Literal['float32', 'bf16'] = 'float32' # "bf16": autocast; sensitive parts stay in float32
+    precision:Literal['float32', 'bf16'] = 'float32' # number format; "bf16": autocast, sensitive parts in float32
     compile:bool = False                  # compile models and objective with torch.compile
     rank_timeout:_PositiveFloat = 600.    # seconds that ranks wait for each other before the run ends
     # decay of the averaged student per step, as 0.999; null: no average
@@ -173,16 +176,16 @@ class TrainRecipe:
 @options_dataclass
 class MethodRecipe:
     "The method and its options"
-    name:str = 'ce'                       # of a method, or package.module:Class for one of your own
+    name:str = 'ce'                       # name of a method, or package.module:Class for one of your own
     options:Any = None                    # an instance of the method's own `Options`
 
 # %% ../../nbs/runs/61_recipes.ipynb #d98db7fc
 @options_dataclass
 class Recipe:
     "Everything about a run"
-    name:str = ''                         # of the run, in what it prints; if left out, the file's name without ending
+    name:str = ''                         # name of the run in what it prints; by default the file's, without its ending
     about:str = ''                        # one line about it, for the list of recipes
-    paper:str = ''                        # where the method is published, for the same list
+    paper:str = ''                        # address of the method's paper, for the list of recipes
     data:DataRecipe = field(default_factory=DataRecipe)
     views:ViewRecipe = field(default_factory=ViewRecipe)
     student:StudentRecipe = field(default_factory=StudentRecipe)
