@@ -61,12 +61,13 @@ def _as_text(
 
 # %% ../nbs/90_cli.ipynb #dc73108f
 def keys_text(
-    name:str|None=None, # of a section, a method, a loss, a selector, a recipe or a key; None: an overview
+    name:str|None=None, # of a section, a method (package.module:Class, too), a loss, a selector, a recipe or a key; None: an overview
     width:int=100,      # characters of a line
 )->str:
     "What `basd keys` prints"
     kinds = recipe_sections()
     if name is None: return _overview(kinds, width)
+    if ':' in name: return _entries(_own_keys(name), width)
     if any(name in names for names in kinds.values()): return _entries(recipe_keys(name), width)
     if f'selector.{name}' in kinds['selector']: return _entries(recipe_keys(f'selector.{name}'), width)
     every = recipe_keys()
@@ -78,6 +79,12 @@ def keys_text(
     raise ValueError(f"unknown section, method or key {name!r}{_near(name, names, every)}; basd keys lists the sections and methods")
 
 def _near(name, names, keys): return suggestion(name, [*names, *(k.key for k in keys), *(k.key.rpartition('.')[2] for k in keys)])
+
+def _own_keys(name):
+    "Keys of a method of one's own, package.module:Class"
+    from basd.core.registry import trusting
+    from basd.runs.recipes import options_keys
+    with trusting({name}, Path.cwd()): return options_keys(name)
 
 def _methods_of(recipe):
     "Names of the methods of a recipe's stages"

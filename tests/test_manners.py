@@ -50,18 +50,18 @@ class Heavy:
 sys.meta_path.insert(0, Heavy())
 from basd.cli import main
 for words in json.load(sys.stdin):
-    out, begun = io.StringIO(), time.perf_counter()
+    out, begun = io.StringIO(), time.process_time()
     with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
         try: status = main(words.split())
         except SystemExit as e: status = e.code or 0
         except RuntimeError as e: status = str(e)
-    print(json.dumps([words, status, out.getvalue(), time.perf_counter() - begun]))
+    print(json.dumps([words, status, out.getvalue(), time.process_time() - begun]))
 """
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    "Words → exit status, what is said, seconds; in one process, in which nothing heavy can be imported"
+    "Words → exit status, what is said, seconds of processor time; in one process, in which nothing heavy can be imported"
     here = tmp_path_factory.mktemp("here")
     (here/"runs"/"kd-1").mkdir(parents=True)
     (here/"runs"/"kd-1"/"recipe.yaml").write_text("name: kd")

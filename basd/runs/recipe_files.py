@@ -270,7 +270,7 @@ def stage_trees(
     overrides,  # "key=value" texts
     takes,      # (name of a method, list of keys) → whether the method has such an option
     nearest=lambda method, paths: '', # (name of a method, lists of keys) → hint for a message
-    say=None,   # called with a sentence about each change that goes to some stages only
+    say=None,   # called with a sentence about each change that goes to some stages only, or replaces what a stage has of its own
 )->dict:        # stage → its tree; the key is '' for a recipe without stages
     "The trees of all stages with the changes from the command line"
     for text in overrides:
@@ -286,6 +286,7 @@ def stage_trees(
     # null leaves out a stage of the recipe that this one extends
     stages = {k: v for k,v in (tree.get('stages') or {}).items() if v is not None}
     if not stages: return {'': rest}
+    if say: _say_replaced(stages, overrides, say)
     trees = {stage: _overridden(merge_recipes(rest, over), overrides, stage) for stage,over in stages.items()}
     takers = _takers(trees, [o for o in overrides if _of_options(parse_override(o).get('method'))], takes, nearest, say)
     mine = lambda stage: [o for o in overrides if stage in takers.get(o, trees)]
@@ -307,6 +308,22 @@ def _of_options(x):
 def _all_keys(x):
     "The keys that a nested dictionary sets, each as a list"
     return [[k, *p] for k,v in x.items() for p in _all_keys(v)] if isinstance(x, dict) and x else [[]]
+
+def _say_replaced(stages, overrides, say):
+    "Name the stages in which a change replaces a value that the stage has of its own, and how one stage is changed"
+    for text in overrides:
+        for path in _all_keys(parse_override(text)):
+            if path[0] in ('stages', 'method'): continue
+            own = {s: v for s,over in stages.items() if (v := _at(over, path)) is not _at}
+            if own: say(f"{text} replaces {', '.join(f'{v} of stage {s}' for s,v in own.items())}; "
+                        f"stages.NAME.{text} changes one stage")
+
+def _at(x, path):
+    "What stands at `path`, or this function where nothing does"
+    for part in path:
+        if not isinstance(x, dict) or part not in x: return _at
+        x = x[part]
+    return x
 
 def _method_of(tree): return (tree.get('method') or {}).get('name', 'ce') if isinstance(tree.get('method', {}), dict) else None
 

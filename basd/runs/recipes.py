@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DataRecipe', 'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'validate_tree',
            'teachers_of', 'check_teachers', 'build_recipe', 'load_recipe', 'to_dict', 'recipe_text', 'write_recipe',
-           'diff_recipes', 'recipe_schema', 'keys_table', 'explained_yaml']
+           'diff_recipes', 'recipe_schema', 'options_keys', 'keys_table', 'explained_yaml']
 
 # %% ../../nbs/runs/61_recipes.ipynb #80195464
 import math
@@ -25,8 +25,9 @@ from ..core.registry import (
 from ..core.registry import suggestion, trusted, trusting, validation_hint
 from ..data.pictures import MAX_PIXELS
 from ..methods.base import Method
-from .recipe_files import (
-    as_overrides, choices_of, _flow, merge_override, own_paths, RECIPES_DIR, pack_paths, parse_override, stage_trees)
+from basd.runs.recipe_files import (
+    as_overrides, choices_of, _flow, merge_override, own_paths, RECIPES_DIR, pack_paths, parse_override,
+    _rows, stage_trees)
 
 # %% ../../nbs/runs/61_recipes.ipynb #df78f592
 def _whole(x):
@@ -618,6 +619,13 @@ def recipe_schema()->dict:
                      | methods | selectors | losses | {f'term.{n}': s for n,s in terms.items()}}
 
 _schema_address = 'https://raw.githubusercontent.com/basd-project/basd/main/basd/recipe.schema.json'   # where editors find it
+
+# %% ../../nbs/runs/61_recipes.ipynb #c56c0fc6
+def options_keys(
+    name:str, # of a method, package.module:Class for one of your own
+)->list: # of `RecipeKey`
+    "The keys of a method's options, from its class"
+    return _rows(_section_schema(_objective(name).Options)['properties'], name, 'method.')
 
 # %% ../../nbs/runs/61_recipes.ipynb #d592417f
 def keys_table(
