@@ -136,10 +136,10 @@ def _uneven(
     short:int,  # images in batches of fewer than four
 )->str|None:    # None if all are equal
     "A note on unequal or omitted batches"
-    said = []
-    if len(set(sizes)) > 1: said.append(f"batches of {min(sizes)} to {max(sizes)} images, each counted by its images")
-    if short: said.append(f"{short} images left out, because their batch had fewer than 4")
-    return '; '.join(said) or None
+    notes = []
+    if len(set(sizes)) > 1: notes.append(f"batches of {min(sizes)} to {max(sizes)} images, each counted by its images")
+    if short: notes.append(f"{short} images left out, because their batch had fewer than 4")
+    return '; '.join(notes) or None
 
 # %% ../../nbs/analysis/80_cka_maps.ipynb #1cd5e63a
 def _short_names(

@@ -63,5 +63,5 @@ class ProgressiveSelector(Frontier, GrassmannSelector):
     def forward(self, *args, **kwargs)->Selection:
         "As `GrassmannSelector`'s, with each student layer's frontier and the share reached among the metrics"
         mix = super().forward(*args, **kwargs)
-        told = {k: v for k,v in mix.metrics.items() if k not in ('temperatures', 'entropy')} # no temperature decides
-        return mix._replace(metrics=told | dict(frontier=self.frontier.clone(), reached=self.reached.clone()))
+        metrics = {k: v for k,v in mix.metrics.items() if k not in ('temperatures', 'entropy')} # no temperature decides
+        return mix._replace(metrics=metrics | dict(frontier=self.frontier.clone(), reached=self.reached.clone()))

@@ -95,8 +95,8 @@ def _asked_grid(
 )->tuple:   # (height, width)
     "The grid of these tokens; an error where none is given or it does not fit"
     if grid is None or grid[0]*grid[1] != n:
-        told = 'no grid was given' if grid is None else f'grid {tuple(grid)} holds {grid[0]*grid[1]}'
-        raise ValueError(f"the Fourier loss needs the {who}'s {n} tokens on a grid, and {told}; "
+        found = 'no grid was given' if grid is None else f'grid {tuple(grid)} holds {grid[0]*grid[1]}'
+        raise ValueError(f"the Fourier loss needs the {who}'s {n} tokens on a grid, and {found}; "
                          "tap layers that lie on one, or choose a loss without a grid such as cka")
     return tuple(grid)
 

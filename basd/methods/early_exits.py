@@ -134,9 +134,9 @@ class BYOT(Method):
 def forward(self:BYOT, student:Features, teacher, target:Target, progress:StepState)->dict:
     "Loss, logits and metrics of one batch"
     o, z, n = self.options, student.logits, len(student.tokens) - 1
-    said = self.exits(student.tokens[:-1])
-    ce = torch.stack([cross_entropy(q, target.labels) for q in said])
-    kl = torch.stack([kd_loss(q, z, o.T) for q in said])
+    logits = self.exits(student.tokens[:-1])
+    ce = torch.stack([cross_entropy(q, target.labels) for q in logits])
+    kl = torch.stack([kd_loss(q, z, o.T) for q in logits])
     hint = self.hint(Layers(student.tokens[:-1], student.grid_sizes[:-1]), Layers(student.tokens[-1:]*n, student.grid_sizes[-1:]*n))
     parts = dict(ce=cross_entropy(z, target.labels), exits=(1 - o.alpha)*ce.sum(), self=o.alpha*kl.sum(),
                  hint=o.beta*n*hint)

@@ -130,9 +130,9 @@ def rerun_step(
     term = first_nonfinite({k: out['metrics'].get(f'loss_unweighted/{k}', v) for k,v in parts.items()}) or first_nonfinite(parts)
     if not term: term, of = ', '.join(k for k,g in gradients.items() if not g.norm().isfinite()), 'gradient'
     names = [] if features_t is None else task.teacher.names
-    said = {'the images': x} | _named_features('teacher', names, features_t) | _named_features('student', task.student.names, features_s)
+    features = {'the images': x} | _named_features('teacher', names, features_t) | _named_features('student', task.student.names, features_s)
     return dict(losses={k: v.item() for k,v in parts.items()}, term=term, of=of,
-                layer=first_nonfinite(said) or next(iter(between), 'the loss itself'))
+                layer=first_nonfinite(features) or next(iter(between), 'the loss itself'))
 
 # %% ../../nbs/training/72_nonfinite.ipynb #c36bd429
 def diagnose_nonfinite(
@@ -150,10 +150,10 @@ def diagnose_nonfinite(
         tried.append((micro, batch, rng, gather_objects(rerun_step(task, *t.data.given(batch), **at, micro=micro))))
         if any(f['term'] for f in tried[-1][-1]): break
     else: tried = tried[:1]
-    micro, batch, rng, told = tried[-1]
+    micro, batch, rng, reports = tried[-1]
     # the first rank that found a layer
-    who = min(range(world_size()), key=lambda r: (not told[r]['term'], told[r]['layer'] == 'the loss itself'))
-    found = {k: v for k,v in told[who].items() if k != 'losses'}
+    who = min(range(world_size()), key=lambda r: (not reports[r]['term'], reports[r]['layer'] == 'the loss itself'))
+    found = {k: v for k,v in reports[who].items() if k != 'losses'}
     if not found['term']:                       # finite this time: use the log
         first = _merge_first_steps(first)
         term = next((k for k,s in first.items() if s == t.step), next(iter(first), ''))
