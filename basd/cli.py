@@ -25,26 +25,27 @@ import yaml
 import basd
 from .core.registry import RENAMED, suggestion
 from .runs.recipe_files import (
-    SCHEMA_FILE, as_overrides, _at_home, RECIPES_DIR, check_words, nearest_option, packaged_file, parse_override, read_recipe,
-    recipe_keys, recipe_names, recipe_sections, stage_trees, takes_option)
+    SCHEMA_FILE, as_overrides, _at_home, RECIPES_DIR, check_words, frame_names, nearest_option, packaged_file, parse_override, read_frame,
+    read_recipe, recipe_keys, recipe_names, recipe_sections, recipe_stem, split_pair, stage_trees, takes_option)
 
 # %% ../nbs/90_cli.ipynb #e84727cb
 def recipes()->dict: # folder ('' for the top) → list of (name, about, paper)
-    "Packaged recipes by folder, with one line about each and the paper of its method"
+    "Packaged recipes by folder, frames and methods first, with one line about each and the paper of its method"
     short = lambda paper: (paper.replace('https://arxiv.org/abs/', 'arXiv:').replace('https://doi.org/', 'doi:')
                            .removeprefix('https://'))
-    found = {}
+    found = {'': [], 'frames': [(n, read_frame(n)[0].get('about', ''), '') for n in frame_names()], 'methods': []}
     for name in recipe_names():
         folder, r = packaged_file(name).parent.relative_to(RECIPES_DIR).as_posix(), read_recipe(name)
         found.setdefault(folder.strip('.'), []).append((name, r.get('about', ''), short(r.get('paper', ''))))
-    return dict(sorted(found.items()))
+    return found
 
 # %% ../nbs/90_cli.ipynb #de81c983
 def recipes_table()->str:
     "The list that `basd recipes` prints, one line per recipe"
     line = lambda name, about, paper: f'{name:24} {about}' + f' [{paper}]'*bool(paper)
+    more = dict(frames='   images, models and schedule: basd train METHOD --on FRAME', methods='   each on digits, or with --on on another frame')
     lines = [text for folder,rows in recipes().items()
-             for text in [f'\n{folder}/']*bool(folder) + ['  '*bool(folder) + line(*row) for row in rows]]
+             for text in [f"\n{folder}/{more.get(folder, '')}"]*bool(folder) + ['  '*bool(folder) + line(*row) for row in rows]]
     return '\n'.join(lines)
 
 # %% ../nbs/90_cli.ipynb #10f7f76b
@@ -287,7 +288,7 @@ def _default_run_dir(
     "runs/<recipe>-<time>, the same on all ranks of one launch"
     from torch.distributed import broadcast_object_list
     from basd.core.distributed import world_size
-    name = [f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    name = [f"{recipe_stem(recipe)}{f'-on-{Path(frame).stem}' if (frame := split_pair(recipe)[1]) else ''}-{time.strftime('%Y%m%d-%H%M%S')}"]
     if world_size() > 1: broadcast_object_list(name)
     return Path('runs')/name[0]
 
@@ -411,6 +412,8 @@ def parser()->argparse.ArgumentParser:
     r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
     r.add_argument('name', nargs='?', help='print this recipe: a packaged one, or a .yaml file')
     r.add_argument('--all', action='store_true', help='with every key, its meaning, its choices and its default')
+    for s in (t, c, b, r):
+        s.add_argument('--on', dest='frame', metavar='FRAME', help='put the method on a frame: images, models and schedule (see basd recipes)')
     for s in (t, g, e, a, c, b):
         s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
     for s in (t, g, e, a, x, c, b, r):
@@ -530,8 +533,16 @@ def _check_changes(
         for word, after in zip(words, [*words[1:], '']):
             if '=' not in word: _refuse_word(word, after, args, recipes[0])
     for text in args.overrides: parse_override(text)
+    recipes = _on_frame(args, 'recipes' if args.command == 'compare' else 'recipe', recipes)
     for name in recipes:
         for tree in stage_trees(name, read_recipe(name), args.overrides, takes_option, nearest_option).values(): check_words(tree)
+
+def _on_frame(args, key, names):
+    "The recipes of the command on the frame that --on names"
+    if not getattr(args, 'frame', None): return names
+    names = [f'{n}@{args.frame}' for n in names]
+    setattr(args, key, names if key == 'recipes' else names[0])
+    return names
 
 def _refuse_word(word, after, args, recipe):
     "Raise an error for a word without '=', unless it is one more recipe of a comparison"
@@ -567,7 +578,9 @@ def _prepare(
         _check_folder('--' + option.replace('_', '-'), getattr(args, option, None))
     if getattr(args, 'all', False) and not args.name:
         raise ValueError("--all needs the name of a recipe, as in basd recipes quickstart --all")
-    if args.command == 'recipes' and args.name: read_recipe(args.name)
+    if args.command == 'recipes' and args.frame and not args.name:
+        raise ValueError(f"--on needs the name of a method, as in basd recipes kd --on {args.frame}")
+    if args.command == 'recipes' and args.name: read_recipe(*_on_frame(args, 'name', [args.name]))
     if args.command in ('resume', 'evaluate', 'export'): _check_run(args.run_dir)
     if hasattr(args, 'overrides'): _check_changes(args)
     weights = ('last', 'best', 'ema', 'exported') + ('all',)*(args.command == 'evaluate')
@@ -630,7 +643,7 @@ def completion_text(
     except ImportError: raise ValueError("completion is made by shtab, which is not installed; pip install basd[completion]") from None
     p, keys = parser(), ' '.join(f'{k.key}=' for n in recipe_sections()['frame'] for k in recipe_keys(n))
     names, sections = ' '.join(recipe_names()), ' '.join(n for group in recipe_sections().values() for n in group)
-    words = dict(recipe=names, recipes=f'{names} {keys}', overrides=keys, name=f'{names} {sections}')
+    words = dict(frame=' '.join(frame_names()), recipe=names, recipes=f'{names} {keys}', overrides=keys, name=f'{names} {sections}')
     for command in p.commands.values():
         for action in command._actions:
             if action.dest in ('run_dir', 'run_dirs', 'to', 'output_dir', 'folder', 'out'): action.complete = shtab.DIRECTORY

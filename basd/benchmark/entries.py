@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.files import fingerprint
 from ..core.registry import METHODS
-from ..runs.recipe_files import read_recipe
+from ..runs.recipe_files import read_recipe, recipe_stem
 from ..runs.recipes import Recipe, TeacherRecipe, to_dict, check_teachers, diff_recipes, load_recipe, build_recipe
 
 # %% ../../nbs/benchmark/86_entries.ipynb #1dba26f6
@@ -75,7 +75,7 @@ def jobs_of(
                                  f"allowed: {', '.join(legs) or 'none'}")
         refs = {side: legs[s].place for side,s in stage_references(r).items()}
         key = fingerprint([shared_settings(r, refs), sorted((str(k), v) for k,v in refs.items())])
-        legs[stage] = Job(f"{'teachers' if stage == 'teacher' else 'stages'}/{stage or Path(recipe).stem}-{key[:8]}",
+        legs[stage] = Job(f"{'teachers' if stage == 'teacher' else 'stages'}/{stage or recipe_stem(recipe)}-{key[:8]}",
                           r, refs, key)
     return legs, [s for s in legs if s != 'teacher' and s not in used]
 
@@ -101,7 +101,7 @@ def add_recipe(
                          "give it a stage for the student")
     race.others |= {leg.place: leg for stage,leg in legs.items() if stage not in ends}
     for stage in ends:
-        leg, stem = legs[stage], Path(recipe).stem
+        leg, stem = legs[stage], recipe_stem(recipe)
         same = next((n for n,l in race.rivals.items() if l.key == leg.key), None)
         names = [n for n in (stem if len(ends) == 1 else stage, f'{stem}/{stage}') if n not in race.rivals]
         if same:

@@ -261,4 +261,9 @@ def infer_shapes(
     device,
 )->FeatureShapes:
     "Shapes of a model's tapped layers"
-    return FeatureShapes.from_features(tapped.infer_shapes(torch.zeros(1, *tapped.input_size, dtype=torch.uint8, device=device)))
+    image = torch.zeros(1, *tapped.input_size, dtype=torch.uint8, device=device)
+    try: return FeatureShapes.from_features(tapped.infer_shapes(image))
+    except torch.OutOfMemoryError: raise
+    except RuntimeError as e:
+        raise ValueError(f"{type(tapped.model).__name__} cannot read an image of {tuple(tapped.input_size)}: "
+                         f"{' '.join(str(e).split())[:200]}; look at its sizes and kwargs in the recipe") from e

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['own_paths', 'RECIPES_DIR', 'SCHEMA_FILE', 'merge_recipes', 'parse_yaml', 'pack_paths', 'settle_paths', 'split_pair',
-           'recipe_stem', 'read_recipe', 'merge_override', 'read_frame', 'frame_names', 'put_on_frame', 'recipe_names',
-           'method_names', 'packaged_file', 'check_stages', 'parse_override', 'as_overrides', 'stage_trees',
-           'read_schema', 'type_in_words', 'choices_of', 'RecipeKey', 'recipe_sections', 'recipe_keys', 'takes_option',
-           'nearest_option', 'check_words']
+           'recipe_stem', 'read_recipe', 'merge_override', 'recipe_names', 'method_names', 'packaged_file',
+           'check_stages', 'parse_override', 'as_overrides', 'stage_trees', 'read_schema', 'type_in_words',
+           'choices_of', 'RecipeKey', 'recipe_sections', 'recipe_keys', 'takes_option', 'nearest_option', 'check_words',
+           'read_frame', 'frame_names', 'put_on_frame']
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #256e4447
 import json
@@ -163,7 +163,7 @@ def split_pair(
 )->tuple: # recipe, frame or None
     "A recipe and the frame it is put on"
     recipe, at, frame = name.rpartition('@')
-    return (recipe, frame) if at and not Path(_at_home(name)).is_file() else (name, None)
+    return (recipe, frame) if at and not os.path.isfile(_at_home(name)) else (name, None)
 
 def recipe_stem(
     name:str, # of a recipe, with or without a frame
@@ -222,73 +222,6 @@ def _chain(name, above=(), find=None):
         if frame and raw.get('frame') is None: raw['frame'] = frame
     return [(path, raw)] + ([] if base is None else _chain(base, (*above, path.resolve()), find))
 
-# %% ../../nbs/runs/60_recipe_files.ipynb #effc7733
-def _folded(chain, frames=()):
-    "What the files of a chain say together, each with its changes for the frames named, the nearest first"
-    tree = {}
-    for path, raw in reversed(chain):
-        own = {k: v for k,v in raw.items() if k not in ('frame', 'frames')} if frames else raw
-        for f in reversed(frames if raw.get('frames') else ()): own = merge_recipes(own, raw['frames'].get(f) or {})
-        tree = merge_recipes(tree, own) | {'name': raw.get('name', path.stem)}
-    return tree
-
-def read_frame(
-    name:str, # of a packaged frame, or a .yaml file
-    beside='', # folder in which a file is looked for, too
-)->tuple: # tree; its name and those of the frames that it extends; files
-    "A frame as it is written, with whatever it extends merged in"
-    if not isinstance(name, str): raise ValueError(f"frame={name!r}: should be the name of a frame or of a .yaml file")
-    if name.endswith(('.yaml', '.yml')) and (Path(beside)/name).is_file(): name = str(Path(beside)/name)
-    chain = _chain(name, find=_frame_file)
-    names = [p.stem for p,_ in chain]
-    return _folded(chain), names, [p for p,_ in chain]
-
-def frame_names()->list:
-    "Names of the packaged frames"
-    return sorted(p.stem for p in (RECIPES_DIR/'frames').glob('*.yaml') if not p.stem.startswith('_'))
-
-def _frame_file(name):
-    "The file of a packaged frame"
-    if (path := RECIPES_DIR/'frames'/f'{name}.yaml').is_file() and '/' not in name: return path
-    if '/' in name: return packaged_file(name)            # what a frame extends
-    raise ValueError(f"unknown frame {name!r}{suggestion(name, frame_names())}; frames are {', '.join(frame_names())}, "
-                     "or a .yaml file")
-
-def put_on_frame(
-    tree:dict,  # of a method
-    frame:dict, # of a frame
-    name:str,   # of the frame, for messages
-    stage:str,  # name of the method's stage, where the frame has stages
-)->dict: # of a recipe
-    "A method on a frame: the frame's sections, its teacher and layers for each stage that has a method"
-    if 'name' in (frame.get('method') or {}):
-        raise ValueError(f"{name} names a method, which a frame leaves open; take method.name out of it")
-    for thing in tree.get('needs') or ():
-        if why := (frame.get('lacks') or {}).get(thing):
-            can = [f for f in frame_names() if thing not in (read_frame(f)[0].get('lacks') or {})]
-            raise ValueError(f"{tree['name']} needs {thing.replace('_', ' ')}, and {why}; frames on which it runs: {', '.join(can)}")
-    out = {k: v for k,v in {**frame, **tree}.items() if k in ('name', 'about', 'paper')}
-    own, stages = ('student', 'views', 'train', 'teacher', 'method'), dict(tree.get('stages') or {})
-    flat = {k: tree[k] for k in own if k in tree}
-    given = {k: frame[k] for k in ('data', 'views', 'student', 'train') if k in frame}
-    if 'data' in tree: given['data'] = merge_recipes(given.get('data', {}), tree['data'])
-    if not stages and not frame.get('stages'): return merge_recipes(out | given, _equipped(flat, frame))
-    if 'method' in flat: stages[stage] = merge_recipes(flat, stages.get(stage) or {})
-    else: given = merge_recipes(given, flat)
-    stages = {k: _equipped(s, frame) if s and 'method' in s else s for k,s in stages.items()}
-    taught = any((s.get('teacher') or {}) for s in stages.values() if s)
-    return out | given | {'stages': merge_recipes(frame.get('stages') or {}, stages) if taught else stages}
-
-def _equipped(stage, frame):
-    "A stage with the frame's teacher and layers, unless it names its own; `teacher: null`: it has none"
-    teacher, method, layers = stage.get('teacher', {}), stage['method'], frame.get('method') or {}
-    out = {k: v for k,v in stage.items() if k != 'teacher'}
-    if teacher is not None:
-        own = teacher.get('run') or teacher.get('model')
-        out['teacher'] = teacher if own else merge_recipes(frame.get('teacher') or {}, teacher)
-    layers = {k: v for k,v in layers.items() if takes_option(method.get('name', 'ce'), [k])}
-    return out if layers.keys() & method.keys() else out | {'method': merge_recipes(layers, method)}
-
 # %% ../../nbs/runs/60_recipe_files.ipynb #6e0f309e
 def recipe_names()->list:
     "Names of the packaged recipes, methods on their own frames among them, without their folders"
@@ -303,6 +236,7 @@ def packaged_file(
     name:str, # with or without its folder; a frame by both
 )->Path:
     "The file of a packaged recipe"
+    if re.fullmatch(r'\w{1,99}/\w{1,99}', name) and (path := RECIPES_DIR/f'{name}.yaml').is_file(): return path
     whole = lambda p: p.relative_to(RECIPES_DIR).with_suffix('').as_posix()
     files = sorted(RECIPES_DIR.rglob('*.yaml'))
     known = {whole(p): p for p in files} | {p.stem: p for p in files if not p.stem.startswith('_') and p.parent.name != 'frames'}
@@ -607,3 +541,85 @@ def _meant(key, keys, defs):
     "The same key of another section, or the closest of those that are allowed here"
     other = [f'{s}.{key}' for s,d in defs.items() if '.' not in s and s != 'stage' and key in d['properties']]
     return f" (did you mean {other[0]!r}?)" if other else suggestion(key, keys)
+
+# %% ../../nbs/runs/60_recipe_files.ipynb #effc7733
+def _folded(chain, frames=()):
+    "What the files of a chain say together, each with its changes for the frames named, the nearest first"
+    tree = {}
+    for path, raw in reversed(chain):
+        if frames: _check_pair(raw)
+        own = {k: v for k,v in raw.items() if k not in ('frame', 'frames')} if frames else raw
+        for f in reversed(frames if raw.get('frames') else ()): own = merge_recipes(own, raw['frames'].get(f) or {})
+        tree = merge_recipes(tree, own) | {'name': raw.get('name', path.stem)}
+    return tree
+
+def _check_pair(raw):
+    "Refuse keys of a method or a frame that are not what they should be"
+    section = lambda x: x is None or isinstance(x, dict)
+    ok = dict(frames=lambda x: section(x) and all(map(section, (x or {}).values())), lacks=section, stages=section,
+              needs=lambda x: x is None or isinstance(x, list) and all(isinstance(n, str) for n in x),
+              **dict.fromkeys(('data', 'views', 'student', 'teacher', 'method', 'train'), section))
+    for k,good in ok.items():
+        if k in raw and not good(raw[k]): raise ValueError(f"{k}={str(raw[k])[:60]!r}: should be {'a list of words' if k == 'needs' else 'a section'}")
+    check_stages(raw.get('stages'))
+    for s in [*(raw.get('frames') or {}).values(), *(raw.get('stages') or {}).values()]: _check_pair(s or {})
+
+def read_frame(
+    name:str, # of a packaged frame, or a .yaml file
+    beside='', # folder in which a file is looked for, too
+)->tuple: # tree; its name and those of the frames that it extends; files
+    "A frame as it is written, with whatever it extends merged in"
+    if not isinstance(name, str): raise ValueError(f"frame={name!r}: should be the name of a frame or of a .yaml file")
+    if name.endswith(('.yaml', '.yml')) and os.path.isfile(Path(beside)/name): name = str(Path(beside)/name)
+    chain = _chain(name, find=_frame_file)
+    names = [p.stem for p,_ in chain]
+    return _folded(chain), names, [p for p,_ in chain]
+
+def frame_names()->list:
+    "Names of the packaged frames"
+    return sorted(p.stem for p in (RECIPES_DIR/'frames').glob('*.yaml') if not p.stem.startswith('_'))
+
+def _frame_file(name):
+    "The file of a packaged frame"
+    known = {p.stem: p for p in (RECIPES_DIR/'frames').glob('*.yaml')}
+    if name in known: return known[name]
+    if '/' in name: return packaged_file(name)            # what a frame extends
+    raise ValueError(f"unknown frame {name!r}{suggestion(name, frame_names())}; frames are {', '.join(frame_names())}, "
+                     "or a .yaml file")
+
+def put_on_frame(
+    tree:dict,  # of a method
+    frame:dict, # of a frame
+    name:str,   # of the frame, for messages
+    stage:str,  # name of the method's stage, where the frame has stages
+)->dict: # of a recipe
+    "A method on a frame: the frame's sections, its teacher and layers for each stage that has a method"
+    for side in (tree, frame): _check_pair(side)
+    if 'name' in (frame.get('method') or {}):
+        raise ValueError(f"{name} names a method, which a frame leaves open; take method.name out of it")
+    for thing in tree.get('needs') or ():
+        if why := (frame.get('lacks') or {}).get(thing):
+            can = [f for f in frame_names() if thing not in (read_frame(f)[0].get('lacks') or {})]
+            raise ValueError(f"{tree['name']} needs {thing.replace('_', ' ')}, and {why}; frames on which it runs: {', '.join(can)}")
+    out = {k: v for k,v in {**frame, **tree}.items() if k in ('name', 'about', 'paper')}
+    own, stages = ('student', 'views', 'train', 'teacher', 'method'), dict(tree.get('stages') or {})
+    flat = {k: tree[k] for k in own if k in tree}
+    given = {k: frame[k] for k in ('data', 'views', 'student', 'train') if k in frame}
+    if 'data' in tree: given['data'] = merge_recipes(given.get('data', {}), tree['data'])
+    if not stages and not frame.get('stages'): return merge_recipes(out | given, _equipped(flat, frame))
+    if 'method' in flat: stages[stage] = merge_recipes(flat, stages.get(stage) or {})
+    else: given = merge_recipes(given, flat)
+    stages = {k: _equipped(s, frame) if s and 'method' in s else s for k,s in stages.items()}
+    taught = any((s.get('teacher') or {}) for s in stages.values() if s)
+    return out | given | {'stages': merge_recipes(frame.get('stages') or {}, stages) if taught else stages}
+
+def _equipped(stage, frame):
+    "A stage with the frame's teacher and layers, unless it names its own; `teacher: null`: it has none"
+    teacher, method, layers = stage.get('teacher', {}), stage.get('method') or {}, frame.get('method') or {}
+    out = {k: v for k,v in stage.items() if k != 'teacher'}
+    if teacher is not None:
+        own = teacher.get('run') or teacher.get('model')
+        out['teacher'] = teacher if own else merge_recipes(frame.get('teacher') or {}, teacher)
+    takes = lambda k: isinstance(name := method.get('name', 'ce'), str) and takes_option(name, [k])
+    layers = {k: v for k,v in layers.items() if takes(k)}
+    return out if layers.keys() & method.keys() else out | {'method': merge_recipes(layers, method)}

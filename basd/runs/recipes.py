@@ -565,6 +565,12 @@ def _or_null(name): return dict(anyOf=[_ref(name), dict(type='null')])
 class _FileRecipe:
     "What a recipe file may hold beside its sections"
     extends:str|None = None               # recipe that this one changes: a packaged one by its name, or a .yaml file
+    # frame on which a method is put unless another is asked for by --on FRAME or METHOD@FRAME: its name or a .yaml file
+    frame:str|None = None
+    # frame → what a method changes there; a frame that extends another gets the changes for that one, too
+    frames:dict[str, Any]|None = None
+    needs:list[str]|None = None           # what a method cannot do without, as "logits" or "attention"
+    lacks:dict[str, str]|None = None      # what a frame does not have → why, for the refusal of a method that needs it
     # name → what differs from the rest of the file in this stage; they run in turn; null leaves out an inherited one
     stages:dict[str, Any]|None = None
 
@@ -614,7 +620,8 @@ def recipe_schema()->dict:
     whole['stages']['anyOf'][0]['additionalProperties'] = _or_null('stage')
     return {'$schema': 'https://json-schema.org/draft/2020-12/schema', '$id': _schema_address,
             'title': 'Recipe of basd', 'description': _first_line(Recipe), 'type': 'object',
-            'properties': whole | about, 'additionalProperties': False,
+            'properties': whole | about | dict(teacher=_or_null('teacher')), # null: a method without one
+            'additionalProperties': False,
             '$defs': frame | dict(stage=dict(type='object', properties=about, additionalProperties=False))
                      | methods | selectors | losses | {f'term.{n}': s for n,s in terms.items()}}
 

@@ -1,0 +1,55 @@
+"""A recipe is a frame and a method: every former name means what it meant, and every method goes with every frame or says why not"""
+import hashlib
+import json
+
+import pytest
+
+from basd.runs.recipe_files import frame_names, method_names, read_frame, read_recipe
+from basd.runs.recipes import load_recipe, to_dict
+
+# name → first digits of the digest of its resolved recipe at commit b4e7274, before there were frames
+FORMER = dict(item.split("=") for item in """
+alp=e705ff51 amtml=1bb6cc5b assistant=b3c22ede at=82a59dd3 basd_cifar10=bf196933 basd_cifar100=74473bcc
+basd_cifar10_fast=33e6ffec basd_equal_weights=bc42c4cf basd_fourier=de2d0964 basd_imagenet=9ed8530a
+basd_imagenet_fast=946b07f4 basd_literal=d4bd9eb4 basd_map_final=b376ba64 basd_map_first=7ab82dfc
+basd_map_first_to_last=0b13f5a9 basd_map_mean=72c16f89 basd_map_random=34f4cd88 basd_map_reversed=e7e9434d
+basd_map_uniform=ab25aba0 basd_select_arc_length=5381df3d basd_select_complementary=66bd9f58
+basd_select_leap_basd=4b021fbe basd_select_learning_progress=49f97024 basd_select_nearest=0d830ec5
+basd_select_nearest_band=7bba4cd5 basd_select_progressive=31fc33d0 basd_select_ramp=fd00a245
+basd_study=66e2eba3 basd_without_attn=be4b409a basd_without_rel=b61a517b basd_without_rsd=b894952e
+basd_without_spectral=b6b76158 byot=186b0883 cifar_improved=4b8514bc cka=e77a9da8 convnext_v2_cifar=d327f9d3
+crd=e571daee ctkd=7fcf7d67 deit_cifar=0b3d5d28 deit_cifar_distill=fa33714a deit_cifar_distill_token=e14ea78b
+deit_ss_distill_cifar_ablation_ce_only=bde27a0c deit_ss_distill_cka_cifar=83d0a31f
+deit_ss_distill_gram_ablation=c577dda8 digits=1d8c7924 distilbert=f6fee0d1 diverse=b4f9086f dkd=be899ab8
+dot=0c39c5ef dual_head=15b9ef04 fdd=aa82a203 fitnets=9e0258ca fourier=bba7edba gram=acbf392a kd=9e872a11
+lad=180ae252 last_layer=0e924bb0 leap=79be8bd0 lift=8a74511b minilm=23bfaa19 mnist_improved=12c5a535
+ofa=d214d22b patient_kd=87ed8b9c pkd=4fbf786b pocl=3eeda3c2 quickstart=15f6fce5 resnet18_cifar=7106dd90
+reverse_kl=19b2ffce rkd=78e7801b rsd=0f942876 spectralkd=a9f9b650 tinybert=1f3a3a8f token_cosine=cd74d9ad
+two_stage=370058c4 unlabelled=54e27b17 vrm=ddc014b1 wide_last=e61ea0f2
+""".split())
+
+
+def digest(name):
+    "Of all that a recipe resolves to, but the words about it"
+    stages = {k: {n: v for n, v in to_dict(r).items() if n not in ("about", "paper")} for k, r in load_recipe(name).items()}
+    return hashlib.sha256(json.dumps(stages).encode()).hexdigest()[:8]
+
+
+def test_former_names_are_the_recipes_that_they_were():
+    "A key that is added to recipes later changes every digest: leave it out in `digest`, after comparing without it"
+    assert len(FORMER) == 77
+    assert {name: digest(name) for name in FORMER} == FORMER
+    for pair in ("digits/rkd", "ablations/basd_map_mean", "rkd@digits"): assert digest(pair) == FORMER[pair.split("/")[-1].split("@")[0]]
+
+
+@pytest.mark.parametrize("frame", frame_names())
+def test_each_method_goes_with_each_frame_or_says_why_not(frame):
+    refused = {}
+    for method in method_names():
+        try: tree = read_recipe(f"{method}@{frame}")
+        except ValueError as e: refused[method] = str(e); continue
+        assert tree["data"] == read_frame(frame)[0]["data"]
+        if method == "kd": assert load_recipe(f"kd@{frame}")
+    lacks = read_frame(frame)[0].get("lacks") or {}
+    assert all(f"{m} needs " in text and any(why in text for why in lacks.values()) and "; frames on which it runs: " in text for m, text in refused.items())
+    assert bool(refused) == bool(lacks)
