@@ -372,10 +372,11 @@ def parser()->argparse.ArgumentParser:
     a.add_argument('--weights', default='exported', help='last, best, ema or exported (default)')
     a.add_argument('--images', type=_int_range(1), default=512, help='images shown (default 512)')
     x = sub.add_parser('export', help="write a run's student as a folder that timm, the hub or ONNX runtimes open",
-                       description='Writes config.json, model.safetensors and a model card, checked against the student.')
+                       description='Writes config.json, model.safetensors and a model card, checked against the student; a student of your own code also as ONNX.')
     x.add_argument('run_dir')
+    x.add_argument('--weights', default='exported', help='last, best, ema or exported (default): which weights go')
     x.add_argument('--to', metavar='FOLDER', help='where it goes, new or empty (default export in the run directory)')
-    x.add_argument('--onnx', action='store_true', help='write model.onnx too, checked by ONNX Runtime')
+    x.add_argument('--onnx', action='store_true', help='write model.onnx too, checked by ONNX Runtime (always for a student that timm does not know)')
     x.add_argument('--push', metavar='NAME', help='upload the folder to the Hugging Face hub as user/name, private')
     x.add_argument('--public', action='store_true', help='with --push: let everybody see it')
     c = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure',
@@ -680,13 +681,14 @@ def export_command(
     args:argparse.Namespace, # of `basd export`
 ):
     "The folder, then the upload if it is asked for"
+    from basd.core.registry import trusting
     from basd.runs.export import export_run, push_folder
     if not (Path(args.run_dir)/'recipe.yaml').is_file():
         raise FileNotFoundError(f"{args.run_dir} is not a run directory: it holds no recipe.yaml")
     if args.public and not args.push: raise ValueError("--public belongs to --push; give the name of the repository, too")
-    found = export_run(args.run_dir, args.to, args.onnx)
-    print(f"{found['folder']}: {', '.join(found['files'])}"
-          + (f"; ONNX opset {found['opset']}, logits within {found['difference']:.1e}" if args.onnx else ''))
+    with trusting(args.trust, args.run_dir, Path.cwd()): found = export_run(args.run_dir, args.to, args.onnx, args.weights)
+    print(f"{found['folder']}: {', '.join(found['files'])}" + (f"; {found['weights']} weights" if found['weights'] else '')
+          + (f"; ONNX opset {found['opset']}, logits within {found['difference']:.1e}" if 'opset' in found else ''))
     if args.push: print(push_folder(found['folder'], args.push, args.public))
 
 # %% ../nbs/90_cli.ipynb #75c8b7ae

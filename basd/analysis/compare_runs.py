@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 from .attention_distance import attention_distance, plot_attention
 from .cka_maps import cka_map, plot_cka
 from .curvature import hessian_spectrum, loss_landscape, plot_curvature, plot_landscape
-from .reports import weights_path, run_student, run_teacher, subsample, saved_weights
+from .reports import run_student, run_teacher, subsample
 from .spectra import layer_weight_history, plot_layer_weights, plot_spectra, spectra
 from ..core.files import write_atomic
 from ..core.processes import process_group
 from ..data.views import ViewDataset, DualViewTransform
 from ..runs.builders import input_size, build_datasets
-from ..runs.run_directory import load_run_recipe
+from ..runs.run_directory import load_run_recipe, saved_weights, weights_path
 
 # %% ../../nbs/analysis/84_compare_runs.ipynb #43d1fb24
 @dataclass
