@@ -429,7 +429,7 @@ def _changes(
     word:str,
 )->bool:
     "Whether a word is a `key=value`, not an option or a file name"
-    return '=' in word and not word.startswith('-') and not Path(_at_home(word)).is_file()
+    return '=' in word and not word.startswith('-') and not os.path.isfile(_at_home(word))
 
 # %% ../nbs/90_cli.ipynb #08235cc6
 # words of other tools → ours
@@ -453,7 +453,7 @@ def _command_hint(argv, commands):
     if word in recipe_names() or word.endswith('.yaml'): return f" (did you mean {' '.join(['basd train', *argv])!r}?)"
     if word == 'help': return " (did you mean '--help'?)"
     if word == 'version': return " (did you mean '--version'?)"
-    if (Path(word)/'recipe.yaml').is_file(): return f" (did you mean 'basd resume {word}' or 'basd evaluate {word}'?)"
+    if os.path.isfile(os.path.join(word, 'recipe.yaml')): return f" (did you mean 'basd resume {word}' or 'basd evaluate {word}'?)"
     return next((f" (did you mean {c!r}?)" for c in _said_elsewhere(word.lower(), _commands)), suggestion(word.lower(), commands))
 
 # %% ../nbs/90_cli.ipynb #cb23babe
@@ -472,7 +472,7 @@ def _unknown_option(word, after, argv, command):
 
 def _key_named(word, argv):
     "The key of a recipe that an option of this name may have meant, those of its methods among them; None if there is none"
-    found = next((w for w in argv[1:] if w in recipe_names() or w.endswith('.yaml') and Path(w).is_file()), None)
+    found = next((w for w in argv[1:] if w in recipe_names() or w.endswith('.yaml') and os.path.isfile(w)), None)
     sections = [s for s in recipe_sections()['frame'] if s != 'recipe']
     try: sections += [m for m in _methods_of(found) if m in recipe_sections()['method']] if found else []
     except ValueError: pass                              # that recipe has a fault of its own

@@ -1,4 +1,4 @@
-"""Recipes are mutated at random for BASD_FUZZ seconds (10 if it is not set; a minute before a release:
+"""Recipes are mutated at random for BASD_FUZZ seconds of processor time (10 if it is not set; a minute before a release:
 BASD_FUZZ=60 pytest -s tests/test_fuzz.py, with another BASD_FUZZ_SEED each time). Each is either a recipe or refused in
 one sentence; some of the tiny ones are built, data, models and method, with the same outcome."""
 import copy
@@ -12,7 +12,8 @@ import yaml
 from conftest import TINY
 
 from basd.cli import resolve_stages, is_user_error
-from basd.runs.recipe_files import packaged_file, parse_override, recipe_names
+from basd.runs.recipe_files import (
+    check_words, nearest_option, packaged_file, parse_override, read_recipe, recipe_names, stage_trees, takes_option)
 from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
 
@@ -99,9 +100,15 @@ def small(r):
             and (t.model or "vit_tiny").startswith(("vit_tiny", "resnet18")))
 
 
+def spelled(name, words):
+    "The command's check of keys and words, without the classes"
+    for tree in stage_trees(name, read_recipe(name), words, takes_option, nearest_option).values(): check_words(tree)
+    return True
+
+
 def test_mutated_recipes(tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)
-    chance, began, counts = random.Random(SEED), time.time(), dict(tried=0, loaded=0, built=0, refused=0)
+    chance, began, counts = random.Random(SEED), time.process_time(), dict(tried=0, loaded=0, built=0, refused=0)
     sources = {n: yaml.safe_load(packaged_file(n).read_text()) for n in recipe_names()}
     tiny = {}
     for word in [*TINY, "method.name=basd", "train.warmup_epochs=0"]:
@@ -109,7 +116,7 @@ def test_mutated_recipes(tmp_path, monkeypatch, record_property):
         merged = tiny.setdefault(section, {})
         for k, v in rest.items():
             merged[k] = merged[k] | v if isinstance(v, dict) and isinstance(merged.get(k), dict) else v
-    while time.time() - began < SECONDS:
+    while time.process_time() - began < SECONDS:
         counts["tried"] += 1
         build = chance.random() < .5
         tree = copy.deepcopy(tiny if build else chance.choice(list(sources.values())))
@@ -120,7 +127,8 @@ def test_mutated_recipes(tmp_path, monkeypatch, record_property):
         words = [f"{chance.choice(['train', 'data', 'student', 'method', 'stages', 'teacher', '', 'x'])}."
                  f"{chance.choice(KEYS)}={chance.choice(JUNK)!r}" for _ in range(chance.choice([0, 0, 0, 1]))]
         what = f"mutant {counts['tried']} {words}\n{text.decode(errors='replace')}"
-        stages = attempt(what, load_recipe, "r.yaml", words)
+        stages, known = attempt(what, load_recipe, "r.yaml", words), attempt(what, spelled, "r.yaml", words)
+        assert known or stages is None, f"the schema refuses what the classes accept\n{what}"
         if stages is None: counts["refused"] += 1; continue
         counts["loaded"] += 1
         def joined():

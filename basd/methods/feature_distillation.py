@@ -86,6 +86,7 @@ class FeatureDistillationOptions:
     init_from_teacher:bool = False
 
     def __post_init__(self):
+        for n in [n for n,o in self.losses.items() if o is None and ':' not in str(n)]: _checked_loss(n, {})  # misspelled?
         self.losses = {n: o for n,o in self.losses.items() if o is not None}
         for name,options in self.losses.items(): _checked_loss(name, options)
         if not self.losses and self.logits is None:

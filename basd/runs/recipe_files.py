@@ -243,7 +243,7 @@ def packaged_file(
     former, _, method = name.partition('/')               # folders in which methods lay before they had frames
     if former in ('digits', 'ablations') and f'methods/{method}' in known: name = f'methods/{method}'
     if name in known: return known[name]
-    if (Path(name)/'recipe.yaml').is_file():
+    if os.path.isfile(os.path.join(name, 'recipe.yaml')):
         raise ValueError(f"{name} is a run, not a recipe; basd resume {name} goes on with it, and {name}/recipe.yaml is its recipe")
     raise ValueError(f"unknown recipe {name!r}{suggestion(name, known)}; basd recipes lists them, and the name of a file ends in .yaml")
 
