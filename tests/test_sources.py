@@ -17,13 +17,13 @@ pictures = [digits.decode(i, digits.encoded_images(i, i + 1)[0]).permute(1, 2, 0
 def write(tmp_path):
     "Opens a folder with a table of ten images and these columns, (type, values) each"
     datasets.disable_progress_bars()
-    def one(split="train", label_key=None, **columns):
+    def one(split="train", label_key=None, labels=True, **columns):
         at = tmp_path/f"tables[{len(list(tmp_path.glob('tables*')))}]"                  # a pattern to `datasets`
         at.mkdir()
         kinds = dict(img=datasets.Image()) | {k: kind for k,(kind,_) in columns.items()}
         rows = dict(img=pictures) | {k: values for k,(_,values) in columns.items()}
         datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(at/"train.parquet")
-        return _open_hfds(str(at), split, root=tmp_path/"cache", label_key=label_key)
+        return _open_hfds(str(at), split, root=tmp_path/"cache", label_key=label_key, labels=labels)
     return one
 
 
@@ -31,6 +31,20 @@ def test_the_usual_column_is_taken_before_another(write):
     columns = dict(a=(names, [0, 1]*5), label=(names, [1, 0]*5))
     assert write(**columns).labels[:2].tolist() == [1, 0]
     assert write(**columns, label_key="a").labels[:2].tolist() == [0, 1]
+
+
+def test_a_table_without_labels(write):
+    "Images alone, captions or hidden labels: refused where labels are needed, else images without classes"
+    hidden, captions = dict(label=(V("int64"), [-1]*10)), dict(a=(V("string"), list("abcdefghij")), b=(V("string"), ["x"]*10))
+    for columns in ({}, hidden, captions):
+        with pytest.raises(ValueError, match="has no column of labels|do not number|several columns of labels"): write(**columns)
+        for labels in (None, False):
+            bare = write(**columns, labels=labels)
+            assert (bare.classes, set(bare.labels.tolist()), len(bare)) == ([], {-1}, 10)
+            assert_close(bare.decode(3, bare.encoded_images(3, 4)[0]), digits[3][0])
+    known = dict(label=(names, [0, 1]*5))
+    assert write(**known, labels=None).classes == ["x", "y"] and write(**known, labels=False).classes == []
+    with pytest.raises(ValueError, match="has no column 'kind'"): write(**known, labels=None, label_key="kind")
 
 
 def test_texts_and_whole_floats_are_classes(write):

@@ -474,6 +474,7 @@ def _open_hfds(
     image_key:str|None=None, # column of images; found by its type if None
     label_key:str|None=None, # column of labels; found by its type if None
     download:bool=False,     # may the hub be used
+    labels:bool|None=True,   # read labels; False: look for no column of them; None: read them where a column can be read as classes
 )->Source:
     "A Hugging Face data set; numbers without names are classes '0', '1', …, texts are classes by name"
     try: import datasets
@@ -487,14 +488,22 @@ def _open_hfds(
                          f"give a folder of parquet files, or the name of a data set and download=True") from e
     try:
         image = _image_column(table.features, image_key)
-        label = _label_column(table.features, image, label_key)
         pictures = table.select_columns([image]).rename_column(image, 'image').cast_column('image', datasets.Image(decode=False))
-        labels, classes = _labels_of(table, label, called)
     except Exception as e: raise ValueError(f"{called} {' '.join(str(e).split())}") from e
-    notes = [f"{called}: labels are of column {label!r}" for k in (table.features.keys() - {image, label})
-             if label_key is None and type(table.features[k]).__name__ == 'ClassLabel'][:1]
-    if root is None: notes += [f"{called} is copied to {datasets.config.HF_DATASETS_CACHE}; data.root names another folder"]
-    return TableSource(pictures, labels, classes, called, notes)
+    notes = [] if root else [f"{called} is copied to {datasets.config.HF_DATASETS_CACHE}; data.root names another folder"]
+    if labels is not False:
+        try: return _with_column(table, pictures, image, label_key, called, notes)
+        except Exception as e:
+            if labels or label_key is not None: raise ValueError(f"{called} {' '.join(str(e).split()).removeprefix(called + ': ')}") from e
+    return without_labels(TableSource(pictures, torch.zeros(len(pictures), dtype=torch.long), ['none'], called, notes))
+
+def _with_column(table, pictures, image, label_key, called, notes):
+    "The pictures with the labels of a column"
+    label = _label_column(table.features, image, label_key)
+    labels, classes = _labels_of(table, label, called)
+    said = [f"{called}: labels are of column {label!r}" for k in (table.features.keys() - {image, label})
+            if label_key is None and type(table.features[k]).__name__ == 'ClassLabel'][:1]
+    return TableSource(pictures, labels, classes, called, said + notes)
 
 # %% ../../nbs/data/46_sources.ipynb #2f82be2b
 def _open_own(name, split):
@@ -517,11 +526,11 @@ def open_source(
     labels:bool|None=True, # read labels; False: leave them out; None: read them where there are any
 )->Source:
     "Open one split of a data set by name"
-    if labels is False and (source.partition('/')[0] in ('torch', 'hfds') or source == 'digits'):
+    if labels is False and (source.startswith('torch/') or source == 'digits'):
         return without_labels(open_source(source, split, root, download, image_key, label_key))
     kind, _, name = source.partition('/')
     keys = dict(image_key=image_key, label_key=label_key)
-    if kind == 'hfds': return _open_hfds(name, split, root, download=download, **keys)
+    if kind == 'hfds': return _open_hfds(name, split, root, download=download, labels=labels, **keys)
     given = next((k for k,v in keys.items() if v is not None), None)
     if given: raise ValueError(f"data.{given}={keys[given]!r} names a column, and {source} is no table (hfds/…); leave it out")
     if is_import_name(source): return _open_own(source, split)
