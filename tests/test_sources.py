@@ -17,11 +17,11 @@ pictures = [digits.decode(i, digits.encoded_images(i, i + 1)[0]).permute(1, 2, 0
 def write(tmp_path):
     "Opens a folder with a table of ten images and these columns, (type, values) each"
     datasets.disable_progress_bars()
-    def one(split="train", label_key=None, labels=True, **columns):
+    def one(split="train", label_key=None, labels=True, image="img", **columns):
         at = tmp_path/f"tables[{len(list(tmp_path.glob('tables*')))}]"                  # a pattern to `datasets`
         at.mkdir()
-        kinds = dict(img=datasets.Image()) | {k: kind for k,(kind,_) in columns.items()}
-        rows = dict(img=pictures) | {k: values for k,(_,values) in columns.items()}
+        kinds = {image: datasets.Image()} | {k: kind for k,(kind,_) in columns.items()}
+        rows = {image: pictures} | {k: values for k,(_,values) in columns.items()}
         datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(at/"train.parquet")
         return _open_hfds(str(at), split, root=tmp_path/"cache", label_key=label_key, labels=labels)
     return one
@@ -31,6 +31,10 @@ def test_the_usual_column_is_taken_before_another(write):
     columns = dict(a=(names, [0, 1]*5), label=(names, [1, 0]*5))
     assert write(**columns).labels[:2].tolist() == [1, 0]
     assert write(**columns, label_key="a").labels[:2].tolist() == [0, 1]
+
+
+def test_a_column_that_is_called_image(write):
+    assert write(image="image", label=(names, [0, 1]*5)).labels[:2].tolist() == [0, 1]
 
 
 def test_a_table_without_labels(write):

@@ -488,7 +488,7 @@ def _open_hfds(
                          f"give a folder of parquet files, or the name of a data set and download=True") from e
     try:
         image = _image_column(table.features, image_key)
-        pictures = table.select_columns([image]).rename_column(image, 'image').cast_column('image', datasets.Image(decode=False))
+        pictures = table.select_columns([image]).rename_columns({image: 'image'}).cast_column('image', datasets.Image(decode=False))
     except Exception as e: raise ValueError(f"{called} {' '.join(str(e).split())}") from e
     notes = [] if root else [f"{called} is copied to {datasets.config.HF_DATASETS_CACHE}; data.root names another folder"]
     if labels is not False:
