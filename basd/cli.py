@@ -40,12 +40,16 @@ def recipes()->dict: # folder ('' for the top) → list of (name, about, paper)
     return found
 
 # %% ../nbs/90_cli.ipynb #de81c983
-def recipes_table()->str:
-    "The list that `basd recipes` prints, one line per recipe"
-    line = lambda name, about, paper: f'{name:24} {about}' + f' [{paper}]'*bool(paper)
+def recipes_table(
+    width:int=100, # characters of a line
+)->str:
+    "The list that `basd recipes` prints, by folder"
+    def line(name, about, paper):
+        text = f'{name:26} {about}' + f' [{paper}]'*bool(paper)
+        return textwrap.fill(text, width, initial_indent='  ', subsequent_indent=' '*29, break_long_words=False, break_on_hyphens=False)
     more = dict(frames='   images, models and schedule: basd train METHOD --on FRAME', methods='   each on digits, or with --on on another frame')
     lines = [text for folder,rows in recipes().items()
-             for text in [f"\n{folder}/{more.get(folder, '')}"]*bool(folder) + ['  '*bool(folder) + line(*row) for row in rows]]
+             for text in [f"\n{folder}/{more.get(folder, '')}"]*bool(folder) + [line(*row) for row in rows]]
     return '\n'.join(lines)
 
 # %% ../nbs/90_cli.ipynb #10f7f76b
@@ -631,7 +635,7 @@ def dispatch(
         print(SCHEMA_FILE.read_text(encoding='utf-8') if args.json_schema else keys_text(args.name, _width()))
     elif args.command == 'completion': print(completion_text(args.shell))
     elif args.name: print(_as_text(args.name, args.all, args.trust), end='')
-    else: print(recipes_table())
+    else: print(recipes_table(_width()))
 
 def _width(): return min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
 

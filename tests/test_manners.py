@@ -20,7 +20,8 @@ WRONG = {
     "train": "as in basd train quickstart", "train epochs=3": "as in basd train quickstart epochs=3",
     "compare train.epochs=3": "as in basd compare quickstart train.epochs=3",
     "train " + "x"*300: "unknown recipe", "train kd about=" + "x"*300 + " train.epoch=3": "did you mean 'epochs'?",
-    "train quikstart": "did you mean 'quickstart'?", "train hinton": "it is now 'kd'", "train KD": "did you mean 'kd'?",
+    "train kd --on cifra10": "did you mean 'cifar10'?", "train kd@cifra10": "did you mean 'cifar10'?",
+    "train kd --on cifar10 --epochs 3": "did you mean 'train.epochs=3'?", "train quikstart": "did you mean 'quickstart'?", "train hinton": "it is now 'kd'", "train KD": "did you mean 'kd'?",
     "train quikstart.yaml": "did you mean 'quickstart'?", "compare kd rdk": "did you mean 'rkd'?", "bench basd_cifar01": "did you mean 'basd_cifar10'?",
     "train kd rkd": "basd compare kd rkd", "train kd --epochs 3": "did you mean 'train.epochs=3'?",
     "train kd --lr=0.1": "did you mean 'train.lr=0.1'?", "train kd --batch-size 64": "did you mean 'data.batch_size=64'?",
@@ -91,8 +92,8 @@ def test_every_command_is_in_the_list(answers):
     assert all(c in answers["--help"][1] for c in parser().commands)
 
 
-def test_lines_of_keys_are_at_most_100_characters(answers):
-    for words in ("keys", "keys basd", "keys train.lr"): assert max(map(len, answers[words][1].splitlines())) <= 100
+def test_lines_of_keys_and_recipes_are_at_most_100_characters(answers):
+    for words in ("keys", "keys basd", "keys train.lr", "recipes"): assert max(map(len, answers[words][1].splitlines())) <= 100
     assert "largest learning rate" in answers["keys train.lr"][1] and "(default 0.001)" in keys_text("train.lr")
 
 
