@@ -14,15 +14,18 @@ from nbdev.config import get_config
 from rendering import in_colab
 
 needs_files = re.compile(r"experiments/|cwd\(\)\.parents|\.ipynb'|\*\.ipynb|'\.\./\.\./\w|'tests/")
+of_guides = re.compile(r"from (lightning_fabric|transformers) import")     # the extra `guides` of setup.py
 
 
-def first_cell(name):
-    "The cell of a page; nbdev neither runs nor shows it"
+def first_cell(name, extra=False):
+    "The cell of a page; nbdev neither runs nor shows it. `extra`: with the packages that only guides import"
+    package = f"git+{get_config().git_url}"
+    if extra: package = f'"{get_config().lib_name}[guides] @ {package}"'
     source = f"""#| hide
 #| eval: false
 if {in_colab}:
     get_ipython().run_line_magic(
-        'pip', 'install -q git+{get_config().git_url}')"""
+        'pip', 'install -q {package}')"""
     return {"cell_type": "code", "execution_count": None, "id": hashlib.sha1(name.encode()).hexdigest()[:8], "metadata": {},
             "outputs": [], "source": source.splitlines(True)}
 
@@ -32,7 +35,8 @@ def with_cell(nb, name):
     cells = [cell for cell in nb["cells"] if in_colab not in "".join(cell["source"]) or cell["cell_type"] != "code"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     alone = code and not any(needs_files.search(source) for source in code)
-    return nb | {"cells": cells[:1] + [first_cell(name)]*bool(alone) + cells[1:]}
+    extra = any(of_guides.search(source) for source in code)
+    return nb | {"cells": cells[:1] + [first_cell(name, extra)]*bool(alone) + cells[1:]}
 
 
 def main():
