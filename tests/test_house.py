@@ -113,6 +113,7 @@ LONG = {
     "geometry/11_selector": "one module, with the derivation of each of its choices and the planted layers that test them",
     "methods/51_basd": "one method and its options; its parts have pages of their own",
     "runs/61_recipes": "42 definitions of one schema and its errors",
+    "models/41_teachers": "one section for each source of weights, with the faults it has",
     "analysis/76_evaluation": "27 definitions, one for each figure of a report",
     "geometry/13_frequency_selector": "a second selector in full: profiles, distances, the module",
     "losses/29_cka": "the measure and the loss that is one minus it",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'METHODS', 'LOSSES', 'SELECTORS', 'DIFFICULTIES', 'suggestion', 'validation_hint', 'trusting', 'trusted',
-           'is_import_name', 'imported', 'call_imported', 'Registry', 'options_dataclass', 'pickled_by', 'options_from',
-           'refuse_unread']
+           'is_import_name', 'admit', 'imported', 'call_imported', 'Registry', 'options_dataclass', 'pickled_by',
+           'options_from', 'refuse_unread']
 
 # %% ../../nbs/core/06_registry.ipynb #f3e41eaf
 import difflib
@@ -86,23 +86,32 @@ def is_import_name(
     return (module not in ('hf_hub', 'hf', 'hub') and attr.isidentifier()
             and all(p.isidentifier() for p in module.split('.')))
 
+# %% ../../nbs/core/06_registry.ipynb #8f58da0d
+def admit(
+    name:str, # of code that a recipe names
+    what:str, # for the message
+):
+    "Refuse code that a recipe names, unless the recipe may; what was admitted once stays so in this process"
+    names, _ = _allowed.get()
+    if not (names is True or name in names or name in _admitted):
+        raise ValueError(f"{what} would import code, and a recipe that was found in a run, a checkpoint or a download "
+                         "may not; look at it, then allow it with --trust (in Python: trust=True)")
+    _admitted.add(name)
+
 # %% ../../nbs/core/06_registry.ipynb #7fad9acc
 def imported(
     name:str, # "package.module:attribute"
     what:str, # for the message
 ):
     "The object called `name`, if it may be imported"
-    (names, folders), (module, _, attr) = _allowed.get(), name.partition(':')
+    folders, (module, _, attr) = _allowed.get()[1], name.partition(':')
     if not (attr.isidentifier() and all(p.isidentifier() for p in module.split('.'))):
         raise ValueError(f"{what}: should be written package.module:Class")
-    if not (names is True or name in names or name in _admitted):
-        raise ValueError(f"{what} would import code, and a recipe that was found in a run, a checkpoint or a download "
-                         "may not; look at it, then allow it with --trust (in Python: trust=True)")
+    admit(name, what)
     sys.path.extend(f for f in dict.fromkeys(map(str, folders)) if f not in sys.path)
     try: found = getattr(importlib.import_module(module), attr)
     except Exception as e:                      # it is not our code
         raise ValueError(f"{what} cannot be imported: {type(e).__name__}: {e}") from None
-    _admitted.add(name)
     return found
 
 # %% ../../nbs/core/06_registry.ipynb #ecc10285

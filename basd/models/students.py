@@ -69,6 +69,9 @@ def create_student(
         student.origin = (f'given as {type(model).__name__}' if checkpoint is None else
                           weights_origin(model, False, load_weights(model, checkpoint, True, checkpoint_key)))
         return student
+    if model.startswith(('hf:', 'hub:')):
+        raise ValueError(f"a student cannot be {model}: it is saved to be opened without a hub; name a timm model, or "
+                         "package.module:callable, whose function may open that model")
     if named := is_import_name(model):                      # its callable has the words of the section
         args = args | {k: v for k,v in dict(width=width, heads=heads).items() if v is not None}
         args = {k: v for k,v in args.items() if k not in ('embed_dim', 'num_heads') or k in kwargs}

@@ -24,7 +24,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..core.features import Features
-from ..core.registry import call_imported, imported, is_import_name
+from ..core.registry import admit, call_imported, imported, is_import_name
 from .taps import TappedModel
 
 # %% ../../nbs/models/41_teachers.ipynb #92563b14
@@ -223,8 +223,8 @@ def _lost_biases(state, taken, name):
 def check_model_name(
     model:str, # of a timm model, with or without its weights' tag
 ):
-    "Refuse a name that is neither of timm nor package.module:callable, and suggest similar ones"
-    if is_import_name(model): return
+    "Refuse a name that is neither of timm, nor of a hub, nor package.module:callable, and suggest similar ones"
+    if is_import_name(model) or model.startswith(_hubs): return
     if timm.is_model(model.split('.')[0]) or model.startswith(('hf_hub:', 'hf-hub:', 'local-dir:')): return
     near = difflib.get_close_matches(model.split('.')[0], timm.list_models(), 3)
     raise ValueError(f"timm has no model {model!r}{'; did you mean ' + ', '.join(near) + '?' if near else ''} "
@@ -271,14 +271,61 @@ def _call_model(model, pretrained, kwargs):
         raise ValueError(f"model {model!r} returned a {type(m).__name__}; it should return an nn.Module")
     return m, kwargs
 
+# %% ../../nbs/models/41_teachers.ipynb #161865cf
+_hubs = ('hf:', 'hub:')
+
+def _transformers_model(model, pretrained, img_size=None, num_classes=None, **kwargs):
+    "A vision model of transformers, and its arguments; `pretrained_cfg` holds what its preprocessor says of images"
+    try: from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ImageProcessingMixin
+    except ImportError: raise ValueError(f"{model} needs the package transformers; pip install transformers") from None
+    place = model.removeprefix('hf:')
+    if not ((here := Path(place).is_dir()) or pretrained):
+        raise ValueError(f"{model} is no folder here and so known to the hub alone, which is asked only where pretrained=true; set it")
+    opened = dict(local_files_only=here, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(place, **opened)
+        for k,v in kwargs.items(): _set_existing(config, k, v, model)
+        headed = num_classes != 0 and any('ForImageClassification' in a for a in config.architectures or ())
+        if num_classes and num_classes != (config.num_labels if headed else 0):
+            raise ValueError(f"it has {f'{config.num_labels} classes' if headed else 'no classifier'}; leave num_classes out")
+        kind = AutoModelForImageClassification if headed else AutoModel
+        m = kind.from_pretrained(place, config=config, **opened) if pretrained else kind.from_config(config, trust_remote_code=False)
+    except Exception as e: raise ValueError(f"{model} cannot be opened: {' '.join(str(e).split())[:300]}") from None
+    try: prepared = ImageProcessingMixin.get_image_processor_dict(place, local_files_only=here)[0]
+    except OSError: prepared = {}
+    size = img_size or getattr(config, 'image_size', None)
+    if size and 'image_mean' in prepared:
+        m.pretrained_cfg = dict(input_size=(3, size, size), mean=tuple(prepared['image_mean']), std=tuple(prepared['image_std']),
+                                num_classes=config.num_labels if headed else 0, hf_hub_id=place)
+    return m, kwargs
+
+def _set_existing(config, key, value, model):
+    if not hasattr(config, key): raise ValueError(f"its configuration has no {key}")
+    setattr(config, key, value)
+
+def _torch_hub_model(model, pretrained, img_size=None, **kwargs):
+    "A model of torch.hub's entry point, and its arguments; the repository's code is run"
+    repository, _, entry = model.removeprefix('hub:').rpartition(':')
+    if not repository or not entry.isidentifier():
+        raise ValueError(f"model {model!r}: should be written hub:owner/repository:entry, or hub:FOLDER:entry")
+    admit(model, f'model {model!r}')
+    kwargs = {k: v for k,v in kwargs.items() if v is not None}
+    where = dict(source='local') if Path(repository).is_dir() else dict(source='github', trust_repo=True, verbose=False)
+    try: m = torch.hub.load(repository, entry, **where, pretrained=pretrained, **kwargs)
+    except Exception as e: raise ValueError(f"{model} cannot be opened: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
+    if not isinstance(m, nn.Module): raise ValueError(f"{model} returned a {type(m).__name__}; it should return an nn.Module")
+    return m, kwargs
+
 # %% ../../nbs/models/41_teachers.ipynb #4cebed1b
 def create_timm_model(
-    model:str,              # any timm model, or package.module:callable
+    model:str,              # any timm model, package.module:callable, hf:PLACE, hub:REPOSITORY:ENTRY
     pretrained:bool=False, # fetch the model's weights
     **kwargs,              # of `timm.create_model`; None means the model's default
 )->tuple: # the model, and the arguments that it took
     "`timm.create_model` with its failures as one sentence; `img_size` is left out where any size will do"
     if is_import_name(model): return _call_model(model, pretrained, kwargs)
+    if model.startswith('hf:'): return _transformers_model(model, pretrained, **kwargs)
+    if model.startswith('hub:'): return _torch_hub_model(model, pretrained, **kwargs)
     check_model_name(model)
     _check_arguments(model, pretrained, kwargs)
     kwargs = {k: v for k,v in kwargs.items() if v is not None}
@@ -360,7 +407,7 @@ def check_module(
 
 # %% ../../nbs/models/41_teachers.ipynb #aa2d4a68
 def create_teacher(
-    model='vit_small_patch14_dinov2.lvd142m', # name of a timm model, package.module:callable, or a module of your own
+    model='vit_small_patch14_dinov2.lvd142m', # name of a timm model, package.module:callable, hf:PLACE, hub:REPOSITORY:ENTRY, or a module of your own
     pretrained:bool=False,   # fetch the model's weights
     checkpoint=None,         # file with weights, in timm's layout or one that timm converts
     checkpoint_key:str|None=None, # of the dictionary to take from it, where it has several
@@ -384,7 +431,7 @@ def create_teacher(
     if given: img_size = check_module(model, img_size, mean, dict(pretrained=pretrained, num_classes=num_classes) | kwargs)
     m, args = (model, {}) if given else create_timm_model(model, pretrained, img_size=img_size, num_classes=num_classes, **kwargs)
     named = not given and is_import_name(model)             # its weights are its callable's matter
-    if named: img_size = check_module(m, img_size, mean, {})
+    if named or not given and model.startswith(_hubs): img_size = check_module(m, img_size, mean, {})
     elif pretrained: _check_head(m, model, num_classes)
     taken = None if checkpoint is None else load_weights(m, checkpoint, key=checkpoint_key)
     if not (given or named or pretrained or checkpoint is not None or untrained):

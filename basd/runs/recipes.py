@@ -21,7 +21,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from ..core.registry import (
-    LOSSES, METHODS, SELECTORS, imported, is_import_name, options_dataclass, refuse_unread)
+    LOSSES, METHODS, SELECTORS, admit, imported, is_import_name, options_dataclass, refuse_unread)
 from ..core.registry import suggestion, trusted, trusting, validation_hint
 from ..data.pictures import MAX_PIXELS
 from ..methods.base import Method
@@ -121,7 +121,7 @@ class StudentRecipe:
 @options_dataclass
 class TeacherRecipe:
     "The frozen model that teaches"
-    model:str|None = None                 # any timm model, or package.module:callable; null: none, unless `run` names one
+    model:str|None = None                 # any timm model, hf:PLACE (transformers), hub:REPOSITORY:ENTRY (torch.hub), or package.module:callable; null: none, unless `run` names one
     run:str|None = None                   # run directory of this trainer, or "stage:NAME" of the same recipe
     pretrained:bool = False               # use the model's published weights
     checkpoint:str|None = None            # weights in a file, .pth or .safetensors, in timm's names or ones it converts
@@ -363,6 +363,7 @@ def build_recipe(
         _keywords(section, m, ('num_classes', 'points') if section == 'student' else ('layers',))
         _origin(m, section)
         if is_import_name(m.model): imported(m.model, f'{section}.model={m.model!r}')
+        if str(m.model).startswith('hub:'): admit(m.model, f'{section}.model={m.model!r}')
     for key in ('student_layers', 'teacher_layers', 'layer_map'): _layers(f'method.{key}', getattr(options, key, None))
     if is_import_name(s := recipe.data.source): imported(s, f'data.source={s!r}')
     recipe.method = MethodRecipe(name, options)
