@@ -115,6 +115,38 @@ def test_a_classifier_of_transformers(tmp_path):
     with pytest.raises(ValueError, match="it has 5 classes; leave num_classes out"): create_teacher(f"hf:{tmp_path}", pretrained=True, num_classes=3)
 
 
+SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=28, patch_size=7)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "ViTMAE"])
+def test_families_of_transformers(kind, tmp_path):
+    "Tokens of the first block and its attention are those of transformers' eager model, at the folder's image size and at another"
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    t = create_teacher(f"hf:{tmp_path}", pretrained=True, img_size=42, mean=(0, 0, 0), std=(1, 1, 1))
+    plain = transformers.AutoModel.from_pretrained(tmp_path, config=t.model.config, attn_implementation="eager").eval()
+    for size in (28, 42):
+        x, n = torch.rand(2, 3, size, size), (size//7)**2
+        f, more = t(x), dict(interpolate_pos_encoding=True) if t.model.interpolates else {}
+        if kind == "ViTMAE": more["noise"] = torch.arange(n).float().expand(2, n)
+        with torch.no_grad(): out = plain(x, output_hidden_states=True, output_attentions=True, **more)
+        assert f.grid_sizes[0] == (size//7, size//7)
+        torch.testing.assert_close(f.tokens[0], out.hidden_states[1][:, -n:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(f.attention[0].probs(), out.attentions[0][:, :, -n:, -n:]/out.attentions[0][:, :, -n:, -n:].sum(-1, keepdim=True),
+                                   rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_weight_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    dinov2(tmp_path)
+    weights = load_file(tmp_path/"model.safetensors")
+    gone = next(k for k in weights if "query.weight" in k)
+    save_file({k: v for k, v in weights.items() if k != gone}, tmp_path/"model.safetensors", metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match="1 weights are missing such as "): create_teacher(f"hf:{tmp_path}", pretrained=True)
+
+
 def test_what_transformers_refuses_is_a_sentence(tmp_path):
     dinov2(tmp_path, processor=False)
     with pytest.raises(ValueError, match="give img_size|give mean and std"): create_teacher(f"hf:{tmp_path}", pretrained=True)

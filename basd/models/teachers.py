@@ -284,25 +284,48 @@ def _transformers_model(model, pretrained, img_size=None, num_classes=None, **kw
     opened = dict(local_files_only=here, trust_remote_code=False)
     try:
         config = AutoConfig.from_pretrained(place, **opened)
-        for k,v in kwargs.items(): _set_existing(config, k, v, model)
+        for k,v in kwargs.items(): _set_existing(config, k, v)
+        if hasattr(config, 'mask_ratio'): config.mask_ratio = 0.                # ViT-MAE, whose patches are kept
+        if not (hasattr(config, 'image_size') and hasattr(config, 'patch_size')): raise ValueError("it is no vision transformer with patches")
         headed = num_classes != 0 and any('ForImageClassification' in a for a in config.architectures or ())
         if num_classes and num_classes != (config.num_labels if headed else 0):
             raise ValueError(f"it has {f'{config.num_labels} classes' if headed else 'no classifier'}; leave num_classes out")
         kind = AutoModelForImageClassification if headed else AutoModel
-        m = kind.from_pretrained(place, config=config, **opened) if pretrained else kind.from_config(config, trust_remote_code=False)
+        m = _complete(kind, place, config, opened) if pretrained else kind.from_config(config, trust_remote_code=False)
     except Exception as e: raise ValueError(f"{model} cannot be opened: {' '.join(str(e).split())[:300]}") from None
     try: prepared = ImageProcessingMixin.get_image_processor_dict(place, local_files_only=here)[0]
     except OSError: prepared = {}
     size = img_size or getattr(config, 'image_size', None)
-    if size and 'image_mean' in prepared:
+    size = size[0] if isinstance(size, (list, tuple)) else size
+    if prepared.get('do_normalize') is False: prepared = dict(image_mean=(0., 0., 0.), image_std=(1., 1., 1.))
+    if size and prepared.get('image_mean') and prepared.get('image_std'):
         m.pretrained_cfg = dict(input_size=(3, size, size), mean=tuple(prepared['image_mean']), std=tuple(prepared['image_std']),
                                 num_classes=config.num_labels if headed else 0, hf_hub_id=place)
+    m.interpolates = any('interpolate_pos_encoding' in inspect.signature(type(s).forward).parameters for s in m.modules())
+    m.register_forward_pre_hook(_all_patches, with_kwargs=True)
     return m, kwargs
 
-def _set_existing(config, key, value, model):
+def _complete(kind, place, config, opened):
+    "The model with all of its weights; the pooler, which nothing reads, may be missing"
+    m, about = kind.from_pretrained(place, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **opened)
+    lost = sorted(k for k in about['missing_keys'] if 'pooler' not in k)
+    if lost: raise ValueError(f"{len(lost)} weights are missing such as {lost[0]}")
+    return m
+
+def _all_patches(module, args, kwargs):
+    "Hook: position embeddings fit any image size; the patches of ViT-MAE stay in order, as its noise ascends"
+    x, config = args[0], module.config
+    if module.interpolates: kwargs = dict(interpolate_pos_encoding=True) | kwargs
+    if hasattr(config, 'mask_ratio'):
+        n = (x.shape[-2]//config.patch_size)*(x.shape[-1]//config.patch_size)
+        kwargs = dict(noise=torch.arange(n, dtype=x.dtype, device=x.device).expand(len(x), n)) | kwargs
+    return args, kwargs
+
+def _set_existing(config, key, value):
     if not hasattr(config, key): raise ValueError(f"its configuration has no {key}")
     setattr(config, key, value)
 
+# %% ../../nbs/models/41_teachers.ipynb #b0708db0
 def _torch_hub_model(model, pretrained, img_size=None, **kwargs):
     "A model of torch.hub's entry point, and its arguments; the repository's code is run"
     repository, _, entry = model.removeprefix('hub:').rpartition(':')
