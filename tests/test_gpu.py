@@ -11,6 +11,7 @@ from basd.core.numerics import eigh, condition_covariance
 from basd.runs.run_directory import load_checkpoint
 from basd.runs.recipes import load_recipe
 from basd.training.build import build_trainer
+from basd.training.optimizers import LossScale
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 METHODS = METHODS | {"followed": [*BASD, "method.selector.solver=tracking", "method.selector.warmup_steps=3",
@@ -53,6 +54,22 @@ def test_no_step_waits(name, tmp_path):
         for b in (batches*2)[12:32]: t.run_step([b])
     finally: torch.cuda.set_sync_debug_mode("default")
     assert t.step == 32 and t.skipped.item() == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "dot"])
+def test_fp16_stays_finite(optimizer, tmp_path):
+    "Two hundred steps with a loss scale: no fault, finite weights, few overflows, and no step waits for the device"
+    t = trainer(tmp_path/"run", *QUIET, "train.epochs=40", "train.precision=fp16", f"train.optimizer={optimizer}", *METHODS["basd"])
+    batches, overflows = [*t.data.read(0, 0, t.data.per_epoch)], torch.zeros((), device="cuda")
+    for b in batches: t.run_step([b])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for b in (batches*200)[:200]:
+            t.run_step([b])
+            overflows += t.find(LossScale).overflow
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert t.skipped.item() == 0 and all(p.isfinite().all() for p in t.task.parameters())
+    assert overflows.item() < 20 and t.find(LossScale).scale.item() >= 1
 
 
 def moved(x, device):

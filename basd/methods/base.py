@@ -143,7 +143,8 @@ class Callback:
     def before_batch(self, t): pass                 # of each micro-batch: `t.batch`, `t.micro`
     def after_loss(self, t): pass                   # the forward pass is done: `t.out`
     def after_backward(self, t): pass
-    def before_update(self, t): pass                # gradients are complete and clipped: `t.norms`, `t.found`
+    def before_clip(self, t): pass                  # gradients of all micro-batches are complete
+    def before_update(self, t): pass                # they are clipped: `t.grad_norms`, `t.nonfinite`
     def after_update(self, t): pass
     def after_step(self, t): pass                   # `t.step` counts this step
     def after_log(self, t): pass                    # only if a row was written: the host may wait for the device

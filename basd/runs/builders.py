@@ -166,8 +166,18 @@ def build_student(
               else needs.student_layers)
     with fetching(recipe):
         student = create_student(num_classes=classes, layers=points, attention=needs.attention, **options, **s.kwargs)
+    if s.grad_checkpointing: _checkpoint_blocks(student.model, recipe)
     export_config(student)                                  # raise errors of the export now, not at the end of training
     return student
+
+def _checkpoint_blocks(model, recipe:Recipe):
+    "Set timm's gradient checkpointing; refuse a model that has none"
+    if recipe.train.compile:
+        raise ValueError("student.grad_checkpointing=true and train.compile=true were not tried together; leave out one of them")
+    try: model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as e:
+        raise ValueError(f"student.grad_checkpointing=true, and {type(model).__name__} has no set_grad_checkpointing that works; "
+                         "leave it out") from e
 
 # %% ../../nbs/runs/66_builders.ipynb #d39e4897
 def build_teacher(

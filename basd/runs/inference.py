@@ -16,10 +16,11 @@ from ..data.views import ViewDataset, DualViewTransform, reader_process
 # %% ../../nbs/runs/67_inference.ipynb #5ea8806d
 def autocast(
     device,
-    precision:str, # "float32" or "bf16"
+    precision:str, # "float32", "bf16" or "fp16"
 ):
     "Autocast context for a recipe's `train.precision`"
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16')
+    half = torch.float16 if precision == 'fp16' else torch.bfloat16
+    return torch.autocast(torch.device(device).type, half, enabled=precision != 'float32')
 
 # %% ../../nbs/runs/67_inference.ipynb #0d0fb4c1
 @torch.no_grad()

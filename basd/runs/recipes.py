@@ -109,6 +109,8 @@ class StudentRecipe:
     width:Annotated[_Int, Field(ge=1, le=2**16)]|None = None
     heads:Annotated[_Int, Field(ge=1, le=2**16)]|None = None # attention heads of a block; null: the model's own
     drop_path:_Fraction = 0.              # rate of stochastic depth at the last block, rising evenly to it
+    # recompute each block in the backward pass in place of storing its activations: the same gradients, less memory, more time
+    grad_checkpointing:bool = False
     pretrained:bool = False               # begin with the model's published weights
     checkpoint:str|None = None            # begin with the weights of a file, .pth or .safetensors, or of "stage:NAME"
     checkpoint_key:str|None = None        # which dictionary of the file to take, as "model_ema"; null: the usual one
@@ -160,7 +162,8 @@ class TrainRecipe:
     # largest gradient norm, of the student and of the objective's own parameters apart; null: no limit
     clip_grad:_PositiveFloat|None = 1.
     grad_accum_steps:_PositiveInt = 1     # forward passes per optimizer step; the batch is divided among them
-    precision:Literal['float32', 'bf16'] = 'float32' # number format; "bf16": autocast, sensitive parts in float32
+    # number format; "bf16": autocast, sensitive parts in float32; "fp16": likewise, with a loss scale, for GPUs without bf16
+    precision:Literal['float32', 'bf16', 'fp16'] = 'float32'
     compile:bool = False                  # compile models and objective with torch.compile
     rank_timeout:_PositiveFloat = 600.    # seconds that ranks wait for each other before the run ends
     # decay of the averaged student per step, as 0.999; null: no average

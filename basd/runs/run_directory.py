@@ -317,7 +317,7 @@ def check_resume(
     there['resumed'] = [*past, now | dict(step=step, recipe=moved)]
     write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(there, indent=1), encoding='utf-8'))
     if moved: write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
-    relevant = lambda e: {k: e.get(k) for k in ('versions', 'python', 'gpu', 'threads')} | dict(
+    relevant = lambda e: {k: e.get(k) for k in ('versions', 'python', 'gpu', 'threads', 'ranks')} | dict(
         commit=(e.get('git') or {}).get('commit'))
     return diff_recipes(relevant(before), relevant(now)) if 'versions' in before else []
 

@@ -19,7 +19,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.distributed import all_reduce_mean, rank, world_size
+from ..core.distributed import all_reduce_mean, gather_objects, rank, world_size
 from ..core.processes import check_compiler, keep_freed_memory
 from ..core.registry import METHODS, trusting
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
@@ -34,7 +34,7 @@ from .callbacks import (
     Checkpoint, Constraints, Diagnostics, EMA, GradientNorms, LRSchedule, MetricsLog, NonFiniteGuard, Progress,
     Refusals, StepRecorder, StopRequests, Test, Validation, _taken_back)
 from .nonfinite import explain_errors, rerun_step
-from .optimizers import DOT, create_optimizer
+from .optimizers import DOT, create_optimizer, LossScale
 from .task import DistillationTask, Mixing, assemble_task, tapped_at
 from .trainer import Trainer
 
@@ -307,6 +307,17 @@ def _open_run(
     if world_size() > 1: dist.barrier()
     return rank() == 0 and fresh
 
+def _check_shared(
+    run:Path, # run directory, which rank 0 has created or reopened
+):
+    "Refuse a run directory that some rank does not see, because it is on a disk of another node"
+    read = lambda name: (run/name).read_bytes() if (run/name).is_file() else None
+    seen = gather_objects([read(n) for n in ('recipe.yaml', 'environment.json')])
+    blind = [str(r) for r,s in enumerate(seen) if s != seen[0]]
+    if blind:
+        raise ValueError(f"the files of {run} that rank 0 has are not those that rank {', '.join(blind)} sees; put --run-dir on "
+                         "a file system that all nodes mount, under the same path")
+
 def _build_cache(recipe, task, bars):
     "Fill the teacher's cache"
     if rank() == 0 and not task.cache.cache.complete: print(f"{recipe.name or 'run'}: {task.cache}", flush=True)
@@ -334,7 +345,7 @@ def _callbacks_of(
     return ([Refusals(run, fresh), recorder, NonFiniteGuard(recipe, checkpoint, recorder, [] if ema is None else [ema]),
              Constraints(method), LRSchedule(schedule), metrics, StopRequests(), validation, Diagnostics(name, metrics), checkpoint,
              Progress(run, name, metrics, bars), Test(run, t.export, metrics, validation, averaged), *task.method.callbacks()]
-            + [EMA(ema)]*(ema is not None) + [GradientNorms()]*(t.log_gradients and not t.compile)
+            + [EMA(ema)]*(ema is not None) + [LossScale(data.device)]*(t.precision == 'fp16') + [GradientNorms()]*(t.log_gradients and not t.compile)
             + [DOT()]*(t.optimizer == 'dot'))
 
 # %% ../../nbs/training/75_build.ipynb #309d8c88
@@ -359,6 +370,7 @@ def build_trainer(
         trainer = Trainer(task, data, optimizer, t)
         made.append(trainer)
         fresh.append(_open_run(recipe, run, data, task, resume))
+        _check_shared(run)
         trainer.listen(_callbacks_of(recipe, run, data, task, optimizer, bars, fresh[0]))
         torch.manual_seed(t.seed*10_007 + rank())               # dropout may differ between ranks
         if task.cache is not None: _build_cache(recipe, task, bars)

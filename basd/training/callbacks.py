@@ -79,7 +79,10 @@ class GradientNorms(Callback):
     "Gradient norm of each loss on the student"
     order = 10
     def after_loss(self, t):
-        if t.should_log and t.micro == len(t.batches) - 1: t.meter.add(gradient_metrics(loss_gradients(t.out['losses'], t.groups[0])))
+        if not t.should_log or t.micro < len(t.batches) - 1: return
+        scale = 1. if t.scale is None else t.scale
+        found = loss_gradients({k: v*scale for k,v in t.out['losses'].items()}, t.groups[0])
+        t.meter.add(gradient_metrics({k: g/scale for k,g in found.items()}))
 
 # %% ../../nbs/training/73_callbacks.ipynb #886dd262
 class StepRecorder(Callback):
@@ -116,7 +119,7 @@ class NonFiniteGuard(Callback):
     def after_backward(self, t): self.sentinel.watch(t.out['losses'], t.step)
 
     def before_update(self, t):
-        t.skipped = self.skipped = self.skipped.to(t.nonfinite.device) + t.nonfinite.long()
+        t.skipped = self.skipped = self.skipped.to(t.fault.device) + t.fault.long()
         over = self.skipped > self.allowed
         self.fatal = torch.where(over & (self.fatal.to(over.device) < 0), t.step, self.fatal.to(over.device))
         t.optimizer.found_inf = torch.maximum(t.nonfinite, over.float())
@@ -313,7 +316,7 @@ class Checkpoint(Callback):
         for name,cb in _by_name(t.callbacks):
             if name in own: cb.load_state_dict(_moved_to(device, own[name]))
             if hasattr(cb, 'after_restore'): cb.after_restore(t)
-        set_rng_state(state['rng'][rank()])
+        if rank() < len(state['rng']): set_rng_state(state['rng'][rank()])      # further ranks keep their own
 
     def checked(self, state)->dict: # states of the callbacks
         "States of the callbacks; refuses a checkpoint from which the run cannot resume"
@@ -331,9 +334,6 @@ class Checkpoint(Callback):
             except (ValueError, FileNotFoundError) as e:
                 raise ValueError(f"{e}; copy last.pt over best.pt in {self.run} to go on with the weights of "
                                  f"step {state['step']} in place of those of epoch {epoch}, or begin a new run") from None
-        if len(state['rng']) != world_size():
-            raise ValueError(f"{self.run} was trained on {len(state['rng'])} ranks and can be resumed exactly "
-                             f"on as many only, not on {world_size()}")
         return own
 
     def end_step(self, t):

@@ -50,7 +50,7 @@ class DistillationTask(nn.Module):
         mixing:Mixing=Mixing(),
         seed:int=0,             # of all that is drawn in a step
         grad_accum_steps:int=1, # micro-batches of a step
-        precision:str|None='float32', # "float32" or "bf16"; None: that of the surrounding loop
+        precision:str|None='float32', # "float32", "bf16" or "fp16"; None: that of the surrounding loop
         # training images per image with a label, by which cross-entropy is multiplied; 0: no image has one, and there is
         # no cross-entropy
         rarity:float=1.,
@@ -320,7 +320,7 @@ def create_task(
     mix_teacher_input:bool=False, # the teacher's images are mixed, too; else its outputs follow the mix
     label_smoothing:float=0.,  # probability that is spread evenly over all classes
     seed:int=0,                # of the method's initial weights, and of all that is drawn in a step
-    precision:str|None=None,   # "bf16": autocast; "float32": none; None: that of the surrounding loop
+    precision:str|None=None,   # "bf16", "fp16": autocast; "float32": none; None: that of the surrounding loop
     normalized:bool=False,     # images are already normalized for the student, as timm's loaders make them, not in [0, 1]
     **options,                 # of the method, as in the section `method` of a recipe
 )->DistillationTask:

@@ -21,9 +21,11 @@ from .optimizers import clip_grad_norms
 def loss_scale(
     loss:Tensor, # ()
     n:int,       # micro-batches of the step
-)->Tensor:       # 1/n, or nan if `loss` is not finite, ()
+    scale:Tensor|None=None, # of `LossScale`, (); None: 1
+)->Tensor:       # scale/n, or nan if `loss` is not finite, ()
     "Initial gradient of a micro-batch's backward pass"
-    return torch.full_like(loss, 1/n).masked_fill(~loss.detach().isfinite(), torch.nan)
+    seed = torch.full_like(loss, 1/n).masked_fill(~loss.detach().isfinite(), torch.nan)
+    return seed if scale is None else seed*scale
 
 # %% ../../nbs/training/74_trainer.ipynb #d4aa3de7
 class Trainer:
@@ -45,6 +47,7 @@ class Trainer:
         self.step, self.epoch, self.meter, self.result = 0, 0, AverageMeter(), None
         self.skipped, self.comment = torch.zeros((), dtype=torch.long), ''
         self.stopping = self.should_stop = False                                # requested here; agreed by all ranks
+        self.scale = None                                                       # of all gradients until `before_clip`, or None
 
     def listen(self,
         callbacks, # all of them
@@ -87,10 +90,12 @@ class Trainer:
                 self.out = self.forward(self.batch, self.micro, self.should_log and self.micro == last)
                 self.emit('after_loss')
                 with record_function('step/backward'):
-                    self.out['loss'].backward(loss_scale(self.out['loss'], len(batches)))
+                    self.out['loss'].backward(loss_scale(self.out['loss'], len(batches), self.scale))
             self.emit('after_backward')
         with record_function('step/optimizer'):
+            self.emit('before_clip')
             self.grad_norms, self.nonfinite = clip_grad_norms(self.groups, self.config.clip_grad)
+            self.fault = self.nonfinite                                         # counts as a bad step
             self.emit('before_update')
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

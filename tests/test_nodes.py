@@ -1,0 +1,74 @@
+"Several nodes: two agents of torchrun, or srun alone, train what one agent with two ranks trains; and what a node must see"
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY
+from forks import ENVIRONMENT, child, end, server, start, state_of
+
+from basd.cli import main
+
+TRAIN = ["train", "basd_cifar10", *TINY, "train.precision=float32", "train.epochs=1", "train.warmup_epochs=0"]
+
+
+def free_port():
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def on_one_node(tmp_path_factory):
+    "Digest of the run on one node of two ranks"
+    folder = tmp_path_factory.mktemp("one")
+    status = end(start(main, [*TRAIN, "--run-dir", str(folder/"run")], out=folder/"out.txt", ranks=2))
+    assert status == [0, 0], (folder/"out.txt").read_text()
+    return state_of(folder/"run")
+
+
+def test_two_agents_are_one(on_one_node, tmp_path):
+    "Two nodes of one rank, each with an agent of its own, end with the state of one node of two ranks, bit for bit"
+    run, port, agents = tmp_path/"run", free_port(), []
+    for node in range(2):
+        with open(tmp_path/f"out_{node}.txt", "w") as out:
+            agents.append(subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
+                 "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "basd", *TRAIN, "--run-dir", str(run)],
+                stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}))
+    try: status = [a.wait(120) for a in agents]
+    finally:
+        for a in agents: a.kill()
+    assert status == [0, 0], "".join((tmp_path/f"out_{n}.txt").read_text() for n in range(2))
+    assert state_of(run) == on_one_node
+
+
+def under_srun(f, *args, out, nodes=2):
+    "Exit statuses of `f(*args)` on each of `nodes` nodes with one rank, in the environment that srun gives"
+    told = dict(SLURM_STEP_NUM_TASKS=str(nodes), SLURM_NTASKS=str(nodes), SLURM_LOCALID="0", SLURM_JOB_ID="7", MASTER_PORT=str(free_port()),
+                SLURM_STEP_NODELIST="localhost")
+    ranks = [server().Process(target=child, args=(f, args, told | dict(SLURM_PROCID=str(r)), str(out), None)) for r in range(nodes)]
+    for p in ranks: p.start()
+    return end(ranks)
+
+
+def test_srun_without_torchrun(on_one_node, tmp_path):
+    "Ranks that srun started meet at the first node of the list, without torchrun"
+    status = under_srun(main, [*TRAIN, "--run-dir", str(tmp_path/"run")], out=tmp_path/"out.txt")
+    assert status == [0, 0], (tmp_path/"out.txt").read_text()
+    assert state_of(tmp_path/"run") == on_one_node
+
+
+def on_a_disk_of_its_own(words, folder):
+    "The command with the working directory on a disk that the other node does not see"
+    disk = folder/f"disk_{os.environ['SLURM_PROCID']}"
+    disk.mkdir(exist_ok=True)
+    os.chdir(disk)
+    return main(words)
+
+
+def test_nodes_must_share_the_run_directory(tmp_path):
+    "Ranks that do not see the files of rank 0 are refused before the first step"
+    status = under_srun(on_a_disk_of_its_own, [*TRAIN, "--run-dir", "run"], tmp_path, out=tmp_path/"out.txt")
+    said = (tmp_path/"out.txt").read_text()
+    assert status == [2, 2] and "the files of run that rank 0 has are not those that rank 1 sees" in said and "Traceback" not in said, said
+    assert not [*tmp_path.glob("disk_*/run/*")], "a refused start leaves no run"
