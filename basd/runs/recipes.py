@@ -162,7 +162,7 @@ class TrainRecipe:
     # largest gradient norm, of the student and of the objective's own parameters apart; null: no limit
     clip_grad:_PositiveFloat|None = 1.
     grad_accum_steps:_PositiveInt = 1     # forward passes per optimizer step; the batch is divided among them
-    # number format; "bf16": autocast, sensitive parts in float32; "fp16": likewise, with a loss scale, for GPUs without bf16
+    # number format; "bf16": autocast, sensitive parts in float32; "fp16": the same with a loss scale, for GPUs without bf16
     precision:Literal['float32', 'bf16', 'fp16'] = 'float32'
     compile:bool = False                  # compile models and objective with torch.compile
     rank_timeout:_PositiveFloat = 600.    # seconds that ranks wait for each other before the run ends
