@@ -3,7 +3,12 @@ import hashlib
 import json
 
 import pytest
+import torch
+from torch import nn
 
+from basd.cli import train
+from basd.training.build import create_schedule
+from basd.training.optimizers import create_optimizer
 from basd.runs.recipe_files import frame_names, method_names, read_frame, read_recipe
 from basd.runs.recipes import load_recipe, to_dict
 
@@ -29,14 +34,20 @@ two_stage=370058c4 unlabelled=54e27b17 vrm=ddc014b1 wide_last=e61ea0f2
 """.split())
 
 
+# keys that are younger than the digests, with the defaults that leave a recipe what it was
+YOUNGER = dict(views=dict(crop_padding=None), train=dict(lr_steps=None, lr_decay=.1, nesterov=True, decay_all=False))
+
+
 def digest(name):
     "Of all that a recipe resolves to, but the words about it"
     stages = {k: {n: v for n, v in to_dict(r).items() if n not in ("about", "paper")} for k, r in load_recipe(name).items()}
+    for section, keys in YOUNGER.items():
+        for tree in stages.values():
+            for key, default in keys.items(): assert tree[section].pop(key) == default, (name, key)
     return hashlib.sha256(json.dumps(stages).encode()).hexdigest()[:8]
 
 
 def test_former_names_are_the_recipes_that_they_were():
-    "A key that is added to recipes later changes every digest: leave it out in `digest`, after comparing without it"
     assert len(FORMER) == 77
     assert {name: digest(name) for name in FORMER} == FORMER
     for pair in ("digits/rkd", "ablations/basd_map_mean", "rkd@digits"): assert digest(pair) == FORMER[pair.split("/")[-1].split("@")[0]]
@@ -53,3 +64,48 @@ def test_each_method_goes_with_each_frame_or_says_why_not(frame):
     lacks = read_frame(frame)[0].get("lacks") or {}
     assert all(f"{m} needs " in text and any(why in text for why in lacks.values()) and "; frames on which it runs: " in text for m, text in refused.items())
     assert bool(refused) == bool(lacks)
+
+
+class Plain(nn.Module):
+    "A task of two layers"
+    def __init__(self): super().__init__(); self.student = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    def no_weight_decay(self): return set()
+
+
+@pytest.mark.parametrize("frame, teacher, student", [("cifar100_r56_r20", "resnet56_cifar", "resnet20_cifar"),
+                                                     ("cifar100_wrn40_wrn16", "wrn_40_2_cifar", "wrn_16_2_cifar")])
+def test_kd_is_set_up_as_in_repdistiller(frame, teacher, student):
+    "train_teacher.py, train_student.py --distill kd -r 0.1 -a 0.9, dataset/cifar100.py"
+    stages = load_recipe(f"kd@{frame}")
+    assert [r.student.model for r in stages.values()] == [teacher, student] and stages["kd"].teacher.run == "stage:teacher"
+    for r in stages.values():
+        assert (r.data.source, r.data.batch_size, r.data.val_size) == ("torch/cifar100", 64, 0)
+        assert (r.views.crop, r.views.crop_padding, r.views.flip, r.views.color) == ("shared", 4, .5, "none")
+        assert r.views.random_erasing == r.views.mix_prob == r.views.label_smoothing == 0
+        assert (r.student.mean, r.student.std) == ((.5071, .4867, .4408), (.2675, .2565, .2761))
+        assert r.train.clip_grad is None and r.train.epochs == 240 and r.train.export == "last"
+        optimizer = create_optimizer(task := Plain(), r.train)
+        group, = optimizer.param_groups                       # one group: norms and biases decay, too
+        assert len(group["params"]) == len(list(task.parameters()))
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (.9, False, 5e-4)
+        schedule, lrs = create_schedule(optimizer, r.train, per_epoch=782, total=240*782), {}
+        for step in (0, 1, 150*782 - 1, 150*782, 180*782 - 1, 180*782, 210*782 - 1, 210*782, 240*782 - 1):
+            schedule.step_update(step)                        # after so many steps
+            lrs[step] = optimizer.param_groups[0]["lr"]
+        torch.testing.assert_close(list(lrs.values()), [.05, .05, .05, .005, .005, 5e-4, 5e-4, 5e-5, 5e-5])
+    o = stages["kd"].method.options
+    assert (stages["kd"].method.name, o.alpha, o.T, o.kd_warmup) == ("distill", .9, 4., 0)
+
+
+TINY = ["data.source=digits", "data.download=false", "data.train_size=32", "data.batch_size=16", "data.workers=0",
+        "train.epochs=1", "train.log_every=1"]
+
+
+@pytest.mark.parametrize("method", ["kd", "rkd", "fitnets"])
+def test_rivals_train_on_small_resnets(method, tmp_path):
+    "Two steps each, of logits, relations and one layer; the teacher is a small one"
+    words = ["stages.teacher=null", "teacher.run=null", "teacher.model=resnet20_cifar", "teacher.untrained=true"]
+    train(f"{method}@cifar100_r56_r20", *TINY, *words, run_dir=str(tmp_path/"run"), device="cpu", bars=False)
+    rows = [json.loads(line) for line in (tmp_path/"run"/method/"metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if r["kind"] == "step"]
+    assert len(steps) == 2 and all(r["loss"] > 0 and r["skipped"] == 0 for r in steps)

@@ -370,7 +370,7 @@ def pipeline(self:StepCost,
     "Images per second that the loader delivers"
     v, student = self.recipe.views, input_size(self.task.student)
     views = DualViewTransform(student, None if self.clean is None else self.clean.shape[-1], crop=v.crop,
-                  crop_scale=tuple(v.crop_scale), flip=v.flip, color=v.color, random_erasing=v.random_erasing)
+                  crop_scale=tuple(v.crop_scale), flip=v.flip, color=v.color, random_erasing=v.random_erasing, padding=v.crop_padding)
     noise = _Noise(self.B*(batches + 4), student if student <= 64 else 256)
     batch, start = iter(build_loader(noise, None, views, self.B,
                                      workers=min(self.recipe.data.workers, os.cpu_count()))), None

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch, store_attr
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
@@ -42,6 +42,8 @@ def crop_resize(
 )->Tensor: # uint8 (3, size, size)
     "A box of the image resized to `size` pixels, mirrored if `flip`"
     top, left, h, w = box
+    over = max(-left, 0), max(left + w - x.shape[2], 0), max(-top, 0), max(top + h - x.shape[1], 0)
+    if any(over): x, top, left = pad(x, over), max(top, 0), max(left, 0)         # black around the image
     x = x[:, top:top+h, left:left+w]
     if (h, w) != (size, size): x = interpolate(x[None], size=(size, size), mode=interpolation, antialias=True)[0]
     return x.flip(-1) if flip else x.contiguous()
@@ -115,6 +117,7 @@ class DualViewTransform:
         fill:int=128,                # gray level of the erased rectangle
         # crop and flip are one of so many of each image, the same in every run; None: new ones in every epoch
         recorded:int|None=None,
+        padding:int|None=None,       # the box is the middle square, moved by at most so many pixels; None: by `crop_scale`
     ):
         _check('crop', crop, ('shared', 'student_only', 'center'))
         _check('color', color, ('trivial_augment', 'none'))
@@ -145,7 +148,10 @@ def sample_params(self:DualViewTransform,
     rng, middle = seeded_random(*keys), center_box(h, w)
     flip, op, level, sign, erase = (rng.random() for _ in range(5))
     if place is not None and self.crop == 'shared': rng = seeded_random(*place); flip = rng.random()
-    box = middle if self.crop == 'center' else random_resized_crop_box(rng, h, w, self.crop_scale)
+    box = middle
+    if self.crop != 'center':
+        box = (random_resized_crop_box(rng, h, w, self.crop_scale) if self.padding is None else
+               (*(m + rng.randint(-self.padding, self.padding) for m in middle[:2]), *middle[2:]))
     flip, shared = flip < self.flip and self.crop != 'center', self.crop == 'shared'
     op = self.ops[int(op*len(self.ops))] if self.color == 'trivial_augment' else 'identity'
     level = self.magnitude * int(level*31)/30 * (-1 if sign < .5 else 1)

@@ -86,6 +86,8 @@ class ViewRecipe:
     # random crops and mirror images of both views alike, of the student's alone, or of neither (the middle square)
     crop:Literal['shared', 'student_only', 'center'] = 'shared'
     crop_scale:tuple[float, float] = (.35, 1.) # area of the random crop, as shares of the image: least and most
+    # in place of a crop by `crop_scale`: the whole image, moved by at most so many pixels, black where nothing is; null: by `crop_scale`
+    crop_padding:Annotated[_Int, Field(ge=0, lt=2**15)]|None = None
     flip:_Fraction = .5                   # probability that an image is mirrored left to right
     # one random change of color for each image the student sees, of random strength (TrivialAugment), or none
     color:Literal['trivial_augment', 'none'] = 'trivial_augment'
@@ -159,6 +161,11 @@ class TrainRecipe:
     # weight decay of matrices and kernels; biases, norms and what the model names have none
     weight_decay:_NonNegativeFloat = .05
     warmup_epochs:Annotated[float, Field(ge=0, lt=2**31)] = 5. # epochs of linear rise from `min_lr` to `lr`
+    # epochs after which the learning rate is multiplied by `lr_decay`, as [150, 180, 210], in place of the half cosine; null: half cosine
+    lr_steps:list[_PositiveFloat]|None = None
+    lr_decay:Annotated[float, Field(gt=0, lt=1)] = .1 # factor on the learning rate at each of `lr_steps`
+    nesterov:bool = True                  # is the momentum of "sgd" Nesterov's, or the plain one
+    decay_all:bool = False                # weight decay of biases and norms, too
     # largest gradient norm, of the student and of the objective's own parameters apart; null: no limit
     clip_grad:_PositiveFloat|None = 1.
     grad_accum_steps:_PositiveInt = 1     # forward passes per optimizer step; the batch is divided among them
@@ -326,6 +333,10 @@ def _agree(recipe):
         raise ValueError("train.export=ema: no weights are averaged; set train.ema to their decay, as 0.999, "
                          "or choose best or last")
     if t.optimizer != 'dot': refuse_unread(TrainRecipe, 'train.optimizer=dot', t.optimizer, dot_delta=t.dot_delta)
+    if t.optimizer != 'sgd': refuse_unread(TrainRecipe, 'train.optimizer=sgd', t.optimizer, nesterov=t.nesterov)
+    if t.lr_steps is None: refuse_unread(TrainRecipe, 'train.lr_steps', 'null', lr_decay=t.lr_decay)
+    if recipe.views.crop_padding is not None and recipe.views.crop == 'center':
+        raise ValueError("views.crop_padding moves the crop, and views.crop=center keeps it in the middle; leave one of them out")
     if t.min_lr > t.lr:
         raise ValueError(f"train.min_lr={t.min_lr:g}: the learning rate falls from train.lr={t.lr:g} to it; "
                          "give a smaller one")

@@ -22,13 +22,14 @@ def create_optimizer(
     "A fused optimizer over timm's parameter groups, or one with two momenta"
     if not any(p.requires_grad for p in task.student.parameters()):
         raise ValueError("the student has no parameter to train; is it the teacher's module too, or was it frozen?")
-    groups = param_groups_weight_decay(task, t.weight_decay, no_weight_decay_list=task.no_weight_decay())
+    groups = (param_groups_weight_decay(task, t.weight_decay, no_weight_decay_list=task.no_weight_decay()) if not t.decay_all
+              else [dict(params=[p for p in task.parameters() if p.requires_grad], weight_decay=t.weight_decay)])
     if t.optimizer == 'dot':
         if t.compile:
             raise ValueError("train.optimizer=dot walks the graph twice, which a compiled one does not allow; "
                              "leave out train.compile")
         return DOTOptimizer(groups, t.lr, t.dot_delta)
-    opt = create_optimizer_v2(groups, opt={'sgd': 'nesterov'}.get(t.optimizer, t.optimizer), lr=t.lr,
+    opt = create_optimizer_v2(groups, opt={'sgd': 'nesterov' if t.nesterov else 'momentum'}.get(t.optimizer, t.optimizer), lr=t.lr,
                               weight_decay=t.weight_decay, fused=True)
     if t.optimizer == 'sgd': # a skipped first step must find a buffer
         for g in opt.param_groups:
