@@ -36,7 +36,8 @@ def output_markdown(output, alt, figures, name):
         return f"![]({figures.name}/{name}){{alt={json.dumps(alt, ensure_ascii=False)}{size}}}"
     if "text/markdown" in data: return "".join(data["text/markdown"])
     text = "".join(data.get("text/plain", output.get("text", ""))).rstrip()
-    return f"```\n{text}\n```" if text else ""
+    fence = "`"*max(3, 1 + max(map(len, re.findall("`+", text)), default=0))        # longer than any in the text, as Quarto's
+    return f"{fence}\n{text}\n{fence}" if text else ""
 
 
 def cell_options(source):
