@@ -331,7 +331,7 @@ FOLDERS = {
                     "train holds no images in class folders"),
     "texts": (texts, "train holds no images in class folders"),
     "no classes": (flat, "train holds no images in class folders"),
-    "one class": (lambda root: only(root, lambda p: "cat" in p.parts), "pets/train holds one class alone, 'cat'"),
+    "one class": (lambda root: only(root, lambda p: "cat" in p.parts), "pets/train has a single class, 'cat'"),
     "broken link": (lambda root: (pets(root)/"train"/"cat"/"0.jpg").symlink_to("nowhere.jpg"),
                     "pets/train/cat/0.jpg cannot be decoded"),
     "a class for tests alone": (lambda root: shutil.copytree(pets(root)/"test"/"cat", root/"test"/"eel"),
@@ -627,6 +627,8 @@ CALLS = {"torch.load": "weights_only", "numpy.load": None, "np.load": None, "pic
          "pickle.Unpickler": None, "yaml.load": None, "yaml.full_load": None, "yaml.unsafe_load": None, "eval": None,
          "exec": None, "os.system": None, "os.popen": None, "joblib.load": None, "torch.hub.load": None,
          "urllib.request.urlopen": None, "requests.get": None, "torch.jit.load": None, "shelve.open": None}
+# what runs code by intent: an entry of torch.hub after `admit` (tests/test_hubs.py), and the text that a caller of `run_on_ranks` gives
+MEANT = {("teachers.py", "torch.hub.load"), ("distributed.py", "exec")}
 
 
 def test_no_call_that_runs_what_it_reads():
@@ -644,8 +646,9 @@ def test_no_call_that_runs_what_it_reads():
                     and words.get("weights_only", "True") == "True"), f"{path.name}: {ast.unparse(node)}"
             if name in CALLS:
                 seen.append(name)
+                if (path.name, name) in MEANT: continue
                 assert CALLS[name] and words.get(CALLS[name]) == "True", f"{path.name}: {ast.unparse(node)}"
-    assert "torch.load" in seen
+    assert "torch.load" in seen and {name for _, name in MEANT} <= {*seen}
 
 
 def test_writing_stays_in_the_run_directory(here, capsys):

@@ -56,7 +56,7 @@ def choices(
     baseline='uniform',  # an entry
 )->list: # of `against_baseline`
     "One row per entry; `p` is corrected among selectors that measure, and among the others"
-    rest = {r['entry'] for r in results['runs']} - {*_measured, 'ce', baseline}
+    rest = {r['entry'] for r in results['runs']} - {*_measured, 'ce', 'ce_as_long', baseline}
     return against_baseline(results['runs'], baseline, [_measured, rest])
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #28c1a5ad
@@ -101,8 +101,11 @@ def verdict(
     at, best = {r['name']: r for r in choices(results)}, max(rows, key=lambda r: r['difference'])
     low, high = best['difference'] - best['half'], best['difference'] + best['half']
     uncorrected = [r['name'] for r in rows if r['difference'] - r['half'] > 0]
+    long = at.get('ce_as_long', {})
     out = [f"{about}: the uniform map has {at['uniform']['mean']:.1f} % over {at['uniform']['n']} seeds"
-           + (f", labels alone {at['ce']['mean']:.1f} %" if at.get('ce', {}).get('n') else '') + '.',
+           + (f", labels alone {at['ce']['mean']:.1f} %" if at.get('ce', {}).get('n') else '')
+           + (f", and {long['mean']:.1f} % in the time that BASD and the filling of its cache take ({long['n']} seed{'s'*(long['n'] > 1)})"
+              if long.get('n') else '') + '.',
            f"Of {len(rows)} selectors that measure, {len(ahead) or 'none'} "
            f"{'is' if len(ahead) < 2 else 'are'} significantly better{f' ({named(ahead)})' if ahead else ''} and "
            f"{len(behind) or 'none'} worse{f' ({named(behind)})' if behind else ''}; "

@@ -91,4 +91,4 @@ def run_on_ranks(
             if any(ended): raise RuntimeError(f"a rank of {ranks} failed; its traceback is above")
         finally:
             for p in running: p.kill(); p.wait()
-        return torch.load(f'{folder}/out')
+        return torch.load(f'{folder}/out', weights_only=True)
