@@ -1,232 +1,186 @@
-"""A run that is killed at any moment and resumed ends exactly where an undisturbed one ends; `experiments/kill.py` is
-the long form"""
+"The public names of `import basd`: a dozen names, imported when they are used, and a task that any training loop can call"
+import copy
 import os
-import random
-import signal
+import pickle
 import subprocess
 import sys
-import time
 
-import kills
 import pytest
-from conftest import TINY
+import timm
+import torch
+import torch.nn.functional as F
+from forks import on_ranks
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
 
-TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=2",
-         "train.checkpoint_every=3", "train.precision=float32"]
-ALONE, HELPED = TRAIN, [*TRAIN, "train.grad_accum_steps=2", "data.workers=1"]
-CACHED = [*TRAIN, "data.train_size=1100", "data.batch_size=256", "views.crop=center", "views.flip=0",
-          "train.epochs=1"]  # three shards
+import basd
+from basd.core.distributed import rank, world_size
 
-
-@pytest.fixture
-def run(tmp_path): (tmp_path/"run").mkdir(); return tmp_path/"run"
-
-
-def go(words, run, kill=None, **rest):
-    "Start or resume `run`; returns exit statuses and output"
-    out = run.parent/"out.txt"
-    out.write_text("")
-    return kills.end(kills.launch([*words, "--run-dir", run, "--resume"], out, kill, **rest)), out.read_text()
+NAMES = ("create_teacher create_student create_task tap TappedModel METHODS LOSSES train evaluate compare load_recipe "
+         "Recipe").split()
+VIT = dict(img_size=16, patch_size=4, depth=3)
+SMALL = dict(selector=dict(dim=12, rank=4))
+AT = dict(step=20, total_steps=40)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    "What undisturbed runs with the given arguments leave"
-    known = {}
-    def of(words, ranks=1):
-        key = (*words, ranks)
-        if key not in known:
-            run = tmp_path_factory.mktemp("whole")/"run"; run.mkdir()
-            status, said = go(words, run, ranks=ranks)
-            assert not any(status), said
-            known[key] = kills.left(run)
-        return known[key]
-    return of
+def models(num_classes=10):
+    torch.manual_seed(0)
+    teacher = basd.create_teacher("vit_tiny_patch16_224", untrained=True, embed_dim=36, num_heads=3, num_classes=num_classes,
+                                  **VIT | dict(img_size=24))
+    return basd.create_student(num_classes=num_classes, width=24, heads=3, **VIT), teacher
 
 
-def ends_equal(words, run, whole, ranks=1, but=()):
-    status, said = go(words, run, ranks=ranks)
-    assert not any(status), said
-    assert [k for k in kills.different(run, whole) if k not in but] == []
+def batch(n=8): return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 10
 
 
-SAVED = ("previous.pt",)    # after a signal at any time it may be what that saved, where an undisturbed run saves nothing
+def test_a_dozen_names():
+    assert basd.__all__ == NAMES and {*NAMES} <= {*dir(basd)}
+    for name in NAMES: assert callable(getattr(basd, name)) or name in ("METHODS", "LOSSES"), name
+    assert {"basd", "ce", "distill", "match"} <= {*basd.METHODS} and {"rkd", "cka"} <= {*basd.LOSSES}
+    assert basd.TappedModel(timm.create_model("resnet18")).names
+    with pytest.raises(AttributeError, match="no attribute 'create_taks'; did you mean 'create_task'?"): basd.create_taks
+    with pytest.raises(AttributeError, match="no attribute 'wonder'$"): basd.wonder
+    assert not hasattr(basd, "__wrapped__")
 
 
-DANGEROUS = [("start: environment written, no recipe", 1), ("checkpoint: half written", 1),
-             ("step: weights new, average old", 4), ("step: half a row", 1), ("evaluation: inside", 1),
-             ("epoch: best new, last old", 1), ("checkpoint: previous linked", 1),
-             ("checkpoint: previous renamed, last not", 2), ("epoch: between two", 1),
-             ("end: student written, no result", 1)]
+def test_import_is_light():
+    "Neither torch nor anything else that is slow is imported before a name is used"
+    code = ("import sys, time; t = time.perf_counter(); import basd; t = time.perf_counter() - t; dir(basd); "
+            "print(t, *({'torch', 'timm', 'numpy', 'matplotlib', 'pydantic', 'fastcore', 'yaml'} & sys.modules.keys()))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert out[1:] == [] and float(out[0]) < .1
 
 
-def test_sigkill_at_dangerous_moments(run, undisturbed):
-    for kill in DANGEROUS:
-        status, said = go(HELPED, run, kill)
-        assert status == [-signal.SIGKILL], f"{kill} never came: {said}"
-    ends_equal(HELPED, run, undisturbed(HELPED))
+def test_submodules_are_not_hidden():
+    "The names of the face are not those of rooms, so `basd.methods` stays a package"
+    import basd.methods.basd
+    assert basd.methods.basd.BASD is basd.METHODS.get("basd")
+    assert not {*NAMES} & {*os.listdir(os.path.dirname(basd.__file__))}
 
 
-def test_sigkill_at_any_time(run, undisturbed):
-    chance = random.Random(0)
-    for _ in range(2):
-        processes = kills.launch([*HELPED, "--run-dir", run, "--resume"], run.parent/"out.txt")
-        kills.wait_for_training(processes, run)
-        kills.end(processes, after=chance.uniform(0, .4))
-    ends_equal(HELPED, run, undisturbed(HELPED))
+def options_that_a_plain_loop_serves():
+    "method → its options here, or the sentence of its refusal"
+    found = {name: {} for name in basd.METHODS}
+    found["basd"] = SMALL
+    if "basd_literal" in found: found["basd_literal"] = SMALL
+    found["match"] = dict(losses=dict(rkd={}))
+    found["pocl"] = "a callback of the trainer"
+    return found
 
 
-def test_sigkill_inside_a_cache_build(run, tmp_path):
-    words = lambda name: [*CACHED, f"teacher.cache={tmp_path/name}"]
-    whole = tmp_path/"whole"/"run"; whole.mkdir(parents=True)
-    assert go(words("calm"), whole)[0] == [0]
-    for kill in (("cache: note not renamed", 1), ("cache: shard half written", 3), ("cache: shard not renamed", 1),
-                 ("cache: shard renamed", 1)):
-        assert go(words("killed"), run, kill)[0] == [-signal.SIGKILL], kill
-    ends_equal(words("killed"), run, kills.left(whole))
-    files = lambda name: {p.name: p.read_bytes() for p in (tmp_path/name).glob("shard-*")}
-    assert len(files("calm")) == 3 and files("calm") == files("killed") and not list((tmp_path/"killed").glob(".*"))
+@pytest.mark.parametrize("method", [*basd.METHODS])
+def test_every_method_in_a_plain_loop(method):
+    student, teacher = models()
+    options, teachers = options_that_a_plain_loop_serves()[method], teacher
+    needs_several = method in ("amtml", "diverse")
+    if needs_several: teachers = [teacher, models()[1]]
+    if isinstance(options, str):
+        with pytest.raises(ValueError, match=options): basd.create_task(method, student, teachers)
+        return
+    task = basd.create_task(method, student, teachers, **options)
+    optimizer, (x, y), before = torch.optim.SGD(task.parameters(), lr=.01), batch(), copy.deepcopy(student.model.state_dict())
+    for step in range(2):
+        out = task(x, y, step=step, total_steps=2)
+        assert_close(out["loss"], sum(out["losses"].values()))
+        assert out["output"].shape == (8, 10)
+        out["loss"].backward()
+        optimizer.step(); optimizer.zero_grad(); task.after_update()
+    assert task.student.model is student.model and not any(p.requires_grad for p in teacher.parameters())
+    assert any((v != before[k]).any() for k, v in student.model.state_dict().items())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_signals_to_the_group(run, undisturbed, ranks):
-    "All ranks and their workers get the signal: at the start, inside a step and an evaluation, at any time"
-    words, out = [*TRAIN, "data.workers=2"], run.parent/"out.txt"
-    for moment, number, at in (("start: recipe not renamed", signal.SIGINT, None),
-                               ("step: between gradients and optimizer", signal.SIGTERM, 1),
-                               ("evaluation: inside", signal.SIGINT, 4)):
-        status, said = go(words, run, (moment, 1, number), ranks=ranks, together=True)
-        assert status == [0]*ranks and "stopped on request" in said and "Traceback" not in said, said
-        assert kills.step(run) == at and not [r for r in kills.rows(run) if r["kind"] == "epoch"] if at else True
-    out.write_text("")
-    processes = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=ranks, together=True)
-    kills.wait_for_training(processes, run)
-    status = kills.stop_all(processes, signal.SIGTERM, after=random.Random(ranks).uniform(0, .3))
-    assert status == [0]*ranks and "Traceback" not in out.read_text(), out.read_text()
-    ends_equal(words, run, undisturbed(TRAIN, ranks=ranks), ranks=ranks, but=SAVED)          # workers change nothing
+def one_step(folder):
+    "The gradients of a task under DDP, on this rank's share of the batch"
+    student, teacher = models()
+    task = basd.create_task("basd", student, teacher, precision="float32", **SMALL).double()
+    model = DistributedDataParallel(task) if world_size() > 1 else task
+    x, y = batch()
+    x, y = x[rank()::world_size()].double(), y[rank()::world_size()]
+    out = model(x, y, **AT)
+    out["loss"].backward()
+    return {n: p.grad for n, p in task.named_parameters() if p.grad is not None}
 
 
-def test_a_rank_that_dies(run, undisturbed):
-    "The other rank ends within the limit and names the last checkpoint"
-    status, said = go(TRAIN, run, ("step: between gradients and optimizer", 6), ranks=2, dies=1)
-    assert status == [2, -signal.SIGKILL]
-    assert "has lost another rank" in said and "last.pt holds step 4" in said and "Traceback" not in said
-    ends_equal(TRAIN, run, undisturbed(TRAIN, ranks=2), ranks=2)
+def test_two_ranks_equal_one(tmp_path):
+    one, two = (on_ranks(one_step, tmp_path, ranks=ranks, folder=tmp_path) for ranks in (1, 2))
+    assert one.keys() == two.keys() and len(one) > 20
+    for k in one: assert_close(two[k], one[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_a_rank_that_is_stopped(run, asked):
-    "Its connections stay open. The other rank names the rank it waits for, and ends at the limit or on a signal"
-    words = [*TRAIN, "train.epochs=100", f"train.rank_timeout={30 if asked else 6}"]
-    out = run.parent/"out.txt"
-    ranks = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=2)
-    kills.wait_for_training(ranks, run)
-    os.kill(ranks[1].pid, signal.SIGSTOP)
-    if asked:
-        while "waits for rank 1, not heard of for" not in out.read_text() and ranks[0].exitcode is None: time.sleep(.1)
-        os.kill(ranks[0].pid, signal.SIGTERM)
-    ranks[0].join(kills.LIMIT)
-    ranks[1].kill(); ranks[1].join()
-    said = out.read_text()
-    assert ranks[0].exitcode == 2 and "Traceback" not in said, said
-    assert "waits for rank 1, not heard of for" in said
-    assert ("stopped on request while it waits for rank 1" if asked else "has lost another rank") in said
+@pytest.mark.parametrize("how", ["task", "torch"])
+def test_compiled(how):
+    "`task.compile()` compiles student, teacher and method, `torch.compile(task)` leaves all as it is; the loss and gradients are equal"
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    plain = basd.create_task("basd", *models(), **SMALL)
+    other = copy.deepcopy(plain)
+    quick = other.compile(backend=backend) if how == "task" else torch.compile(other, backend=backend)
+    (x, y), grads = batch(), []
+    for task, model in ((plain, plain), (quick, other)):
+        out = task(x, y, **AT)
+        out["loss"].backward()
+        grads.append([out["loss"], *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*grads, strict=True): assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(graphs) == (2 if how == "task" else 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_torchrun_passes_a_signal_on(number, run, undisturbed):
-    "torchrun's status is that of a stopped launcher; each rank ends with status 0, and nothing is lost"
-    out = run.parent/"out.txt"
-    with open(out, "w") as file:
-        job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-                                "basd", *TRAIN, "data.workers=2", "--run-dir", str(run), "--resume"], stdout=file,
-                               stderr=file, env={**os.environ, **kills.ENVIRONMENT}, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    kills.wait_for_training([Started(job)], run)
-    os.killpg(job.pid, number)
-    job.wait(kills.LIMIT)
-    said = out.read_text()
-    assert "stopped on request and saved" in said and "exitcode" not in said and "DataLoader" not in said, said
-    ends_equal([*TRAIN, "data.workers=2"], run, undisturbed(TRAIN, ranks=2), ranks=2, but=SAVED)
+def test_state_is_that_of_student_and_method():
+    "A task resumes from its state dictionary; the teacher is not in it, stays in evaluation mode and moves with the task"
+    (student, teacher), (x, y) = models(), batch()
+    task = basd.create_task("basd", student, teacher, **SMALL)
+    assert not any("teacher" in k for k in task.state_dict())
+    task.train(); assert not task.teacher.training
+    task.double(); assert next(task.teacher.parameters()).dtype == torch.float64
+    task.float()
+    task(x, y, **AT)["loss"].backward(); task.after_update()
+    again = basd.create_task("basd", *models(), seed=5, **SMALL)
+    again.load_state_dict(task.state_dict())
+    assert_close(again(x, y, **AT)["loss"], copy.deepcopy(task)(x, y, **AT)["loss"])
+    assert {f"student.model.{n}" for n in student.model.no_weight_decay()} <= task.no_weight_decay()
 
 
-class Started:
-    "A process of `subprocess`, as `kills` looks at those of `multiprocessing`"
-    def __init__(self, process): self.process = process
-
-    @property
-    def exitcode(self): return self.process.poll()
-
-
-def test_torchrun_starts_it_again(run, undisturbed):
-    "The same line serves for the first start and for the restart, which goes on from last.pt"
-    out = run.parent/"out.txt"
-    assert kills.torchrun([*TRAIN, "--run-dir", run, "--resume"], [("checkpoint: half written", 3, 0)],
-                          out) == 0, out.read_text()
-    assert kills.different(run, undisturbed(TRAIN, ranks=2)) == []
+@pytest.mark.parametrize("name, more", [("basd", dict(losses=dict(cka={}))), pytest.param("basd_fourier", {}, marks=pytest.mark.slow)])
+def test_a_task_goes_to_another_process(name, more, tmp_path):
+    "A task that is pickled here and read by a fresh interpreter outputs the same loss there"
+    task, (x, y) = basd.create_task(name, *models(), **more).eval(), batch()
+    (tmp_path/"task.pkl").write_bytes(pickle.dumps((task, x, y, AT)))
+    code = ("import pickle, sys\nwith open(sys.argv[1], 'rb') as f: task, x, y, at = pickle.load(f)\n"
+            "print(task(x, y, **at)['loss'].item())")
+    there = subprocess.run([sys.executable, "-c", code, str(tmp_path/"task.pkl")], capture_output=True, text=True, check=True)
+    assert float(there.stdout) == pytest.approx(task(x, y, **AT)["loss"].item(), rel=1e-6)
 
 
-def test_two_processes_in_one_run(run):
-    first = kills.launch([*TRAIN, "train.epochs=100", "--run-dir", run], run.parent/"first.txt")
-    kills.wait_for_training(first, run)
-    status, said = go([*TRAIN, "train.epochs=100"], run)
-    alive = first[0].exitcode is None
-    kills.end(first, after=0)
-    assert alive and status == [2] and "another process is training" in said
+def test_one_hot_labels_and_resized_teacher():
+    (student, teacher), (x, y) = models(), batch()
+    ce = basd.create_task("distill", student, teacher, alpha=.5).eval()
+    with torch.no_grad():
+        a, b, c = (ce(x, t, view, **AT)["loss"] for t, view in
+                   ((y, None), (F.one_hot(y, 10).float(), None),
+                    (y, F.interpolate(x, (24, 24), mode="bicubic", antialias=True).clamp(0, 1))))
+    assert_close(a, b); assert_close(a, c)
 
 
-def complained(run, status, said, words):
-    "Check for one error sentence and no temporary files"
-    last = said.strip().splitlines()[-1]
-    assert (status == [2] and last.startswith("basd: ") and all(w in last for w in words)
-            and "Traceback" not in said), said
-    assert not [p.name for p in run.iterdir() if p.name[0] == "." and p.name != ".lock"]
+TINY_RUN = dict(data=dict(train_size=96, val_size=64, batch_size=32, workers=0), views=dict(crop_scale=(.5, 1.)),
+                student=dict(depth=2), train=dict(epochs=1, warmup_epochs=0, log_every=1))
 
 
-def test_no_room(run, undisturbed):
-    "No file may grow beyond 500 kB, which stands for a full disk where none can be mounted"
-    go(ALONE, run, ("epoch: between two", 1))
-    status, said = go(ALONE, run, room=500_000)
-    complained(run, status, said, ["file too large", "last.pt holds step 4", "make room"])
-    ends_equal(ALONE, run, undisturbed(ALONE))
+def test_recipes_from_python(tmp_path):
+    "Changes as texts and as sections are the same; a run has its directory and is evaluated there"
+    given = basd.load_recipe("digits/rkd", "train.epochs=1", ["data.workers=0"])
+    assert isinstance(given["rkd"], basd.Recipe) and (given["rkd"].train.epochs, given["rkd"].data.workers) == (1, 0)
+    found = basd.train("digits", "stages.ce=null", "stages.basd=null", run_dir=tmp_path/"run", bars=False, **TINY_RUN)
+    run = found["teacher"]["run"]
+    assert run == str(tmp_path/"run"/"teacher") and basd.load_recipe(f"{run}/recipe.yaml")[""].views.crop_scale == (.5, 1.)
+    judged = basd.evaluate(run)
+    assert abs(judged["best"]["top1"] - found["teacher"]["test"]["best"]["top1"]) < 1e-4
+    with pytest.raises(ValueError, match="unknown key train.epoch "): basd.train("digits", train=dict(epoch=3))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk; test_no_room stands for this one")
-def test_full_disk(run, undisturbed):
-    mount = lambda *options: subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(run)],
-                                            capture_output=True, text=True)
-    made = mount("-o", "size=2m")
-    if made.returncode:
-        pytest.skip(f"no small disk can be mounted here ({made.stderr.strip()}); test_no_room stands for this one")
-    try:
-        status, said = go(ALONE, run)
-        complained(run, status, said, ["no space left", "last.pt holds step 3", "make room"])
-        assert not mount("-o", "remount,size=16m").returncode
-        ends_equal(ALONE, run, undisturbed(ALONE))
-    finally: subprocess.run(["umount", str(run)], check=True)
-
-
-def test_damaged_checkpoint(run, undisturbed):
-    ("One bit turned over, at several places, or half of the file gone: nothing is touched, "
-     "and the checkpoint before is offered")
-    go(ALONE, run, ("end: before the test split", 1))
-    whole, good, chance = (run/"last.pt").read_bytes(), kills.state_of(run), random.Random(0)
-    at = whole.index(b"data/0")                                                      # from here on, tensors
-    flips = [chance.randrange(8*at, 8*len(whole)) for _ in range(40)]
-    refused = 0
-    for flip in [None, *flips]:
-        content = bytearray(whole)
-        if flip is None: del content[len(content)//2:]
-        else: content[flip//8] ^= 1 << flip % 8
-        (run/"last.pt").write_bytes(content)
-        try: assert kills.state_of(run) == good                              # or it hit unused bytes
-        except ValueError: refused += 1
-    assert refused > 30
-    (run/"last.pt").write_bytes(whole[:len(whole)//2])
-    files = lambda: {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name[0] != "."}
-    before = files()
-    status, said = go(ALONE, run)
-    complained(run, status, said, ["last.pt", "rename previous.pt to last.pt", "go on from step 6"])
-    assert files() == before
-    (run/"previous.pt").rename(run/"last.pt")
-    ends_equal(ALONE, run, undisturbed(ALONE))
+def test_compare_from_python(tmp_path):
+    "A list of recipes under one budget; rows, one per entry"
+    words = ["data.train_size=96", "data.val_size=64", "data.batch_size=32", "data.workers=0",
+             "train.epochs=1", "train.warmup_epochs=0"]
+    found = basd.compare(["kd", "digits/rkd"], seeds=1, overrides=words, folder=tmp_path/"race")
+    assert [r["name"] for r in found["rows"]] == ["ce", "kd", "rkd"] and not any(r["failed"] for r in found["rows"])

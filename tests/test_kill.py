@@ -133,20 +133,20 @@ def test_a_rank_that_is_stopped(run, asked):
     assert ("stopped on request while it waits for rank 1" if asked else "has lost another rank") in said
 
 
-def test_torchrun_passes_a_signal_on(run, undisturbed):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_torchrun_passes_a_signal_on(number, run, undisturbed):
     "torchrun's status is that of a stopped launcher; each rank ends with status 0, and nothing is lost"
     out = run.parent/"out.txt"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with open(out, "w") as file:
-            job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-                                    "basd", *TRAIN, "data.workers=2", "--run-dir", str(run), "--resume"], stdout=file,
-                                   stderr=file, env={**os.environ, **kills.ENVIRONMENT}, start_new_session=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-        kills.wait_for_training([Started(job)], run)
-        os.killpg(job.pid, number)
-        job.wait(kills.LIMIT)
-        said = out.read_text()
-        assert "stopped on request and saved" in said and "exitcode" not in said and "DataLoader" not in said, said
+    with open(out, "w") as file:
+        job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+                                "basd", *TRAIN, "data.workers=2", "--run-dir", str(run), "--resume"], stdout=file,
+                               stderr=file, env={**os.environ, **kills.ENVIRONMENT}, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    kills.wait_for_training([Started(job)], run)
+    os.killpg(job.pid, number)
+    job.wait(kills.LIMIT)
+    said = out.read_text()
+    assert "stopped on request and saved" in said and "exitcode" not in said and "DataLoader" not in said, said
     ends_equal([*TRAIN, "data.workers=2"], run, undisturbed(TRAIN, ranks=2), ranks=2, but=SAVED)
 
 
