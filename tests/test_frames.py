@@ -53,6 +53,15 @@ def test_former_names_are_the_recipes_that_they_were():
     for pair in ("digits/rkd", "ablations/basd_map_mean", "rkd@digits"): assert digest(pair) == FORMER[pair.split("/")[-1].split("@")[0]]
 
 
+def test_a_file_changes_the_stage_that_it_extends(tmp_path):
+    "Its stage is called as in the packaged recipe, whatever the file is called"
+    (tmp_path/"mine.yaml").write_text("extends: kd\nstages: {kd: {method: {T: 2.0}, train: {lr: 0.1}}}")
+    found = load_recipe(str(tmp_path/"mine.yaml"))
+    assert [*found] == [*load_recipe("kd")] and (found["kd"].method.options.T, found["kd"].train.lr) == (2., .1)
+    (tmp_path/"other.yaml").write_text("extends: cka\nmethod: {student_layers: [0, 2]}")
+    assert load_recipe(str(tmp_path/"other.yaml"))["cka"].method.options.student_layers in ([0, 2], (0, 2))
+
+
 @pytest.mark.parametrize("frame", frame_names())
 def test_each_method_goes_with_each_frame_or_says_why_not(frame):
     refused = {}

@@ -192,7 +192,9 @@ def merge_override(
         if 'data' in tree and names[0] != home:
             raise ValueError(f"{recipe} has images and models of its own, so it is not put on another frame; name a method, as "
                              f"kd@{names[0]}: basd recipes lists them")
-        tree = put_on_frame(tree, about, names[0], re.sub(r'[^\w.+-]+', '_', chain[0][0].stem))
+        # the stage is called as in the packaged recipe that a file extends, so that the file can change it
+        base = next((p for p,_ in chain if RECIPES_DIR in p.parents), chain[0][0])
+        tree = put_on_frame(tree, about, names[0], re.sub(r'[^\w.+-]+', '_', base.stem))
         if names[0] != home: tree['name'] += f'-on-{names[0]}'
     check_stages(tree.get('stages'))
     return tree, [p for p,_ in chain] + files
