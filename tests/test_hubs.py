@@ -5,12 +5,11 @@ import sys
 import pytest
 import torch
 from basd.cli import main
-from basd.core import registry
 from basd.core.registry import trusting
 from basd.models.students import create_student, load_student
 from basd.models.teachers import create_teacher
 from forks import state_of
-from test_doors import MODULE, forget
+from test_doors import forget, here as with_models    # noqa: F401 (a fixture)
 
 HUBCONF = '''
 dependencies = ["torch", "timm"]
@@ -28,15 +27,10 @@ GRAY = ["teacher.mean=[0, 0, 0]", "teacher.std=[1, 1, 1]"]
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    monkeypatch.setattr(registry, "_admitted", set())
-    (tmp_path/"own_doors.py").write_text(MODULE)
-    (tmp_path/"hub").mkdir()
-    (tmp_path/"hub"/"hubconf.py").write_text(HUBCONF)
-    yield tmp_path
-    sys.modules.pop("own_doors", None)
+def here(with_models):
+    (with_models/"hub").mkdir()
+    (with_models/"hub"/"hubconf.py").write_text(HUBCONF)
+    return with_models
 
 
 def story(words, run, capsys, monkeypatch):
