@@ -4,6 +4,10 @@ __version__ = "0.1.0"
 import importlib
 import os
 
+try: import basd_distill        # a module that this distribution alone has
+except ModuleNotFoundError: basd_distill = None     # this folder was copied without it
+else: basd_distill.refuse(__file__)
+
 # Threads that wait for each other spin by default, for milliseconds (GNU's OpenMP) or a fifth of a second (Intel's). On a
 # machine that others use, the thread that they wait for is not running meanwhile. So they spin briefly, then sleep;
 # page 08 says what it is worth. It counts only where torch has not been imported yet, and never against the user's words.
@@ -34,6 +38,7 @@ def __getattr__(name):
         module, _, attribute = _public[name].partition(':')
         globals()[name] = found = getattr(importlib.import_module(f'basd.{module}'), attribute)
         return found
+    if name == 'main' and basd_distill: return basd_distill.other_command       # what that project's command calls
     from difflib import get_close_matches
     near = get_close_matches(name, _public, 1)
     raise AttributeError(f"module 'basd' has no attribute {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")

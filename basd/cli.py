@@ -412,7 +412,7 @@ def parser()->argparse.ArgumentParser:
     k.add_argument('name', nargs='?', help='section, method, loss, selector, recipe or key; without it, an overview')
     k.add_argument('--json-schema', action='store_true', help='print the JSON schema of recipes, from which editors complete')
     i = sub.add_parser('completion', help='print a script that completes commands, options, recipes and keys in a shell',
-                       description='For bash, in ~/.bashrc: eval "$(basd completion bash)". Needs shtab (pip install basd[completion]).')
+                       description='For bash, in ~/.bashrc: eval "$(basd completion bash)". Needs shtab (pip install basd-distill[completion]).')
     i.add_argument('shell', choices=('bash', 'zsh'))
     r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
     r.add_argument('name', nargs='?', help='print this recipe: a packaged one, or a .yaml file')
@@ -645,7 +645,7 @@ def completion_text(
 )->str:
     "Script that completes the command in a shell"
     try: import shtab
-    except ImportError: raise ValueError("completion is made by shtab, which is not installed; pip install basd[completion]") from None
+    except ImportError: raise ValueError("completion is made by shtab, which is not installed; pip install basd-distill[completion]") from None
     p, keys = parser(), ' '.join(f'{k.key}=' for n in recipe_sections()['frame'] for k in recipe_keys(n))
     names, sections = ' '.join(recipe_names()), ' '.join(n for group in recipe_sections().values() for n in group)
     words = dict(frame=' '.join(frame_names()), recipe=names, recipes=f'{names} {keys}', overrides=keys, name=f'{names} {sections}')

@@ -283,9 +283,9 @@ def load_run_recipe(
 # %% ../../nbs/runs/62_run_directory.ipynb #1479ebc3
 def environment()->dict:
     "Versions, hardware and git state of this process"
-    names = ['basd', 'torch', 'torchvision', 'timm', 'numpy', 'scikit-learn', 'pydantic']
+    names = ['torch', 'torchvision', 'timm', 'numpy', 'scikit-learn', 'pydantic']
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(versions={n: _version(n) for n in names}, python=platform.python_version(),
+    return dict(versions=dict(basd=basd.__version__) | {n: _version(n) for n in names}, python=platform.python_version(),
                 system=platform.system(), machine=platform.machine(),
                 cpus=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, ranks=world_size(), git=_git())
 
