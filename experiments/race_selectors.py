@@ -126,6 +126,13 @@ def placed(given, all_of, count):
     return [all_of[(i + 1)*len(all_of)//count - 1] if isinstance(i, int) and i >= 0 else i for i in given]
 
 
+def digest(tree):
+    "Eight digits that depend on nested settings and not on the order of their keys"
+    ordered = lambda x: ({k: ordered(x[k]) for k in sorted(x)} if isinstance(x, dict) else
+                         [*map(ordered, x)] if isinstance(x, (list, tuple)) else x)
+    return fingerprint(ordered(tree))[:8]
+
+
 def recipe_of(frame, entry, recipe, seed, local, teacher):
     "The recipe of a run, and what distinguishes it from other runs of its seed"
     if entry == "ce_as_long" and "as_long" not in frame: raise ValueError("what a step costs has not been measured in this frame")
@@ -145,12 +152,12 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
         tree["method"]["teacher_layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
     if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(distill_weight=.3) | (SAMPLED if frame.get("sampled") else {}))
     told = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
-    key = fingerprint([told, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])[:8]
+    key = digest([told, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])
     if recipe is not None and teacher:
         needs = objective.requires(build_recipe({k: v for k,v in tree.items() if k != "teacher"}).method.options)
         tree["teacher"] = tree.get("teacher", {}) | dict(run=str(teacher))
         if "views" in frame:
-            what = fingerprint([needs.teacher_layers, needs.attention, tree["views"]["crop_scale"], tree["views"]["flip"]])[:8]
+            what = digest([needs.teacher_layers, needs.attention, tree["views"]["crop_scale"], tree["views"]["flip"]])
             tree["teacher"] |= dict(cache=str(teacher.parents[1]/"caches"/f"{teacher.name}-{what}"),
                                     cache_views=frame["views"])
     else: tree.pop("teacher", None)
@@ -161,7 +168,7 @@ def teacher_runs(frame, seeds, folder, local):
     "seed → the run of its teacher"
     tree = merge_recipes(merge_recipes(frame["base"], local), frame["teacher"])
     tree = merge_recipes(tree, dict(train=dict(log_gradients=True))) | dict(method=dict(name="ce"))
-    key = fingerprint([merge_recipes(tree, dict(student=dict(checkpoint=None))) | dict(data=frame["base"]["data"])])[:8]
+    key = digest([merge_recipes(tree, dict(student=dict(checkpoint=None))) | dict(data=frame["base"]["data"])])
     out = {}
     for seed in seeds:
         s = 0 if frame.get("once") else seed

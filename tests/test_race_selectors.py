@@ -49,6 +49,20 @@ def test_keys_do_not_depend_on_the_place_of_the_data():
     assert len(keys) == 1
 
 
+def test_keys_do_not_depend_on_the_order_of_settings():
+    assert race.digest(dict(a=1, b=[dict(c=2, d=3)])) == race.digest(dict(b=[dict(d=3, c=2)], a=1)) != race.digest(dict(a=1, b=[dict(c=3, d=2)]))
+
+
+@pytest.mark.parametrize("file", sorted((root/"experiments"/"results").glob("selectors_*.json")), ids=lambda p: p.stem)
+def test_recorded_rows_are_of_the_recipes_of_today(file):
+    "The script would leave out rows of another recipe"
+    frame = file.stem.removeprefix("selectors_")
+    rows = json.loads(file.read_text())["runs"]
+    keys = {e: race.recipe_of(race.FRAMES[frame], e, race.entries()[e], 0, photos if "cifar" in frame else {}, Path("/runs/teachers/t-0"))[1]
+            for e in sorted({r["entry"] for r in rows})}
+    assert [] == [(r["entry"], r["seed"]) for r in rows if r["key"] != keys[r["entry"]]]
+
+
 def test_indices_keep_their_relative_depth():
     assert race.placed([5], list(range(12)), 6) == [11] and race.placed([0, 1, 2, 3], [1, 3, 5, 7], 4) == [1, 3, 5, 7]
     assert race.placed("all", [1, 3], 6) == [1, 3] and race.placed(["norm", -1], [1, 3], 6) == ["norm", -1]
