@@ -17,7 +17,7 @@ setup(
     classifiers=[f"Development Status :: {cfg['status']} - {status}", "Intended Audience :: Science/Research",
                  *(f"Programming Language :: Python :: {v}" for v in ("3", "3.10", "3.11", "3.12", "3.13"))],
     packages=find_packages(include=["basd", "basd.*"]), py_modules=["basd_distill"],
-    package_data={"basd": ["*.mplstyle", "*.json", "recipes/*.yaml", "recipes/*/*.yaml"]},
+    package_data={"basd": ["*.mplstyle", "*.json", "recipes/*.yaml", "recipes/*/*.yaml", "py.typed", "*.pyi", "*/*.pyi"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "onnx": ["onnx", "onnxscript", "onnxruntime"], "completion": ["shtab"],
                                                              "guides": ["lightning-fabric>=2.5", "transformers>=5", "accelerate>=1.10"]},

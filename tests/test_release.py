@@ -1,12 +1,21 @@
-"What is released: one name, one version, and a refusal where another project's `basd` shares the folder"
+"What is released: its name, version, files and types, and a refusal where another project's `basd` shares the folder"
+import ast
+import inspect
+import os
 import re
 import subprocess
 import sys
+import tarfile
 from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import copy
+from zipfile import ZipFile
 
 import pytest
+import yaml
+
+import basd
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ConfigParser(delimiters=["="])
@@ -21,6 +30,80 @@ def test_names():
     assert set(CFG["console_scripts"].split()) == {"basd=basd_distill:start", "basd-distill=basd_distill:start"}
     for path in [ROOT/"README.md", *ROOT.glob("basd/**/*.py")]:
         assert not re.search(r"pip install '?basd(\[|['\s]|$)", path.read_text()), f"{path} installs another project"
+
+
+def test_version():
+    cited = yaml.safe_load((ROOT/"CITATION.cff").read_text())
+    assert CFG["version"] == basd.__version__ == cited["version"]
+    assert cited["title"] in (ROOT/"README.md").read_text() and cited["license"] == "Apache-2.0"
+    assert cited["cff-version"] == "1.2.0" and cited["message"] and cited["authors"] == [
+        {"name": CFG["author"], "email": CFG["author_email"]}]
+    assert cited["repository-code"] == CFG["git_url"] and cited["url"] == CFG["doc_host"] + CFG["doc_baseurl"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    "Names in the source distribution, and in the wheel that is made from it without the rest of the repository"
+    pytest.importorskip("setuptools")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("out")
+    for name in subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n"):
+        if (ROOT/name).is_file() and name.split("/")[0] not in ("experiments", "nbs") or name == "nbs/index.ipynb":
+            (source/name).parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT/name, source/name)
+    build = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+    def run(kind, folder):
+        done = subprocess.run([sys.executable, "-c", build, kind, str(out)], cwd=folder, capture_output=True, text=True, check=True)
+        return out/done.stdout.split()[-1]
+    with tarfile.open(run("build_sdist", source)) as tar:
+        tar.extractall(out, filter="data")
+        inside = {n.partition("/")[2] for n in tar.getnames()}
+    return inside, set(ZipFile(run("build_wheel", out/f"basd_distill-{basd.__version__}")).namelist())
+
+
+def test_files(built):
+    "The package and no more: neither tests, notebooks, tools nor results"
+    sdist, wheel = built
+    package = {p.relative_to(ROOT).as_posix() for p in (ROOT/"basd").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert {"basd/py.typed", "basd/__init__.pyi", "basd/page.mplstyle", "basd/recipe.schema.json", "basd/recipes/digits/digits.yaml"} <= package
+    extra = {n for n in wheel - package if ".dist-info/" not in n}
+    assert package <= wheel and extra == {"basd_distill.py"}
+    about = {n for n in sdist - package if n and "egg-info" not in n and "." in n.split("/")[-1]}
+    assert package <= sdist and about == {"basd_distill.py", "settings.ini", "setup.py", "setup.cfg", "pyproject.toml", "README.md",
+                                          "CHANGELOG.md", "CITATION.cff", "MANIFEST.in"}
+
+
+def test_stubs():
+    "Each public name is in the stub with the arguments that it has; the stubs are those that the package makes"
+    sys.path.insert(0, str(ROOT/"tools"))
+    try: import stubs
+    finally: sys.path.pop(0)
+    for path, text in stubs.stubs().items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)} is out of step; run python tools/stubs.py"
+    tree = ast.parse((ROOT/"basd/__init__.pyi").read_text())
+    functions = {n.name: [a.arg for a in n.args.posonlyargs + n.args.args + n.args.kwonlyargs] for n in tree.body
+                 if isinstance(n, ast.FunctionDef)}
+    named = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    for name, arguments in functions.items():
+        assert arguments == [p.name for p in inspect.signature(getattr(basd, name)).parameters.values() if p.kind in named], name
+    others = {a.asname for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
+    others |= {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign)} - {"__version__"}
+    assert {*functions} | others == {*basd.__all__}
+
+
+@pytest.mark.slow
+def test_types(tmp_path):
+    "`mypy --strict` accepts the script, and not one with each of six mistakes; half a minute, for the types of torch"
+    if not find_spec("mypy"): pytest.skip("mypy is not installed")
+    wrong = {"basd.create_taks": "attr-defined", "basd.create_student(num_classes='ten')": "arg-type", "TASK.follow()": "call-arg",
+             "basd.load_recipe('digits')['kd'].train.epoch = 3": "attr-defined", "STUDENT(1).logit": "attr-defined",
+             "with basd.tap(STUDENT.model) as taps: taps.wonder()": "attr-defined"}
+    script = tmp_path/"wrong.py"
+    script.write_text("\n".join(["import basd", "STUDENT = basd.create_student()", "TASK = basd.create_task('kd', STUDENT)", *wrong]))
+    done = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path/"cache"),
+                           str(ROOT/"tests/typed_script.py"), str(ROOT/"basd/__init__.pyi"), str(script)], cwd=tmp_path,
+                          env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True)
+    found = [(line.split(":")[0], line.split(":")[1], line.split("[")[-1][:-1]) for line in done.stdout.splitlines() if ": error: " in line]
+    assert found == [("wrong.py", str(i), kind) for i,kind in enumerate(wrong.values(), 4)], done.stdout + done.stderr
 
 
 @pytest.fixture

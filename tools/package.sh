@@ -15,9 +15,10 @@ unset PYTHONPATH
 import sys
 from pathlib import Path
 from zipfile import ZipFile
-repo, held = Path(sys.argv[1]), set(ZipFile(sys.argv[2]).namelist())
-wanted = {p.relative_to(repo).as_posix() for p in (repo/"basd").rglob("*") if p.suffix in (".py", ".yaml", ".json", ".mplstyle")}
-sys.exit(f"not in the wheel: {', '.join(sorted(wanted - held))}" if wanted - held else 0)
+repo, held = Path(sys.argv[1]), {n for n in ZipFile(sys.argv[2]).namelist() if ".dist-info/" not in n}
+kinds = ".py", ".pyi", ".typed", ".yaml", ".json", ".mplstyle"
+wanted = {"basd_distill.py", *(p.relative_to(repo).as_posix() for p in (repo/"basd").rglob("*") if p.suffix in kinds)}
+sys.exit(f"in the package or in the wheel alone: {', '.join(sorted(wanted ^ held))}" if wanted ^ held else 0)
 PYTHON
 
 "$python" -m venv "$there/env"

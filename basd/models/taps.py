@@ -7,7 +7,7 @@ __all__ = ['Taps', 'tap', 'TappedModel']
 
 # %% ../../nbs/models/40_taps.ipynb #657e9fa9
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -214,7 +214,7 @@ def tap(
     channels_last:bool|None=None, # maps are (B, h, w, D); None: worked out
     time_axis:bool=False,    # layers return (T, B, ...): means over time are read
     grid:tuple|None=None,    # (h, w) of the patches; None: worked out
-):
+)->Iterator[Taps]:
     "Watch the layers of `model` for the length of a `with` block; yields `Taps`"
     _refuse_compiled(model)
     taps = Taps(model, layers, attention, prefix, channels_last, time_axis, grid)

@@ -432,7 +432,7 @@ def load_recipe(
     *overrides,       # "key=value" texts, or lists of them
     trust:bool=False, # a recipe that was found in a run, too, may import code and fetch what it names
     say=None,         # called with a sentence about each change that goes to some stages only
-)->dict:              # stage → Recipe; the key is '' for a recipe without stages
+)->dict[str, Recipe]: # by stage; the key is '' for a recipe without stages
     "Read, merge, override and check a recipe"
     (tree, files), overrides = merge_override(name), as_overrides(*overrides)
     trust, found = trust or trusted(), any(map(_stored, files))
