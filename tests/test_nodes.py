@@ -1,4 +1,5 @@
-"Several nodes: two agents of torchrun, or srun alone, train what one agent with two ranks trains; and what a node must see"
+"Several nodes: two agents of torchrun, or srun alone, train what one agent with two ranks trains; what a node must see; other ranks on resuming"
+import json
 import os
 import socket
 import subprocess
@@ -7,8 +8,13 @@ import sys
 import pytest
 from conftest import TINY
 from forks import ENVIRONMENT, child, end, server, start, state_of
+from torch.testing import assert_close
 
 from basd.cli import main
+from basd.runs.metrics import read_metrics
+from basd.runs.recipes import load_recipe
+from basd.runs.run_directory import load_checkpoint
+from basd.training.build import build_trainer
 
 TRAIN = ["train", "basd_cifar10", *TINY, "train.precision=float32", "train.epochs=1", "train.warmup_epochs=0"]
 
@@ -72,3 +78,22 @@ def test_nodes_must_share_the_run_directory(tmp_path):
     said = (tmp_path/"out.txt").read_text()
     assert status == [2, 2] and "the files of run that rank 0 has are not those that rank 1 sees" in said and "Traceback" not in said, said
     assert not [*tmp_path.glob("disk_*/run/*")], "a refused start leaves no run"
+
+
+def test_resumed_on_another_number_of_ranks(tmp_path):
+    "One rank, then two: it is said once that the steps may differ, no step is lost or doubled, and without dropout they differ by rounding"
+    words = [*TRAIN[2:], "student.drop_path=0", "train.epochs=2", "train.log_gradients=false"]
+    def made(name): return build_trainer(load_recipe("basd_cifar10", words)[""], tmp_path/name, bars=False)
+    whole, half = made("whole"), made("half")
+    whole.fit()
+    half.agreed_to_stop = lambda: half.step >= 5
+    assert half.fit() is None
+    half.data.lock.close()                              # another process will train there
+    status = end(start(main, ["resume", str(tmp_path/"half")], out=tmp_path/"out.txt", ranks=2))
+    said = (tmp_path/"out.txt").read_text()
+    assert status == [0, 0] and said.count("goes on under another ranks: 1, 2 (before, now), so its steps from here on need not be those") == 1, said
+    rows = [[r["step"] for r in read_metrics(tmp_path/name, "step")] for name in ("whole", "half")]
+    assert rows[0] == rows[1] and rows[1][-1] == whole.data.total
+    weights = [load_checkpoint(tmp_path/name/"last.pt")["task"]["student.model.head.weight"] for name in ("whole", "half")]
+    assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
+    assert json.loads((tmp_path/"half"/"environment.json").read_text())["resumed"][0]["ranks"] == 2

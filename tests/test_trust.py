@@ -164,6 +164,18 @@ def test_a_module_of_ones_own(elsewhere, capsys, monkeypatch):
     assert main(["train", "basd_cifar10", *WORDS, "method.name=my_method:Evil", "--run-dir", "by_override"]) == 0
 
 
+def test_images_that_the_user_names(finished, here, capsys):
+    "A module that the command itself names is imported, by way of a recipe that may name none"
+    hostile(finished, here, HOSTILE["student"])
+    (here/"my_data.py").write_text("from basd.data.sources import open_source\ndef data(split): return open_source('digits', split)\n")
+    assert main(["evaluate", RUN, "--quick", "--on", "my_data:data"]) == 2 and "student.model='payload:model' would import code" in capsys.readouterr().err
+    shutil.copytree(finished, "fine")
+    for more in (["--quick"], ["--corrupted", "0"]): assert main(["evaluate", "fine", "--on", "my_data:data", *more]) == 0
+    assert "359 images" in capsys.readouterr().out and (here/"fine"/"report-my_data-data.json").is_file()
+    assert not (here/"mark").exists()
+    del sys.modules["my_data"]
+
+
 def test_a_race_of_ones_own(elsewhere, capsys):
     "A benchmark's processes find such a module, too"
     assert main(["compare", "mine/mine.yaml", "--seeds", "1", "--folder", "race", "--jobs", "2", "--set", *WORDS]) == 0

@@ -18,7 +18,7 @@ from .evaluation import accuracy_summary, evaluate_predictions, model_cost, plot
 from ..core.distributed import rank
 from ..core.files import write_atomic
 from ..core.processes import process_group
-from ..core.registry import METHODS
+from ..core.registry import METHODS, is_import_name, trusting
 from ..data.sources import ClassMismatch
 from ..runs.builders import (
     build_student, build_teacher, fetching, _granted_data, input_size, build_datasets, open_images, run_classes)
@@ -90,7 +90,8 @@ def _images_of(
     if on is None:
         train, fit, _, test = build_datasets(recipe, run)
         return train, fit, test
-    with fetching(recipe):
+    # what the caller names may be imported, what the run names may not
+    with fetching(recipe), trusting({on} if is_import_name(on) else (), Path.cwd()):
         try: return _others(recipe, on, _classes_of(run, recipe), run)
         except ClassMismatch: return _others(recipe, on)
 

@@ -138,6 +138,16 @@ def _with_baseline(
     race.baseline = baseline
 
 # %% ../../nbs/benchmark/86_entries.ipynb #dfc52565
+def _have_labels(
+    race:Comparison,
+):
+    "Raise an error if an entry is trained without labels"
+    for name,leg in race.rivals.items():
+        if leg.recipe.data.labels == 'none':
+            raise ValueError(f"{name} is trained without labels (data.labels=none), and a benchmark compares test accuracies, which such "
+                             "runs have not, nor are distillation losses of two methods comparable; train each with basd train, and "
+                             "compare k-NN of basd evaluate on the same labeled images")
+
 def _same_images(
     race:Comparison,
 ):
@@ -201,6 +211,7 @@ def build_comparison(
                              f"allowed: {', '.join(sorted(stages)) or 'none'}")
     race = Comparison()
     for recipe in recipes: add_recipe(race, recipe, overrides)
+    _have_labels(race)
     _with_baseline(race, baseline)
     _same_images(race)
     race.notes += _budget_notes(race)

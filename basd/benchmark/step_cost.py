@@ -37,7 +37,7 @@ from ..runs.recipes import Recipe, StudentRecipe, TeacherRecipe, load_recipe
 from ..runs.run_directory import environment
 from ..training.build import build_task, compile_model
 from ..training.callbacks import EMA, Constraints, MetricsLog, NonFiniteGuard, StepRecorder
-from ..training.optimizers import DOT, create_optimizer
+from ..training.optimizers import DOT, LossScale, create_optimizer
 from ..training.trainer import Trainer
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #5e0c9d31
@@ -75,7 +75,8 @@ def _callbacks(
     recorder, metrics = StepRecorder(), MetricsLog('.')
     ema = None if recipe.train.ema is None else ModelEmaV3(t.task.student, decay=recipe.train.ema, use_warmup=True)
     return [recorder, NonFiniteGuard(recipe, None, recorder, [] if ema is None else [ema]), Constraints(t.groups[1]), metrics,
-            *[EMA(ema)]*(ema is not None), *[DOT()]*(recipe.train.optimizer == 'dot'), *t.task.method.callbacks()]
+            *[EMA(ema)]*(ema is not None), *[LossScale(next(t.task.parameters()).device)]*(recipe.train.precision == 'fp16'),
+            *[DOT()]*(recipe.train.optimizer == 'dot'), *t.task.method.callbacks()]
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #7d62723d
 class StepCost:
@@ -95,7 +96,8 @@ class StepCost:
         r = replace(r, student=replace(r.student, pretrained=False, checkpoint=None, checkpoint_key=None),
                     teacher=_without_weights(r.teacher))
         self.recipe, self.classes, self.B = r, classes, r.data.batch_size//r.train.grad_accum_steps
-        self.task = build_task(r, classes, None, self.device).train()
+        bare = r.data.labels == 'none'                      # neither cross-entropy nor, as a rule, a head
+        self.task = build_task(r, 0 if bare else classes, None, self.device, float(not bare)).train()
         self.plain = build_student(r, classes, needs).to(self.device).train()
         self.plain_teacher = copy.deepcopy(self.task.teacher)
         self.plain_optimizer = torch.optim.AdamW(self.plain.parameters(), 1e-4, fused=True)

@@ -143,7 +143,7 @@ def _resized(
 @patch
 def prepare_batch(self:DistillationTask,
     images:Tensor,      # the student's view, (B, 3, h, w), in [0, 1] or as bytes
-    labels:Tensor,      # class numbers, -1 for unlabeled images, (B,); or probabilities, (B, C)
+    labels:Tensor|None=None, # class numbers, -1 for unlabeled images, (B,); or probabilities, (B, C); None: of a task without labels
     teacher_images:Tensor|None=None, # the teacher's view; the student's if None, resized where the teacher takes another size
     records:tuple|None=None, # positions in the data set (B,), and views (B,) or None, for the cache
     *,
@@ -157,10 +157,11 @@ def prepare_batch(self:DistillationTask,
     "Inputs of `compare`: everything that is drawn on the host, and the teacher's features"
     m, (step, total) = self.mixing, self.place(step, total_steps)
     _check_size(images, self.student)
-    if mix is None: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(labels), m.mixup, m.cutmix,
+    if labels is None and self.rarity: raise ValueError("this task learns from labels; give them with the images, or make it with labels=False")
+    if mix is None: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(images), m.mixup, m.cutmix,
                                      m.prob, images.device)
     x = mix_images(self.scaled(images), mix)
-    y = mix_labels(labels, self.classes, mix, m.smoothing) if self.rarity else torch.zeros(len(labels), self.classes, device=x.device)
+    y = mix_labels(labels, self.classes, mix, m.smoothing) if self.rarity else torch.zeros(len(images), self.classes, device=x.device)
     if self.rarity != 1: y = self.rarity*y                              # those without a label have none of it
     target, features, self.depth = Target(y, None if m.teacher else mix), None, self.method.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
@@ -175,7 +176,7 @@ def prepare_batch(self:DistillationTask,
 
 @patch
 @torch.compiler.disable
-def forward(self:DistillationTask, images, labels, teacher_images=None, records=None, **at)->dict:
+def forward(self:DistillationTask, images, labels=None, teacher_images=None, records=None, **at)->dict:
     "loss (), output (B, C), losses {name: ()} that sum to the loss, metrics {name: detached tensor}; arguments as of `prepare_batch`"
     given = self.prepare_batch(images, labels, teacher_images, records, **at)
     with self.amp_context(images.device), record_function('step/forward'): return self.learn(*given)
@@ -293,6 +294,27 @@ def _teacher_for(
     return tapped_at(t, t.names if needs.teacher_layers in (None, 'all') else needs.teacher_layers, needs.attention)
 
 # %% ../../nbs/training/69_task.ipynb #5c029a7e
+def _outputs_of(
+    student:TappedModel,
+    num_classes:int|None,
+    labels:bool|None,
+    name:str,    # of the method
+    needs:Requires,
+)->tuple: # C; are there labels
+    "Logits of a student, and whether it learns from labels; refuses what does not go together"
+    logits = student.infer_shapes(torch.zeros(1, *student.input_size, device=next(student.parameters()).device)).logits
+    has, labels = 0 if logits is None else logits.shape[1], logits is not None if labels is None else labels
+    if num_classes not in (None, has):
+        raise ValueError(f"num_classes={num_classes}, and the student has {f'{has} logits' if has else 'no head'}; "
+                         "give num_classes to create_student, or a module with a head for them")
+    why = (None if labels and has else 'labels=True' if labels else f'method {name!r} learns from labels alone' if not needs.teacher else
+           f'method {name!r} with these options reads the label of every image' if needs.labels else
+           f'method {name!r} compares logits' if needs.logits and not has else None)
+    if why:
+        raise ValueError(f"{'labels=False' if has else 'the student has no head'}, and {why}; give labels and a student with num_classes, "
+                         "or take a method that compares tokens alone, as basd or match")
+    return has, labels
+
 def _refuse_alone(
     method,      # instance
     name:str,
@@ -313,6 +335,7 @@ def create_task(
     teacher=None,              # of `create_teacher`, a module, or a list of several; not used if the method needs none
     *,
     num_classes:int|None=None, # C; None: as many as the student has logits
+    labels:bool|None=None,     # False: images alone, without cross-entropy; None: yes if the student has a head
     total_steps:int|None=None, # optimizer steps of the run; None: each call gives `step` and `total_steps`
     mixup:float=0.,            # α of MixUp's Beta distribution; 0: never
     cutmix:float=0.,           # α of CutMix's; 0: never
@@ -334,13 +357,10 @@ def create_task(
     if needs.teacher and teacher is None:
         raise ValueError(f"method {name!r} needs a teacher; give one, as create_teacher('vit_small_patch14_dinov2.lvd142m', pretrained=True)")
     student = _student_for(student, needs)
-    outputs = student.infer_shapes(torch.zeros(1, *student.input_size, device=next(student.parameters()).device)).logits
-    if outputs is None or num_classes not in (None, outputs.shape[1]):
-        raise ValueError(f"num_classes={num_classes}, and the student has {'no head' if outputs is None else f'{outputs.shape[1]} logits'}; "
-                         "give num_classes to create_student, or a module with a head for them")
-    task = assemble_task(kind, options, student, _teacher_for(teacher, needs) if needs.teacher else None, outputs.shape[1], seed=seed,
+    classes, labels = _outputs_of(student, num_classes, labels, name, needs)
+    task = assemble_task(kind, options, student, _teacher_for(teacher, needs) if needs.teacher else None, classes, seed=seed,
                          mixing=Mixing(mixup, cutmix, mix_prob, label_smoothing, mix_teacher_input), precision=precision,
-                         total_steps=total_steps, normalized=normalized)
+                         total_steps=total_steps, normalized=normalized, rarity=float(labels))
     _refuse_alone(task.method, name, needs)
     return task.train()
 
