@@ -25,10 +25,10 @@ def _check_png(
     "Compare the checksum of every chunk; raises `ValueError` at the first that is wrong, or if the file ends early"
     view, at = memoryview(raw), 8                                    # after the signature
     while at + 12 <= len(raw):
-        end = at + 8 + int.from_bytes(view[at:at + 4])
+        end = at + 8 + int.from_bytes(view[at:at + 4], 'big')
         kind = bytes(view[at + 4:at + 8])
         if end + 4 > len(raw): break
-        if zlib.crc32(view[at + 4:end]) != int.from_bytes(view[end:end + 4]):
+        if zlib.crc32(view[at + 4:end]) != int.from_bytes(view[end:end + 4], 'big'):
             raise ValueError(f"a chunk of the PNG, {kind.decode('ascii', 'replace')!r}, has a wrong checksum")
         if kind == b'IEND': return                                   # what follows is no part of the picture
         at = end + 4
