@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from forks import on_ranks
+from packaging.version import Version
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -123,7 +124,8 @@ def test_compiled(how):
         out["loss"].backward()
         grads.append([out["loss"], *(p.grad for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*grads, strict=True): assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert len(graphs) == (2 if how == "task" else 0)
+    whole = Version(torch.__version__) >= Version("2.14")      # torch 2.8 breaks them into more; equal results all the same
+    assert len(graphs) == 0 if how == "torch" else len(graphs) == 2 if whole else len(graphs) >= 2
 
 
 def test_state_is_that_of_student_and_method():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copy
@@ -14,6 +15,8 @@ from zipfile import ZipFile
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import basd
 
@@ -41,10 +44,74 @@ def test_version():
     assert cited["repository-code"] == CFG["git_url"] and cited["url"] == CFG["doc_host"] + CFG["doc_baseurl"]
 
 
+def test_tag(tmp_path):
+    "A tag is refused if any of the four places has another version, and accepted if none has"
+    sys.path.insert(0, str(ROOT/"tools"))
+    try: from check_tag import complaint
+    finally: sys.path.pop(0)
+    version = CFG["version"]
+    (tmp_path/"basd").mkdir()
+    for name in "settings.ini", "CITATION.cff", "basd/__init__.py": copy(ROOT/name, tmp_path/name)
+    (tmp_path/"CHANGELOG.md").write_text(f"# Changelog\n\n## {version}\n\n## 0.0.1\n")
+    assert complaint(f"v{version}", tmp_path) is None
+    assert complaint(version, tmp_path).startswith(f"the tag is {version} and settings.ini has version {version}; tag v{version}")
+    for name, sentence in (("CITATION.cff", "CITATION.cff has version 9.9.9"), ("basd/__init__.py", "basd/__init__.py has version 9.9.9"),
+                           ("CHANGELOG.md", "the first section of CHANGELOG.md is '9.9.9'"), ("settings.ini", "settings.ini has version 9.9.9")):
+        kept = (tmp_path/name).read_text()
+        (tmp_path/name).write_text(kept.replace(version, "9.9.9"))
+        assert sentence in complaint(f"v{version}", tmp_path)
+        (tmp_path/name).write_text(kept)
+
+
+def test_workflows():
+    "What workflows and issue forms name exists, and the versions of Python that they try are those that the package states"
+    flows = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT/".github/workflows").glob("*.yml")}
+    assert {"ci", "docs", "slow", "release"} == {*flows}
+    for name, flow in flows.items():
+        for job in flow["jobs"].values():
+            for step in job["steps"]:
+                assert ("run" in step) != ("uses" in step)
+                for path in re.findall(r"(?:python|bash|pytest -q --slow) ((?:tools|tests|\.ci)/\S+)", step.get("run", "")): assert (ROOT/path).is_file(), path
+        assert not {*(j for job in flow["jobs"].values() for j in [job.get("needs")] if j)} - {*flow["jobs"]}
+    tried = flows["ci"]["jobs"]["versions"]["strategy"]["matrix"]
+    assert tried == {"python": ["3.10", "3.11", "3.12", "3.13"], "which": ["lowest", "newest"]}
+    assert str(tried["python"]).replace("'", '"')[1:-1] in (ROOT/"setup.py").read_text() and CFG["min_python"] == tried["python"][0]
+    publish = flows["release"]["jobs"]["publish"]
+    assert publish["needs"] == "build" and publish["permissions"] == {"id-token": "write"} and publish["if"] == "github.event_name == 'push'"
+    for path in (ROOT/".github/ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        if path.stem == "config": continue
+        assert form["name"] and form["description"] and all(f["type"] in ("textarea", "input") and f["attributes"]["label"] for f in form["body"])
+        assert len({f["id"] for f in form["body"]}) == len(form["body"])
+
+
+def test_core_has_no_web_framework():
+    "What the package needs, and what that needs in turn, as it is installed here"
+    found, waiting = set(), CFG["requirements"].split()
+    while waiting:
+        need = Requirement(waiting.pop())
+        name = canonicalize_name(need.name)
+        if name in found or need.marker and not need.marker.evaluate({"extra": ""}): continue
+        found.add(name)
+        try: waiting += requires(name) or []
+        except PackageNotFoundError: pass       # for another system
+    assert {"torch", "numpy", "fastprogress", "huggingface-hub"} <= found
+    assert not found & set("aiohttp django fastapi flask python-fasthtml starlette tornado uvicorn werkzeug".split())
+
+
+def test_lowest_python():
+    "What Python 3.10 lacks, though its syntax allows it: the order of bytes has no default there"
+    for path in [*ROOT.glob("basd/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tools/*.py"), ROOT/"basd_distill.py"]:
+        for n in ast.walk(ast.parse(path.read_text(), feature_version=(3, 10))):
+            if isinstance(n, ast.Call) and getattr(n.func, "attr", "") in ("from_bytes", "to_bytes"):
+                order = 1 + (n.func.attr == "to_bytes")
+                assert len(n.args) >= order or "byteorder" in {k.arg for k in n.keywords}, f"{path}:{n.lineno}"
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     "Names in the source distribution, and in the wheel that is made from it without the rest of the repository"
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", "70.1")     # the first that makes wheels by itself
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("out")
     for name in subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n"):
         if (ROOT/name).is_file() and name.split("/")[0] not in ("experiments", "nbs") or name == "nbs/index.ipynb":
@@ -57,7 +124,7 @@ def built(tmp_path_factory):
     with tarfile.open(run("build_sdist", source)) as tar:
         tar.extractall(out, filter="data")
         inside = {n.partition("/")[2] for n in tar.getnames()}
-    return inside, set(ZipFile(run("build_wheel", out/f"basd_distill-{basd.__version__}")).namelist())
+    return inside, set(ZipFile(run("build_wheel", next(p for p in out.iterdir() if p.is_dir()))).namelist())
 
 
 def test_files(built):
