@@ -117,7 +117,7 @@ LONG = {
     "analysis/76_evaluation": "27 definitions, one for each figure of a report",
     "geometry/13_frequency_selector": "a second selector in full: profiles, distances, the module",
     "losses/29_cka": "the measure and the loss that is one minus it",
-    "data/46_sources": "36 definitions: four kinds of source behind one interface",
+    "data/46_sources": "40 definitions: six kinds of source behind one interface",
     "data/47_views": "28 definitions: views of an image, and the loader that makes them",
     "analysis/81_curvature": "22 definitions of one measurement: products, Lanczos, trace, slices",
     "losses/23_attention": "21 definitions of one loss, its samples and its published form",

@@ -187,6 +187,7 @@ FETCH = {"teacher": dict(teacher=dict(model="vit_tiny_patch16_224.augreg_in21k_f
          "teacher of the hub": dict(teacher=dict(model="hf-hub:nobody/nothing", pretrained=True)),
          "teacher by address": dict(teacher=dict(model="gcvit_xxtiny.in1k", pretrained=True)),
          "data": dict(data=dict(source="hfds/nobody/nothing", download=True)),
+         "stream": dict(data=dict(source="hfids/nobody/nothing", download=True)),
          "data of torchvision": dict(data=dict(source="torch/cifar10", root="nowhere", download=True))}
 
 

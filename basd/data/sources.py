@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['natural_order', 'number_labels', 'Source', 'ClassMismatch', 'stratified_split', 'IMAGE_ENDINGS', 'ImageFolderSource',
-           'without_labels', 'TableSource', 'open_source', 'ImageDataset']
+           'without_labels', 'TableSource', 'has_columns', 'open_source', 'ImageDataset']
 
 # %% ../../nbs/data/46_sources.ipynb #88251b4d
 import copy
 import glob
 import hashlib
+import importlib
+import logging
 import os
 import re
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -505,6 +507,72 @@ def _with_column(table, pictures, image, label_key, called, notes):
             if label_key is None and type(table.features[k]).__name__ == 'ClassLabel'][:1]
     return TableSource(pictures, labels, classes, called, said + notes)
 
+# %% ../../nbs/data/46_sources.ipynb #55596ef5
+_most_of_a_stream = 4 * 2**30 # bytes of decoded images
+
+def _needs(package, source):
+    "Refuse a source whose package is missing"
+    try: importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{source!r} needs the package {package}; pip install 'basd-distill[streams]'") from None
+
+@contextmanager
+def _complaints():
+    "Warnings that timm's readers log where an image is left out, as a list"
+    said, log, handler = [], logging.getLogger('timm.data.readers'), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)
+    try: yield said
+    finally: log.removeHandler(handler)
+
+def _collected(stream, called):
+    "All pairs of a stream, images decoded"
+    pairs, held = [], 0
+    for picture, label in stream:
+        try: pairs.append((decode_picture(picture), label))
+        except Exception as e: raise ValueError(f"image {len(pairs)} of {called} cannot be decoded ({e}); mend it or remove it") from e
+        held += pairs[-1][0].numel()
+        if held > _most_of_a_stream:
+            raise ValueError(f"{called} has {held/2**30:.1f} GiB of pixels in its first {len(pairs):,} images, and a stream is held in memory, "
+                             f"of at most {_most_of_a_stream/2**30:.1f} GiB, since it cannot be read out of order; unpack it into a folder, "
+                             "or read a table as hfds/")
+    return pairs
+
+# %% ../../nbs/data/46_sources.ipynb #fe4a5ca3
+def _open_stream(
+    kind:str,           # "wds" or "hfids"
+    name:str,           # folder of shards ("wds"); data set of the hub or folder of parquet files ("hfids")
+    split:str='train',  # as the source calls it; shards by name ("wds")
+    root=None,          # where the path of the shards starts ("wds"), or folder for the cache ("hfids")
+    image_key:str|None=None, # column of images; "image" if None; endings of images in a shard, as "jpg;png"
+    label_key:str|None=None, # column of labels; "label" if None; field of the .json in a shard, None: its .cls
+    download:bool=False,     # may the hub be used ("hfids")
+)->Source:
+    "The images of a stream, read once by timm's reader, in its order"
+    called = f'{kind}/{Path(name).name}/{split}'
+    _needs(dict(wds='webdataset', hfids='datasets')[kind], f'{kind}/{name}')
+    if kind == 'wds':
+        place = dict(root=os.path.abspath(Path(root or '')/name))
+        if not os.path.isdir(place['root']):
+            raise ValueError(f"{kind}/{name}: there is no folder {place['root']}; shards are read from a disk, so copy those of a server first")
+    else: # the number is of no consequence where an epoch is one pass
+        name, place = os.path.abspath(name) if os.path.isdir(name) else name, dict(root=root and str(root), num_samples=1)
+    try:
+        with nullcontext() if kind == 'wds' else _offline(not download):
+            stream = create_dataset(f'{kind}/{name}', split=split, input_img_mode='', input_key=image_key, target_key=label_key, **place)
+            stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1             # every rank has all images
+            with _complaints() as said: pairs = _collected(stream, called)
+    except Exception as e:
+        text = ' '.join(str(e).split())
+        raise ValueError(text if called in text else f"{called} cannot be read ({type(e).__name__}: {text}); name its splits with data.train_split and "
+                         "data.test_split, and what holds images and labels with data.image_key and data.label_key") from e
+    announced = stream.reader.num_samples if kind == 'wds' else 0
+    if said or announced not in (0, len(pairs)):
+        raise ValueError(f"{called}: {len(pairs)} images were read" + f" of {announced}"*bool(announced) +
+                         f"; {said[0] if said else 'shards are missing, or their number is wrong'}; mend what is damaged, or leave it out")
+    at = getattr(stream.reader, 'class_to_idx', None) or {}
+    return Source(pairs, [y for _,y in pairs], sorted(at, key=at.get) or None, called)
+
 # %% ../../nbs/data/46_sources.ipynb #2f82be2b
 def _open_own(name, split):
     "The data set that package.module:callable returns"
@@ -516,21 +584,26 @@ def _open_own(name, split):
     return Source(found, classes=getattr(found, 'classes', None), name=f'{name}/{split}')
 
 # %% ../../nbs/data/46_sources.ipynb #6fe7aef9
+def has_columns(source:str)->bool:
+    "Does `data.image_key` or `data.label_key` choose in this source"
+    return source.partition('/')[0] in ('hfds', 'hfids', 'wds')
+
 def open_source(
-    source:str,          # "digits", "torch/<name>", "hfds/<hub name or folder>", a folder of images, or package.module:callable
+    source:str,          # "digits", "torch/<name>", "hfds/<hub name or folder>", "hfids/…", "wds/<folder>", a folder, or package.module:callable
     split:str='train',
-    root=None,           # where downloads ("torch/…") or the cache ("hfds/…") lie, or where a folder's path starts
+    root=None,           # where downloads ("torch/…") or the cache ("hfds/…", "hfids/…") lie, or where a folder's path starts
     download:bool=False, # may missing data be fetched
-    image_key:str|None=None, # column of images of a table ("hfds/…"); found if None
+    image_key:str|None=None, # column of images of a table ("hfds/…") or a stream; found if None
     label_key:str|None=None, # column of its labels; found if None
     labels:bool|None=True, # read labels; False: leave them out; None: read them where there are any
 )->Source:
     "Open one split of a data set by name"
-    if labels is False and (source.startswith('torch/') or source == 'digits'):
+    if labels is False and (source.startswith(('torch/', 'wds/', 'hfids/')) or source == 'digits'):
         return without_labels(open_source(source, split, root, download, image_key, label_key))
     kind, _, name = source.partition('/')
     keys = dict(image_key=image_key, label_key=label_key)
     if kind == 'hfds': return _open_hfds(name, split, root, download=download, labels=labels, **keys)
+    if has_columns(source): return _open_stream(kind, name, split, root, download=download, **keys)
     given = next((k for k,v in keys.items() if v is not None), None)
     if given: raise ValueError(f"data.{given}={keys[given]!r} names a column, and {source} is no table (hfds/…); leave it out")
     if is_import_name(source): return _open_own(source, split)
@@ -538,7 +611,8 @@ def open_source(
     if kind == 'torch': return _open_torch(name, split, root, download)
     if (folder := Path(root or '')/source).is_dir(): return _open_folder(folder, split, labels)
     raise ValueError(f"unknown source {source!r}: "
-                     f"neither a folder nor one of 'digits', 'torch/<name>', 'hfds/<hub name or folder>', package.module:callable")
+                     f"neither a folder nor one of 'digits', 'torch/<name>', 'hfds/<hub name or folder>', 'hfids/…', 'wds/<folder>', "
+                     "package.module:callable")
 
 # %% ../../nbs/data/46_sources.ipynb #895fb578
 class ImageDataset(Dataset):

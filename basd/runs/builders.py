@@ -18,7 +18,7 @@ from timm.models import get_pretrained_cfg
 from ..core.distributed import rank
 from ..core.files import fingerprint
 from ..data.sources import (
-    ImageFolderSource, ImageDataset, ClassMismatch, stratified_split, natural_order, open_source)
+    ImageFolderSource, ImageDataset, ClassMismatch, stratified_split, has_columns, natural_order, open_source)
 from ..methods.base import Requires, FeatureShapes
 from ..models.students import create_student, export_config, load_student
 from ..models.teachers import TeacherEnsemble, create_teacher, freeze
@@ -56,7 +56,7 @@ def open_images(
     labels:bool|None=True, # as in `open_source`
 )->ImageDataset:
     "Dataset of one split of a recipe's images, or of another source"
-    table = source is None or source.startswith('hfds/')
+    table = source is None or has_columns(source)
     found = open_source(source or data.source, split, root=data.root, download=data.download,
                         image_key=data.image_key if table else None, label_key=data.label_key if table else None,
                         labels=labels)

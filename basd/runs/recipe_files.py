@@ -128,7 +128,8 @@ def _placed(
         short = os.path.normpath(beside)                        # unless a link makes another place of it
         return short if os.path.realpath(short) == os.path.realpath(beside) else beside
     def home(path):
-        return f'hfds/{_at_home(path[5:])}' if path.startswith('hfds/') else _at_home(path)
+        kind, slash, rest = path.partition('/')
+        return f'{kind}/{_at_home(rest)}' if slash and kind in ('hfds', 'hfids', 'wds') else _at_home(path)
     return _mapped(tree, move, home)
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #34e3c973

@@ -51,15 +51,16 @@ _Pixels = Annotated[_Int, Field(ge=1, le=2**15)]
 class DataRecipe:
     "Where images come from, how they are split and read"
     # "digits" (scikit-learn's, nothing to fetch), "torch/<name>" (torchvision's), "hfds/<hub name or folder of
-    # parquet files>", a folder of images laid out as split/class/image, or
-    # package.module:callable, called with the split, for a data set of (image, label)
+    # parquet files>", a folder of images laid out as split/class/image,
+    # package.module:callable, called with the split, for a data set of (image, label); or a stream that is read once and held in
+    # memory, "wds/<folder of shards>" or "hfids/<hub name or folder of parquet files>"
     source:str = 'digits'
     # folder of downloads ("torch/…"; null: data) or of the cache ("hfds/…"), or where a relative `source` starts
     root:str|None = None
     download:bool = False                 # true: data that are missing in `root` are fetched from their publisher
     train_split:str = 'train'             # split to learn from; of a folder of images, the folder's name
     test_split:str = 'test'               # split that is evaluated at the end, and chooses nothing
-    image_key:str|None = None             # column of the images in a table ("hfds/…"); null: the only one
+    image_key:str|None = None             # column of the images in a table ("hfds/…"); null: the only one, or "image"
     # column of the classes in a table ("hfds/…"), as numbers or texts; null: the only one, or "label"
     label_key:str|None = None
     # "auto": labels are read from the source; "none": no label of a training image is read, and a folder's images may
