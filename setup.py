@@ -20,6 +20,7 @@ setup(
     package_data={"basd": ["*.mplstyle", "*.json", "recipes/*.yaml", "recipes/*/*.yaml", "py.typed", "*.pyi", "*/*.pyi"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "onnx": ["onnx", "onnxscript", "onnxruntime"], "completion": ["shtab"], "streams": ["webdataset", "datasets>=4"],
+                                                             "tensorboard": ["tensorboard"], "trackio": ["trackio"], "wandb": ["wandb"], "mlflow": ["mlflow"],
                                                              "guides": ["lightning-fabric>=2.5", "transformers>=5", "accelerate>=1.10"]},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["basd=basd._modidx:d"]},
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",

@@ -1,6 +1,7 @@
 """No command writes through a link that lies in a run directory: what it leads to stays as it was"""
 import os
 import shutil
+from importlib.util import find_spec
 
 import pytest
 from conftest import TINY
@@ -9,6 +10,7 @@ from basd.cli import main
 
 CE = ["train", "basd_cifar10", *TINY, "data.train_size=64", "data.val_size=20", "train.epochs=1", "train.ema=null",
       "train.warmup_epochs=0", "method.name=ce"]
+BOARD = ["train.log=tensorboard"]*bool(find_spec("tensorboard"))
 
 PLAIN = [w for w in CE[2:] if not w.startswith("method.")]
 
@@ -16,7 +18,7 @@ PLAIN = [w for w in CE[2:] if not w.startswith("method.")]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("finished")/"run"
-    assert main([*CE, "--run-dir", str(run)]) == 0
+    assert main([*CE, *BOARD, "--run-dir", str(run)]) == 0
     assert main(["evaluate", str(run), "--corrupted", "0"]) == 0
     return run
 

@@ -43,6 +43,9 @@ _Fraction, _PositiveFloat, _NonNegativeFloat = (Annotated[float, Field(ge=0, le=
                            Annotated[float, Field(ge=0)])
 # null empties what an extended recipe has filled
 _Keywords = Annotated[dict[str, Any], BeforeValidator(lambda x: {} if x is None else x)]
+# a single tracker may stand without brackets
+_Trackers = Annotated[list[Literal['jsonl', 'tensorboard', 'trackio', 'wandb', 'mlflow']],
+                      BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
 _Channels = tuple[float, float, float]
 _Pixels = Annotated[_Int, Field(ge=1, le=2**15)]
 
@@ -177,6 +180,8 @@ class TrainRecipe:
     # decay of the averaged student per step, as 0.999; null: no average
     ema:Annotated[float, Field(ge=0, lt=1)]|None = None
     log_every:_PositiveInt = 50           # optimizer steps per row of metrics.jsonl
+    # where rows go besides the run's metrics.jsonl, which is always written; each has an extra, as pip install 'basd-distill[wandb]'
+    log:_Trackers = field(default_factory=lambda: ['jsonl'])
     # measure at logged steps the gradient of each part of the loss on the student; not if compiled
     log_gradients:bool = True
     checkpoint_every:_PositiveInt|None = None # optimizer steps between checkpoints; null: at the end of each epoch

@@ -146,7 +146,7 @@ def set_rng_state(
 _may_change = ('name', 'about', 'paper',                                    # descriptions
               'data.source', 'data.root', 'data.download',                  # paths; images are compared by fingerprint
               'data.workers', 'data.in_memory', 'train.rank_timeout',       # how images are read, and the timeout
-              'teacher.cache', 'train.checkpoint_every')                    # what is stored, and when
+              'teacher.cache', 'train.checkpoint_every', 'train.log')       # what is stored, when, and who else is told
 
 # %% ../../nbs/runs/62_run_directory.ipynb #03eefccf
 def _changes(
@@ -162,7 +162,8 @@ def forget_start(
     path, # run directory
 ):
     "Remove the run directory of a start that trained nothing; does nothing if there is any other file or a log with rows"
-    path, own = Path(path), {'recipe.yaml', 'environment.json', 'classes.json', 'metrics.jsonl', '.lock', 'tensorboard'}
+    path, own = Path(path), {'recipe.yaml', 'environment.json', 'classes.json', 'metrics.jsonl', '.lock',
+                             'trackers.json', 'tensorboard', 'wandb'}
     there = {p.name: p for p in path.iterdir()}
     if there.keys() - own or 'metrics.jsonl' in there and there['metrics.jsonl'].stat().st_size: return
     for p in there.values(): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()

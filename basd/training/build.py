@@ -27,7 +27,8 @@ from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualV
 from ..runs.builders import (
     build_student, build_teacher, describe_teacher, input_size, labeled_positions, image_notes, build_datasets)
 from ..runs.inference import knn_among, pooled_features, predict_logits, validate
-from ..runs.recipes import Recipe, build_recipe
+from ..runs.metrics import check_trackers
+from ..runs.recipes import Recipe, build_recipe, to_dict
 from ..runs.run_directory import (
     check_resume, lock_run_directory, load_checkpoint, rng_state, set_rng_state, create_run_directory)
 from .cached_teacher import CachedTeacher, check_static_teacher_view
@@ -353,7 +354,7 @@ def _callbacks_of(
     t, name, method = recipe.train, recipe.name or 'run', [p for p in task.method.parameters() if p.requires_grad]
     schedule = create_schedule(optimizer, t, data.per_epoch, data.total)
     ema = None if t.ema is None else ModelEmaV3(task.student, decay=t.ema, use_warmup=True)
-    averaged, metrics, recorder = {} if ema is None else {'ema': ema.module}, MetricsLog(run), StepRecorder()
+    averaged, metrics, recorder = {} if ema is None else {'ema': ema.module}, MetricsLog(run, t.log, to_dict(recipe)), StepRecorder()
     validation = Validation(name, metrics, {f'_{k}': m for k,m in averaged.items()})
     checkpoint = Checkpoint(run, t.checkpoint_every, validation)
     return ([Refusals(run, fresh), recorder, NonFiniteGuard(recipe, checkpoint, recorder, [] if ema is None else [ema]),
@@ -373,6 +374,7 @@ def build_trainer(
     "Trainer of a recipe, ready to fit"
     run, device, t = Path(run), torch.device(device), recipe.train
     bars = rank() == 0 and (_interactive() if bars is None else bars)
+    check_trackers(t.log)
     if t.compile: check_compiler(device)
     made, fresh = [], []
     with explain_errors(run), _taken_back(run, lambda: any(fresh) and not (made and made[0].step)):

@@ -24,7 +24,7 @@ from ..methods.base import Callback
 from ..models.students import save_student
 from ..runs.diagnostics import diagnose
 from ..runs.figures import plot_run
-from ..runs.metrics import MetricsLogger, NonFiniteTracker
+from ..runs.metrics import MetricsLogger, NonFiniteTracker, Trackers
 from ..runs.recipes import to_dict
 from ..runs.run_directory import (
     load_best_student, forget_start, load_last, load_checkpoint, add_note, rng_state, save_checkpoint, set_rng_state)
@@ -37,8 +37,10 @@ class MetricsLog(Callback):
     order = 70
     def __init__(self,
         run,                # run directory
+        names=('jsonl',),   # of `train.log`
+        config:dict|None=None, # resolved recipe, for the trackers
     ):
-        self.run, self.log, self.before = Path(run), None, 0.
+        self.run, self.names, self.config, self.log, self.before = Path(run), names, config, None, 0.
         self.clock = self.began = time.perf_counter()
 
     def open(self,
@@ -47,7 +49,15 @@ class MetricsLog(Callback):
     ):
         "Open the log for writing, on the first rank"
         self.clock = self.began = time.perf_counter()
-        if rank() == 0: self.log = MetricsLogger(self.run, offset, step)
+        if rank() == 0: self.log = MetricsLogger(self.run, offset, Trackers(self.run, self.names, self.config, step))
+
+    @contextmanager
+    def around(self, t):
+        "Close the trackers at the end of a run, however it ends"
+        ok = False
+        try: yield; ok = True
+        finally:
+            if self.log: self.log.trackers.close(ok)
 
     def elapsed(self)->float: # seconds
         return self.before + time.perf_counter() - self.began
