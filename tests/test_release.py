@@ -1,6 +1,7 @@
 "What is released: its name, version, files and types, and a refusal where another project's `basd` shares the folder"
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -101,11 +102,15 @@ def test_core_has_no_web_framework():
 
 def test_lowest_python():
     "What Python 3.10 lacks, though its syntax allows it: the order of bytes has no default there"
-    for path in [*ROOT.glob("basd/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tools/*.py"), ROOT/"basd_distill.py"]:
-        for n in ast.walk(ast.parse(path.read_text(), feature_version=(3, 10))):
+    files = [*ROOT.glob("basd/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("tools/*.py"), ROOT/"basd_distill.py"]
+    code = {path: path.read_text() for path in files}
+    for path in ROOT.glob("nbs/**/*.ipynb"):
+        cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        code[path] = "\n".join(c for c in cells if "_bytes(" in c and not re.search("^[%!]", c, re.M))
+    for path, text in code.items():
+        for n in ast.walk(ast.parse(text, feature_version=(3, 10))):
             if isinstance(n, ast.Call) and getattr(n.func, "attr", "") in ("from_bytes", "to_bytes"):
-                order = 1 + (n.func.attr == "to_bytes")
-                assert len(n.args) >= order or "byteorder" in {k.arg for k in n.keywords}, f"{path}:{n.lineno}"
+                assert len(n.args) == 2 or "byteorder" in {k.arg for k in n.keywords}, f"{path}: {ast.unparse(n)}"
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +160,13 @@ def test_stubs():
     others = {a.asname for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
     others |= {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign)} - {"__version__"}
     assert {*functions} | others == {*basd.__all__}
+
+
+def test_typed_script(capsys):
+    "The script that mypy reads runs, too"
+    import typed_script
+    typed_script.main()
+    assert "'basd'" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -13,14 +13,14 @@ from basd.training.task import DistillationTask
 
 def steps(task: DistillationTask, loader: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
-    losses = []
+    losses: list[float] = []
     for step, (images, labels) in enumerate(loader):
         out = task(images, labels, step=step, total_steps=len(loader))
         out["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         task.after_update()
-        losses.append(float(out["loss"]))
+        losses.append(out["loss"].item())
     return losses
 
 

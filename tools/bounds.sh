@@ -30,7 +30,8 @@ mkdir "$work/repo"                                                  # a copy: pa
 git ls-files -z --cached --others --exclude-standard \
   | xargs -0 sh -c 'for f; do [ ! -f "$f" ] || printf "%s\0" "$f"; done' sh \
   | tar --null -cf - -T - | tar -xf - -C "$work/repo"
-cd "$work/repo" && git init -q
+cd "$work/repo" && git init -q                                      # runs record a commit
+git -c user.name=bounds -c user.email=bounds@example.org commit -q --allow-empty -m bounds
 uv pip install -q --no-deps -e .
 python -V
 uv pip list 2> /dev/null | grep -E "^($(needed requirements | sed 's/[<>=].*//' | paste -sd '|')|numpy) "
