@@ -123,6 +123,7 @@ def train(
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     bars:bool|None=None,  # progress bars; None: in a terminal or a notebook
     trust:bool=False,     # a recipe that was found in a run may import code of its own and download what it names
+    callbacks=(),         # of your own: `Callback` instances, or classes, of which each stage gets a new instance
     **sections,           # changes as dictionaries, as in `train=dict(epochs=3)`
 )->dict:                  # stage → result with `dispatch`, its directory; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
@@ -154,7 +155,7 @@ def train(
                         if rank() == 0: create_run_directory(place, r, resume=True, images=_moved(place, r)) # of the same recipe?
                         results[stage] = _read_result(place)
                         continue
-                    trainer = build_trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars)
+                    trainer = build_trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars, callbacks=callbacks)
                     if asked: _stopped()
                     results[stage] = trainer.fit()
                     if results[stage] is None: break

@@ -182,6 +182,8 @@ class TrainRecipe:
     log_every:_PositiveInt = 50           # optimizer steps per row of metrics.jsonl
     # where rows go besides the run's metrics.jsonl, which is always written; each has an extra, as pip install 'basd-distill[wandb]'
     log:_Trackers = field(default_factory=lambda: ['jsonl'])
+    # callbacks of your own, each a package.module:callable that is called without arguments and returns one
+    callbacks:list[str] = field(default_factory=list)
     # measure at logged steps the gradient of each part of the loss on the student; not if compiled
     log_gradients:bool = True
     checkpoint_every:_PositiveInt|None = None # optimizer steps between checkpoints; null: at the end of each epoch
@@ -386,6 +388,9 @@ def build_recipe(
         if str(m.model).startswith('hub:'): admit(m.model, f'{section}.model={m.model!r}')
     for key in ('student_layers', 'teacher_layers', 'layer_map'): _layers(f'method.{key}', getattr(options, key, None))
     if is_import_name(s := recipe.data.source): imported(s, f'data.source={s!r}')
+    for c in recipe.train.callbacks:
+        if not is_import_name(c): raise ValueError(f"train.callbacks={_short(c)}: should be written package.module:callable")
+        if trusted(): imported(c, f'train.callbacks={c!r}')   # else only training refuses it: what reads a run needs none
     recipe.method = MethodRecipe(name, options)
     _agree(recipe)
     return recipe

@@ -34,7 +34,7 @@ from ..runs.run_directory import (
 from .cached_teacher import CachedTeacher, check_static_teacher_view
 from .callbacks import (
     Checkpoint, Constraints, Diagnostics, EMA, GradientNorms, LRSchedule, MetricsLog, NonFiniteGuard, Progress,
-    Refusals, StepRecorder, StopRequests, Test, Validation, _taken_back)
+    Refusals, StepRecorder, StopRequests, Test, Validation, own_callbacks, _taken_back)
 from .nonfinite import explain_errors, rerun_step
 from .optimizers import DOT, create_optimizer, LossScale
 from .task import DistillationTask, Mixing, assemble_task, tapped_at
@@ -349,6 +349,7 @@ def _callbacks_of(
     optimizer,
     bars:bool,
     fresh:bool,     # was the run created here
+    own=(),         # further callbacks
 )->list:
     "Callbacks of a recipe"
     t, name, method = recipe.train, recipe.name or 'run', [p for p in task.method.parameters() if p.requires_grad]
@@ -359,7 +360,7 @@ def _callbacks_of(
     checkpoint = Checkpoint(run, t.checkpoint_every, validation)
     return ([Refusals(run, fresh), recorder, NonFiniteGuard(recipe, checkpoint, recorder, [] if ema is None else [ema]),
              Constraints(method), LRSchedule(schedule), metrics, StopRequests(), validation, Diagnostics(name, metrics), checkpoint,
-             Progress(run, name, metrics, bars), Test(run, t.export, metrics, validation, averaged), *task.method.callbacks()]
+             Progress(run, name, metrics, bars), Test(run, t.export, metrics, validation, averaged), *task.method.callbacks(), *own]
             + [EMA(ema)]*(ema is not None) + [LossScale(data.device)]*(t.precision == 'fp16') + [GradientNorms()]*(t.log_gradients and not t.compile)
             + [DOT()]*(t.optimizer == 'dot'))
 
@@ -370,11 +371,13 @@ def build_trainer(
     device='cpu',
     resume:bool=False,        # resume the run in the directory
     bars:bool|None=None,      # progress bars; None: where standard output is a terminal or a notebook
+    callbacks=(),             # of your own, or classes of such, as `own_callbacks` has them
 )->Trainer:
     "Trainer of a recipe, ready to fit"
     run, device, t = Path(run), torch.device(device), recipe.train
     bars = rank() == 0 and (_interactive() if bars is None else bars)
     check_trackers(t.log)
+    own = own_callbacks(recipe, callbacks)
     if t.compile: check_compiler(device)
     made, fresh = [], []
     with explain_errors(run), _taken_back(run, lambda: any(fresh) and not (made and made[0].step)):
@@ -387,7 +390,7 @@ def build_trainer(
         made.append(trainer)
         fresh.append(_open_run(recipe, run, data, task, resume))
         _check_shared(run)
-        trainer.listen(_callbacks_of(recipe, run, data, task, optimizer, bars, fresh[0]))
+        trainer.listen(_callbacks_of(recipe, run, data, task, optimizer, bars, fresh[0], own))
         torch.manual_seed(t.seed*10_007 + rank())               # dropout may differ between ranks
         if task.cache is not None: _build_cache(recipe, task, bars)
         _begin(trainer, recipe, run, resume)

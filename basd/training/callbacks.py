@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MetricsLog', 'GradientNorms', 'StepRecorder', 'NonFiniteGuard', 'Constraints', 'LRSchedule', 'EMA', 'Stopped',
-           'on_stop', 'StopRequests', 'Validation', 'Diagnostics', 'Checkpoint', 'Test', 'Progress', 'Refusals']
+           'on_stop', 'StopRequests', 'Validation', 'Diagnostics', 'Checkpoint', 'Test', 'Progress', 'Refusals',
+           'own_callbacks']
 
 # %% ../../nbs/training/73_callbacks.ipynb #e0196dbb
 import json
@@ -20,6 +21,7 @@ from timm.utils import distribute_bn
 
 from ..core.distributed import gather_objects, rank, world_size
 from ..core.files import fsync, write_atomic
+from ..core.registry import call_imported
 from ..methods.base import Callback
 from ..models.students import save_student
 from ..runs.diagnostics import diagnose
@@ -285,13 +287,14 @@ class Diagnostics(Callback):
 # %% ../../nbs/training/73_callbacks.ipynb #ae9c9b50
 def _by_name(
     callbacks, # in their order
-):             # pairs of name and callback
+)->list:       # pairs of name and callback
     "Callbacks by class name; a second one of a class gets a number, so that states stay apart"
-    seen = {}
-    for cb in callbacks:
+    seen, names = {}, {}
+    for cb in sorted(callbacks, key=lambda cb: not type(cb).__module__.startswith('basd.')):   # ours keep their names
         name = type(cb).__name__
         seen[name] = seen.get(name, 0) + 1
-        yield name if seen[name] == 1 else f'{name} {seen[name]}', cb
+        names[id(cb)] = name if seen[name] == 1 else f'{name} {seen[name]}'
+    return [(names[id(cb)], cb) for cb in callbacks]
 
 # %% ../../nbs/training/73_callbacks.ipynb #16829a4c
 class Checkpoint(Callback):
@@ -317,7 +320,7 @@ class Checkpoint(Callback):
         "Resume from `last.pt`, if there is one"
         state = load_last(self.run)
         if state is None: return
-        own = self.checked(state)
+        own = self.checked(state, t.callbacks)
         t.step, t.epoch = state['step'], state['epoch']
         t.task.load_state_dict(state['task'])
         t.optimizer.load_state_dict(state['optimizer'])
@@ -328,12 +331,18 @@ class Checkpoint(Callback):
             if hasattr(cb, 'after_restore'): cb.after_restore(t)
         if rank() < len(state['rng']): set_rng_state(state['rng'][rank()])      # further ranks keep their own
 
-    def checked(self, state)->dict: # states of the callbacks
+    def checked(self,
+        state,     # of a checkpoint
+        callbacks, # that are given
+    )->dict: # states of the callbacks
         "States of the callbacks; refuses a checkpoint from which the run cannot resume"
         if state.get('form') != self.form:
             raise ValueError(f"last.pt in {self.run} was written by another version of this package, which kept other things; "
                              "go on with that version, or begin a new run")
         own, log = state['callbacks'], self.run/'metrics.jsonl'
+        if lost := own.keys() - {name for name,_ in _by_name(callbacks)}:
+            raise ValueError(f"last.pt in {self.run} has the state of the callback {min(lost)}, which is not given here; "
+                             "resume with the same callbacks, or begin a new run")
         size, had = log.stat().st_size if log.is_file() else 0, own['MetricsLog']['offset']
         if size < had:
             raise ValueError(f"{log} has {size} bytes and had {had} when last.pt was saved: rows are lost; "
@@ -468,3 +477,17 @@ def _taken_back(
     except ValueError:
         if unused(): forget_start(run)
         raise
+
+# %% ../../nbs/training/73_callbacks.ipynb #7b1c0e06
+def own_callbacks(
+    recipe,   # `Recipe`, whose `train.callbacks` are imported and called
+    given=(), # callbacks, or what returns one when it is called without arguments
+)->list:      # of `Callback`
+    "Callbacks that a recipe or a script adds to a run"
+    made = [(f'train.callbacks: {n!r}', call_imported(n, 'train.callbacks:')) for n in recipe.train.callbacks]
+    made += [(f'callbacks: {x!r}', x if isinstance(x, Callback) or not callable(x) else x()) for x in given]
+    for what,cb in made:
+        if not isinstance(cb, Callback):
+            raise ValueError(f"{what} gives a {type(cb).__name__}; give a subclass of basd.methods.base.Callback, "
+                             "or a function that returns an instance of one")
+    return [cb for _,cb in made]
