@@ -124,20 +124,28 @@ def train(
     bars:bool|None=None,  # progress bars; None: in a terminal or a notebook
     trust:bool=False,     # a recipe that was found in a run may import code of its own and download what it names
     callbacks=(),         # of your own: `Callback` instances, or classes, of which each stage gets a new instance
-    **sections,           # changes as dictionaries, as in `train=dict(epochs=3)`
+    # changes as dictionaries, as in `train=dict(epochs=3)`; `student` and `teacher` may be modules, or have one as `model`, and
+    # `data` a pair of data sets (train, test), or have one as `source`
+    **sections,
 )->dict:                  # stage → result with `dispatch`, its directory; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
     from basd.runs.run_directory import create_run_directory, start_stages
     from basd.core.processes import process_group
     from basd.core.distributed import rank
     from basd.core.processes import is_launched
-    from basd.core.registry import trusting
+    from basd.core.registry import offering, require_given, trusting
+    from basd.runs.builders import take_objects
     from basd.runs.recipes import load_recipe
     from basd.training.build import build_trainer
     from basd.training.callbacks import Stopped, on_stop
     aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not is_launched().rank else None
-    with on_stop(_stopped) as asked:
-        stages = load_recipe(_at_home(recipe), *as_overrides(*overrides, **sections), trust=trust, say=aloud)
+    objects, brought, sections = take_objects(sections)
+    # the recipe of a run that is resumed holds these already
+    brought = [] if resume and Path(recipe).name == 'recipe.yaml' else as_overrides(**_of_stages(recipe, brought, sections))
+    loud = lambda text: None if text.startswith(tuple(f'{b} ' for b in brought)) else aloud(text)
+    with on_stop(_stopped) as asked, offering(objects):
+        stages = load_recipe(_at_home(recipe), *brought, *as_overrides(*overrides, **sections), trust=trust, say=loud)
+        require_given(f'resume({str(run_dir)!r}, ' if resume else f'train({recipe!r}, ', *_names_of(stages))
         _check_device(device)
         if asked: _stopped()
         with trusting(trust, Path.cwd()), process_group(device, max(r.train.rank_timeout for r in stages.values())) as here:
@@ -162,6 +170,22 @@ def train(
                     if trainer.stopping: _stopped()
             if rank() == 0: print_summary(run, results)
     return {stage: r and r | dict(run=str(run/stage)) for stage,r in results.items()}
+
+def _of_stages(recipe, brought, sections):
+    "A teacher that is given leaves out the stage that would train one; a student that is given is not that of this stage"
+    tree = read_recipe(_at_home(recipe)) if brought else {}
+    stages = {k: v for k,v in (tree.get('stages') or {}).items() if v is not None}
+    runs = [(t.get('teacher') or {}).get('run') or '' for t in (tree, *stages.values())]
+    trained = [k for k in stages if f'stage:{k}' in runs]
+    if 'teacher' in brought: return brought | ({'stages': dict.fromkeys(trained)} if trained else {})
+    if 'student' not in brought or not trained: return brought
+    own = brought['student'] | sections.pop('student', {})
+    return {k: v for k,v in brought.items() if k != 'student'} | {'stages': {k: dict(student=own) for k in stages if k not in trained}}
+
+def _names_of(stages):
+    "Names of models and data in the recipes of all stages"
+    from basd.runs.recipes import teachers_of
+    return [n for r in stages.values() for n in (r.student.model, *(t.model for t in teachers_of(r).values()), r.data.source)]
 
 # %% ../nbs/90_cli.ipynb #5baa2bf4
 @contextmanager
@@ -191,15 +215,16 @@ def _moved(
 # %% ../nbs/90_cli.ipynb #01717671
 def resume(
     run_dir:str,          # of a run, or of a stage
-    *overrides:str,       # changes to keys that may change, as "data.root=elsewhere"
+    *overrides,           # changes to keys that may change, as "data.root=elsewhere"
     device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
     bars:bool|None=None,  # progress bars; None: in a terminal or a notebook
     trust:bool=False,     # its recipe may import code of its own and download what it names
+    **sections,           # changes as of `train`; `student`, `teacher` and `data` again where they were objects
 )->dict:                  # as of `train`
     "Resume a run with the recipe that it stored"
     file = Path(_at_home(run_dir))/'recipe.yaml'
     if not file.is_file(): raise FileNotFoundError(f"{run_dir} is not a run directory: it holds no recipe.yaml")
-    return train(str(file), *overrides, run_dir=run_dir, resume=True, device=device, bars=bars, trust=trust)
+    return train(str(file), *overrides, run_dir=run_dir, resume=True, device=device, bars=bars, trust=trust, **sections)
 
 # %% ../nbs/90_cli.ipynb #22cf868f
 def _stopped():

@@ -1,4 +1,4 @@
-"The public names of `import basd`: a dozen names, imported when they are used, and a task that any training loop can call"
+"The public names of `import basd`: fourteen names, imported when they are used, and a task that any training loop can call"
 import copy
 import os
 import pickle
@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import basd
 from basd.core.distributed import rank, world_size
 
-NAMES = ("create_teacher create_student create_task tap TappedModel METHODS LOSSES train evaluate compare load_recipe "
+NAMES = ("create_teacher create_student create_task tap TappedModel METHODS LOSSES train resume evaluate export compare load_recipe "
          "Recipe").split()
 VIT = dict(img_size=16, patch_size=4, depth=3)
 SMALL = dict(selector=dict(dim=12, rank=4))
@@ -34,7 +34,7 @@ def models(num_classes=10):
 def batch(n=8): return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 10
 
 
-def test_a_dozen_names():
+def test_the_names():
     assert basd.__all__ == NAMES and {*NAMES} <= {*dir(basd)}
     for name in NAMES: assert callable(getattr(basd, name)) or name in ("METHODS", "LOSSES"), name
     assert {"basd", "ce", "distill", "match"} <= {*basd.METHODS} and {"rkd", "cka"} <= {*basd.LOSSES}

@@ -18,10 +18,10 @@ from .evaluation import accuracy_summary, evaluate_predictions, model_cost, plot
 from ..core.distributed import rank
 from ..core.files import write_atomic
 from ..core.processes import process_group
-from ..core.registry import METHODS, is_import_name, trusting
+from ..core.registry import METHODS, is_import_name, offering, require_given, trusting
 from ..data.sources import ClassMismatch
 from ..runs.builders import (
-    build_student, build_teacher, fetching, _granted_data, input_size, build_datasets, open_images, run_classes)
+    build_student, build_teacher, fetching, _granted_data, input_size, build_datasets, open_images, run_classes, take_objects)
 from ..runs.inference import knn_among, pooled_features, validate as measure
 from ..runs.run_directory import load_run_recipe, saved_weights, weights_path
 
@@ -112,6 +112,9 @@ def evaluate_student(
     on:str|None=None,     # other images, in the words of `data.source`
     trust:bool=False,     # the run's recipe may import code of its own and fetch what it names
     keep:bool=True,       # write the result into the run
+    student=None,         # objects again, of a run that was trained on objects from Python
+    teacher=None,         # likewise
+    data=None,            # likewise
     # weights → {top1, top5, loss, n, and how many classes if not all}, or {knn, k, n} of a run without labels; also written
     # to `evaluation.json`
 )->dict:
@@ -121,7 +124,8 @@ def evaluate_student(
     if weights not in ('all', 'exported'): weights_path(dict.fromkeys(('last', 'best', 'ema')), weights, recipe)
     found = saved_weights(run)
     names = list(found) if weights == 'all' else [weights_path(found, weights, recipe, run)]
-    with process_group(device) as here:
+    with offering(take_objects(dict(student=student, teacher=teacher, data=data))[0]), process_group(device) as here:
+        require_given(f'evaluate({str(run)!r}, ', recipe.student.model, *[recipe.data.source]*(on is None))
         images, _, test = _images_of(recipe, on, run)
         classes = images.classes if on is None and recipe.data.labels != 'none' else _classes_of(run, recipe)
         if recipe.data.labels == 'none':
@@ -215,6 +219,9 @@ def evaluate_run(
     corrupted:int=1000,   # test images that are corrupted; 0: none
     seen:int=10000,       # training images for neighbors and probe
     trust:bool=False,     # the run's recipe may import code of its own and fetch what it names
+    student=None,         # objects again, of a run that was trained on objects from Python
+    teacher=None,         # likewise
+    data=None,            # likewise
     # of `evaluate_predictions`, with robustness, cost, run, weights and images;
     # also `report.json` and `report.png` in the run directory
 )->dict:
@@ -222,7 +229,8 @@ def evaluate_run(
     run = Path(run_dir)
     recipe, found = load_run_recipe(run, trust), saved_weights(run)
     name = weights_path(found, weights, recipe, run)
-    with process_group(device) as here:
+    with offering(take_objects(dict(student=student, teacher=teacher, data=data))[0]), process_group(device) as here:
+        require_given(f'evaluate({str(run)!r}, ', recipe.student.model, *[recipe.data.source]*(on is None))
         train, fit, test = _images_of(recipe, on, run)
         bare = recipe.data.labels == 'none'
         if bare: _check_labels(test, run)

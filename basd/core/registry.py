@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'METHODS', 'LOSSES', 'SELECTORS', 'DIFFICULTIES', 'suggestion', 'validation_hint', 'trusting', 'trusted',
-           'is_import_name', 'admit', 'imported', 'call_imported', 'Registry', 'options_dataclass', 'pickled_by',
-           'options_from', 'refuse_unread']
+           'is_import_name', 'is_given_name', 'offering', 'offered', 'require_given', 'admit', 'imported',
+           'call_imported', 'Registry', 'options_dataclass', 'pickled_by', 'options_from', 'refuse_unread']
 
 # %% ../../nbs/core/06_registry.ipynb #f3e41eaf
 import difflib
@@ -86,6 +86,44 @@ def is_import_name(
     return (module not in ('hf_hub', 'hf', 'hub') and attr.isidentifier()
             and all(p.isidentifier() for p in module.split('.')))
 
+def is_given_name(
+    name, # of a model or a data set in a recipe
+)->bool:
+    "Does this stand for an object that was given in Python, as python.student:Cnn?"
+    return is_import_name(name) and name.partition(':')[0] in ('python.student', 'python.teacher', 'python.data')
+
+# %% ../../nbs/core/06_registry.ipynb #3d555e7a
+_given = ContextVar('given', default={}) # name → function that returns the object
+
+@contextmanager
+def offering(
+    objects:dict, # name, as "python.student:Cnn" → function that returns the object
+):
+    "Let recipes name these objects in this block"
+    mark = _given.set(_given.get() | objects)
+    try: yield
+    finally: _given.reset(mark)
+
+def offered(
+    name:str, # as "python.student:Cnn"
+)->bool:
+    "Is there an object for this name here?"
+    return name in _given.get()
+
+# %% ../../nbs/core/06_registry.ipynb #7efc39db
+def require_given(
+    call:str,  # by which they can be given, as "train('kd', "
+    *names,    # of a recipe's models and data
+):
+    "Refuse names of objects that are not offered here"
+    lost = [n for n in dict.fromkeys(names) if is_given_name(n) and n not in _given.get()]
+    if not lost: return
+    roles = {n.partition(':')[0].partition('.')[2]: n.partition(':')[2] for n in lost}
+    others = [n.partition(':')[2] for n in _given.get() for role in roles if n.startswith(f'python.{role}:')]
+    asked = ', '.join('data=(train, test)' if role == 'data' else f'{role}={kind}(…)' for role,kind in roles.items())
+    raise ValueError(f"{' and '.join(lost)} {'are objects' if len(lost) > 1 else 'is an object'} that only Python can give"
+                     f"{f' (given: ' + ', '.join(others) + ')' if others else ''}: basd.{call}{asked})")
+
 # %% ../../nbs/core/06_registry.ipynb #8f58da0d
 def admit(
     name:str, # of code that a recipe names
@@ -107,6 +145,9 @@ def imported(
     folders, (module, _, attr) = _allowed.get()[1], name.partition(':')
     if not (attr.isidentifier() and all(p.isidentifier() for p in module.split('.'))):
         raise ValueError(f"{what}: should be written package.module:Class")
+    if is_given_name(name):                     # no import, so no trust is asked
+        require_given('train(…, ', name)
+        return _given.get()[name]
     admit(name, what)
     sys.path.extend(f for f in dict.fromkeys(map(str, folders)) if f not in sys.path)
     try: found = getattr(importlib.import_module(module), attr)

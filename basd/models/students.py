@@ -20,7 +20,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from ..core.files import write_atomic
-from ..core.registry import is_import_name
+from ..core.registry import is_given_name, is_import_name, offered
 from .layers import layer_names
 from .taps import TappedModel
 from .teachers import create_timm_model, check_module, input_config, load_weights, weights_origin
@@ -81,7 +81,7 @@ def create_student(
     if named: img_size = check_module(m, img_size, mean, {}, trained=False)
     elif ':' in model: model = (m.pretrained_cfg or {}).get('architecture') # its name without the hub
     student = wrap_student(m, model, args, layers, attention, img_size, prefix, grid, mean, std)
-    student.origin = weights_origin(m, pretrained, taken)
+    student.origin = f'given as {type(m).__name__}' if is_given_name(model) and taken is None else weights_origin(m, pretrained, taken)
     return student
 
 # %% ../../nbs/models/42_students.ipynb #d0a2cb14
@@ -200,8 +200,8 @@ def load_student(
     if not config.is_file() or not weights.is_file():
         raise FileNotFoundError(f"{folder} holds no student.json with student.safetensors; has its run ended?")
     c = _read_config(config)
-    if c['architecture'] is None:
-        raise ValueError(f"the student in {folder} is no timm model; "
+    if c['architecture'] is None or is_given_name(c['architecture']) and not offered(c['architecture']):
+        raise ValueError(f"the student in {folder} is {c['architecture'] or 'no timm model'}; "
                          "build it yourself and load student.safetensors into it")
     m, args = create_timm_model(c['architecture'], num_classes=c['num_classes'], **c['model_args'])
     taken = load_weights(m, weights)

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['fetching', 'open_images', 'run_classes', 'image_notes', 'build_datasets', 'labeled_positions', 'build_student',
-           'build_teacher', 'load_teacher_run', 'describe_teacher', 'input_size', 'infer_shapes']
+           'build_teacher', 'load_teacher_run', 'describe_teacher', 'input_size', 'infer_shapes', 'take_objects']
 
 # %% ../../nbs/runs/66_builders.ipynb #6d1df42f
+import copy
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +16,16 @@ from pathlib import Path
 import huggingface_hub.constants as hub
 import torch
 from timm.models import get_pretrained_cfg
+from torch import nn
 
 from ..core.distributed import rank
 from ..core.files import fingerprint
+from ..core.registry import is_import_name
 from ..data.sources import (
     ImageFolderSource, ImageDataset, ClassMismatch, stratified_split, has_columns, natural_order, open_source)
 from ..methods.base import Requires, FeatureShapes
 from ..models.students import create_student, export_config, load_student
+from ..models.taps import TappedModel
 from ..models.teachers import TeacherEnsemble, create_teacher, freeze
 from .recipe_files import read_recipe
 from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, teachers_of
@@ -166,9 +171,17 @@ def build_student(
               else needs.student_layers)
     with fetching(recipe):
         student = create_student(num_classes=classes, layers=points, attention=needs.attention, **options, **s.kwargs)
+    if is_import_name(s.model) and classes: _check_outputs(student, s.model, classes)
     if s.grad_checkpointing: _checkpoint_blocks(student.model, recipe)
     export_config(student)                                  # raise errors of the export now, not at the end of training
     return student
+
+def _check_outputs(student, model, classes):
+    "Refuse a student of one's own with another number of logits than there are classes"
+    with torch.random.fork_rng(devices=[]):
+        z = student.infer_shapes(torch.zeros(1, *student.input_size, dtype=torch.uint8)).logits
+    if z is None or z.shape[1] != classes:
+        raise ValueError(f"student.model={model!r} has {'no logits' if z is None else f'{z.shape[1]} logits'} for {classes} classes; give it a head for these")
 
 def _checkpoint_blocks(model, recipe:Recipe):
     "Set timm's gradient checkpointing; refuse a model that has none"
@@ -277,3 +290,48 @@ def infer_shapes(
     except RuntimeError as e:
         raise ValueError(f"{type(tapped.model).__name__} cannot read an image of {tuple(tapped.input_size)}: "
                          f"{' '.join(str(e).split())[:200]}; look at its sizes and kwargs in the recipe") from e
+
+# %% ../../nbs/runs/66_builders.ipynb #29068919
+def take_objects(
+    sections:dict, # changes of a recipe by section; a model or a pair of data sets may be an object
+)->tuple: # objects for `offering`, changes that come with them, the sections without the objects
+    "Take models and data sets out of the sections of a recipe"
+    objects, brought, rest = {}, {}, dict(sections)
+    for role,key in dict(student='model', teacher='model', data='source').items():
+        given = sections.get(role)
+        named = isinstance(given, dict) and given.keys() != {'train', 'test'}
+        found = given.get(key) if named else given
+        if found is None or isinstance(found, (str, os.PathLike)): continue
+        kind, make, brought[role] = (_given_data if role == 'data' else _given_model)(role, found)
+        brought[role][key] = f'python.{role}:{kind}'
+        objects[brought[role][key]] = make
+        if (more := {k: v for k,v in given.items() if k != key} if named else {}): rest[role] = more
+        else: del rest[role]
+    return objects, brought, rest
+
+# %% ../../nbs/runs/66_builders.ipynb #cc19f7d9
+def _given_model(role, found):
+    "Class, function that returns a copy, and what the section of a module should hold"
+    own, module = {}, found.model if isinstance(found, TappedModel) else found
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{role} is a {type(module).__name__}; give an nn.Module, or a dictionary of the section with it as model")
+    sized = getattr(module, 'pretrained_cfg', None) or getattr(getattr(module, 'patch_embed', None), 'img_size', None)
+    if role == 'teacher' or sized: own = dict(img_size=None)
+    if role == 'teacher' or getattr(module, 'pretrained_cfg', None): own |= dict(mean=None, std=None)
+    if module is not found and found.input_size: own |= dict(img_size=found.input_size[-1])
+    if module is not found and found.mean is not None: own |= {k: getattr(found, k).flatten().tolist() for k in ('mean', 'std')}
+    empty = dict(pretrained=False, checkpoint=None, checkpoint_key=None, kwargs=None)
+    empty |= (dict(run=None, untrained=False) if role == 'teacher' else
+              dict(patch_size=None, depth=None, width=None, heads=None, drop_path=0.))
+    def make(num_classes=None, **built):
+        if built: raise ValueError(f"it is built already, and {next(iter(built))} is for a model that is built by its name; leave it out")
+        return copy.deepcopy(module)
+    return type(module).__name__, make, empty | own
+
+def _given_data(role, found):
+    "Class, function of the split that returns its data set, and what the data section should hold"
+    pair = found if isinstance(found, dict) else dict(zip(('train', 'test'), found)) if isinstance(found, (list, tuple)) and len(found) == 2 else None
+    if pair is None or pair.keys() != {'train', 'test'}:
+        raise ValueError(f"data is a {type(found).__name__}; give two data sets of (image, label): (train, test), or dict(train=…, test=…)")
+    return type(pair['train']).__name__, pair.__getitem__, dict(root=None, download=False, image_key=None, label_key=None,
+                                                                train_split='train', test_split='test')

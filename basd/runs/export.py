@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 import basd
 from ..core.files import write_atomic
+from ..core.registry import offering, require_given
 from ..data.views import center_box
 from ..models.students import load_student, save_student
 from ..models.taps import TappedModel
+from .builders import take_objects
 from .run_directory import saved_weights, weights_path
 
 # %% ../../nbs/runs/68_export.ipynb #a1b0c3d5
@@ -109,11 +111,14 @@ def export_run(
     folder=None,       # where it goes, new or empty; None: "export" in the run directory
     onnx:bool=False,   # write model.onnx as well; always done for a student that timm does not know
     weights:str='exported', # or "last", "best", "ema" (averaged)
+    student=None,      # the module, again, of a run whose student was given in Python
 )->dict: # `folder`, `files`, `weights`, and for ONNX `opset` and `difference`
     "Write the student of a run as a folder that timm opens; raises `ValueError` where the folder is not empty or the models differ"
     run = Path(run)
     folder = run/'export' if folder is None else Path(folder)
-    student, name = chosen_student(run, weights)
+    with offering(take_objects(dict(student=student))[0]):
+        require_given(f'export({str(run)!r}, ', _read(run, 'student.json').get('architecture'))
+        student, name = chosen_student(run, weights)
     if folder.is_symlink() or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; give a new one, or empty it")
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from ..core.registry import (
-    LOSSES, METHODS, SELECTORS, admit, imported, is_import_name, options_dataclass, refuse_unread)
+    LOSSES, METHODS, SELECTORS, admit, imported, is_given_name, is_import_name, options_dataclass, refuse_unread)
 from ..core.registry import suggestion, trusted, trusting, validation_hint
 from ..data.pictures import MAX_PIXELS
 from ..methods.base import Method
@@ -384,10 +384,10 @@ def build_recipe(
     for section, m in (dict(student=recipe.student) | teachers_of(recipe)).items():
         _keywords(section, m, ('num_classes', 'points') if section == 'student' else ('layers',))
         _origin(m, section)
-        if is_import_name(m.model): imported(m.model, f'{section}.model={m.model!r}')
+        if is_import_name(m.model) and not is_given_name(m.model): imported(m.model, f'{section}.model={m.model!r}')
         if str(m.model).startswith('hub:'): admit(m.model, f'{section}.model={m.model!r}')
     for key in ('student_layers', 'teacher_layers', 'layer_map'): _layers(f'method.{key}', getattr(options, key, None))
-    if is_import_name(s := recipe.data.source): imported(s, f'data.source={s!r}')
+    if is_import_name(s := recipe.data.source) and not is_given_name(s): imported(s, f'data.source={s!r}')
     for c in recipe.train.callbacks:
         if not is_import_name(c): raise ValueError(f"train.callbacks={_short(c)}: should be written package.module:callable")
         if trusted(): imported(c, f'train.callbacks={c!r}')   # else only training refuses it: what reads a run needs none

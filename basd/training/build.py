@@ -8,6 +8,7 @@ __all__ = ['TrainingData', 'build_task', 'loader_arguments', 'in_lines', 'create
 
 # %% ../../nbs/training/75_build.ipynb #99905cd3
 import copy
+import json
 import os
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core.distributed import all_reduce_mean, gather_objects, rank, world_size
 from ..core.processes import check_compiler, keep_freed_memory
-from ..core.registry import METHODS, trusting
+from ..core.registry import METHODS, is_given_name, trusting
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
 from ..runs.builders import (
     build_student, build_teacher, describe_teacher, input_size, labeled_positions, image_notes, build_datasets)
@@ -326,6 +327,24 @@ def _build_cache(recipe, task, bars):
     if rank() == 0 and not task.cache.cache.complete: print(f"{recipe.name or 'run'}: {task.cache}", flush=True)
     task.cache.build(progress=progress_bar if bars else None)
 
+def _check_given(
+    recipe:Recipe,
+    run:Path,
+    task:DistillationTask,
+):
+    "Refuse objects from Python whose weights differ between ranks, or from those of the run that is resumed"
+    models = dict(student=(task.student, recipe.student.model), teacher=(task.teacher, recipe.teacher.model))
+    digests = lambda d: [m.get('digest') for m in (d if isinstance(d, list) else [d or {}])]
+    now = {k: digests(describe_teacher(m)) for k,(m,name) in models.items() if m is not None and is_given_name(name)}
+    if not now: return
+    there, begun = json.loads((run/'environment.json').read_text(encoding='utf-8')).get('made_of', {}), (run/'last.pt').is_file()
+    for k,mine in now.items():
+        if any(other[k] != mine for other in gather_objects(now)):
+            raise ValueError(f"the {k} that was given has other weights on each rank; call torch.manual_seed(0) on all ranks before it is made")
+        if not (k == 'student' and begun) and digests(there.get(k)) != mine:
+            raise ValueError(f"{run} began with a {k} of other weights (digest {digests(there.get(k))[0]} there, {mine[0]} here); give the same, "
+                             "or begin a new run")
+
 # %% ../../nbs/training/75_build.ipynb #c5d1ac03
 def create_schedule(
     optimizer,
@@ -390,6 +409,7 @@ def build_trainer(
         made.append(trainer)
         fresh.append(_open_run(recipe, run, data, task, resume))
         _check_shared(run)
+        _check_given(recipe, run, task)
         trainer.listen(_callbacks_of(recipe, run, data, task, optimizer, bars, fresh[0], own))
         torch.manual_seed(t.seed*10_007 + rank())               # dropout may differ between ranks
         if task.cache is not None: _build_cache(recipe, task, bars)
