@@ -21,7 +21,7 @@ def pytest_addoption(parser): parser.addoption("--slow", action="store_true", he
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "figures: runs in this test draw their figure")
-    config.addinivalue_line("markers", "slow: takes a minute or more; runs with --slow, in a weekly job")
+    config.addinivalue_line("markers", "slow: takes long for what it adds; runs with --slow, in a weekly job")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -133,7 +133,8 @@ def test_a_rank_that_is_stopped(run, asked):
     assert ("stopped on request while it waits for rank 1" if asked else "has lost another rank") in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow           # tests/test_nodes.py starts torchrun at each push
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_passes_a_signal_on(number, run, undisturbed):
     "torchrun's status is that of a stopped launcher; each rank ends with status 0, and nothing is lost"
     out = run.parent/"out.txt"
@@ -158,6 +159,7 @@ class Started:
     def exitcode(self): return self.process.poll()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it_again(run, undisturbed):
     "The same line serves for the first start and for the restart, which goes on from last.pt"
     out = run.parent/"out.txt"

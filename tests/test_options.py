@@ -1,7 +1,9 @@
 """An option that is accepted and then ignored is a wrong experiment. Every option of every method and of every loss is
-moved from its default, alone and beside each choice of a form, and something must change, or it is refused by name."""
+moved from its default, alone and (slow) beside each choice of a form, and something must change, or it is refused by name."""
+import copy
 import re
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -103,6 +105,20 @@ def models():
     return make(depth=4, embed_dim=32, num_heads=2), make(depth=5, embed_dim=48, num_heads=4)
 
 
+IMAGES = torch.randn(max(STEPS, *LONGER.values()), B, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def tapped(student_layers, teacher_layers):
+    "Student and teacher, with what they make of IMAGES before any training; the student's features of the first step alone"
+    layers = lambda l: {"default": "all", None: []}.get(l, list(l) if isinstance(l, tuple) else l)
+    student, teacher = (TappedModel(m, layers(l)) for m,l in zip(models(), (student_layers, teacher_layers)))
+    with torch.no_grad(): return student, teacher, student(IMAGES[0]), [teacher(x) for x in IMAGES]
+
+
+def frozen(layers): return tuple(layers) if isinstance(layers, list) else layers
+
+
 def seen(x): # numbers of anything that is reported
     return [] if x is None else [float(v) for v in torch.as_tensor(x).detach().double().flatten()]
 
@@ -112,13 +128,11 @@ def lesson(name, words):
     cls = METHODS.get(name)
     options = TypeAdapter(cls.Options).validate_python(words)
     needs = cls.requires(options)
-    (plain_s, plain_t), out = models(), [float(v) for v in (needs.attention, needs.views_per_image)]
-    at = {"default": "all", None: []}
-    layers = lambda l: at.get(l, l) if not isinstance(l, list) else l
-    student, teacher = TappedModel(plain_s, layers(needs.student_layers)), TappedModel(plain_t, layers(needs.teacher_layers))
+    out = [float(v) for v in (needs.attention, needs.views_per_image)]
+    student, teacher, first, of_teacher = tapped(frozen(needs.student_layers), frozen(needs.teacher_layers))
+    student, teacher = copy.deepcopy(student), copy.deepcopy(teacher)
     g, steps = torch.Generator().manual_seed(1), LONGER.get(words.get("selector", {}).get("name", name), STEPS)
-    x = torch.randn(steps, B, 3, 16, 16, generator=g)
-    f = student(x[0]), teacher(x[0])
+    f = first, of_teacher[0]
     of_two = lambda t: Features(t.tokens, t.attention, t.logits, t.grid_sizes, per_teacher=[t, Features(
         [y.flip(1) for y in t.tokens], t.attention, -t.logits, t.grid_sizes)])
     if name in ("amtml", "diverse"): f = f[0], of_two(f[1])
@@ -135,9 +149,9 @@ def lesson(name, words):
     for step in range(steps):
         if hasattr(objective, "plan"): out += seen(objective.plan(step, steps, lambda: said))
         torch.manual_seed(10 + step)
-        s = student(x[step])
+        s = student(IMAGES[step])
         if second: s.dist_logits = s.logits.roll(1, 1) + .1*s.logits
-        with torch.no_grad(): t = teacher(x[step]) if needs.teacher else None
+        t = copy.deepcopy(of_teacher[step]) if needs.teacher else None
         if name in ("amtml", "diverse"): t = of_two(t)
         blend = sample_mix(step_generator(0, step), B, prob=.7)
         result = objective(s, t, Target(labels, blend), StepState(2*step, 60, 0, epoch=step/2, should_log=True))
@@ -163,6 +177,7 @@ def tried(name, words):
 
 
 ALONE = ("basd", "basd_literal")  # too many forms to move each option beside each of them
+INHERITED = {"basd_literal": "basd"}    # what a method inherits is tried each week, and with its parent at each push
 AT = dict(progressive=dict(share=1e-9)) # where an option is seen in a few steps: the frontier moves
 NEEDED = dict(qkv_relations=dict(heads=2), rel=dict(form="gram"))  # options that a loss cannot be without here
 CASES = [(n, {}) for n in METHODS if n not in ("ce", "match")] + [
@@ -176,17 +191,21 @@ def of_selector(name):
     return [(("selector", *p), h, d) for p,h,d in leaves(selector_options(name)) if p != ("name",)]
 
 
+@pytest.mark.parametrize("beside", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "beside"])
 @pytest.mark.parametrize("name, base", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.get("losses", [v["selector"]["name"]] if "selector" in v else [])))
-def test_every_option(name, base):
+def test_every_option(name, base, beside):
+    "Alone; `beside`: beside each choice of a form, and those that a method has from another"
     options = METHODS.get(name).Options
     own = list(leaves(options))
+    if (parent := INHERITED.get(name)) and not beside: own = [o for o in own if o not in list(leaves(METHODS.get(parent).Options))]
     if "losses" in base:
         loss, = base["losses"]
         own = [(("losses", loss, *p), h, d) for p,h,d in leaves(options_from(LOSSES.get(loss), *SHAPE_ARGUMENTS))] + (
             own if "logits" in base else [])
     if "selector" in base: own = of_selector(base["selector"]["name"])
     silent = []
-    contexts = [((), NO)] + [(p, v) for p,h,d in own for v in choices(p, h, d) if name not in ALONE]
+    contexts = [((), NO)]
+    if beside: contexts = contexts*(name in INHERITED) + [(p, v) for p,h,d in own for v in choices(p, h, d) if name not in ALONE]
     for context, choice in contexts:
         words = base if choice is NO else put(base, context, choice)
         before, refused = tried(name, words)

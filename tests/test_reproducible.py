@@ -71,7 +71,8 @@ print(main(sys.argv[2:]), len(started), len(multiprocessing.active_children()))
 """
 
 
-@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_readers_start_once(method, run, tmp_path):
     "Two of them for two epochs with two evaluations each, and three at the end, as they begin elsewhere; none is left"
     done = subprocess.run([sys.executable, "-c", STARTS, method, "train", "basd_cifar10", *WORDS, "data.workers=2",

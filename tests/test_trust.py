@@ -176,6 +176,7 @@ def test_images_that_the_user_names(finished, here, capsys):
     del sys.modules["my_data"]
 
 
+@pytest.mark.slow
 def test_a_race_of_ones_own(elsewhere, capsys):
     "A benchmark's processes find such a module, too"
     assert main(["compare", "mine/mine.yaml", "--seeds", "1", "--folder", "race", "--jobs", "2", "--set", *WORDS]) == 0

@@ -18,6 +18,8 @@ import matplotlib.pyplot  # noqa: F401  what most pages import is imported once,
 import timm  # noqa: F401
 import torch  # noqa: F401
 import torchvision  # noqa: F401
+import basd.cli  # noqa: F401
+import basd.training.build  # noqa: F401
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb

@@ -118,10 +118,9 @@ def _panels_by_inches(
     import matplotlib.pyplot as plt
     rows, left, between, right, under, over, text = (n + 1)//2, .62, .85, .35, .45, .18 + .16*names, .14*below
     size = (left + 2*width + between + right, rows*(over + height + under) + text)
-    fig, axs = plt.subplots(rows, 2, figsize=size, squeeze=False, layout='constrained', gridspec_kw=dict(
+    fig, axs = plt.subplots(rows, 2, figsize=size, squeeze=False, gridspec_kw=dict(
         left=left/size[0], right=1 - right/size[0], top=1 - over/size[1], bottom=(under + text)/size[1],
         wspace=between/width, hspace=(over + under)/height))
-    fig.set_layout_engine('none')       # afterwards: a figure created without an engine gets the style's when saved
     for ax in axs.flat[n:]: ax.set_axis_off()
     return fig, list(axs.flat[:n])
 
@@ -161,7 +160,8 @@ def plot_run(
         if key in keys:
             panels.append(lambda ax, key=key, title=title: plot_matrix(log_series(rows, key)[1][-1], ax, title=title))
     lines = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(findings, 1)]
-    with page_style():
+    # panels have their places: an engine for the layout would draw everything twice
+    with page_style(), plt.rc_context({'figure.constrained_layout.use': False}):
         fig, axs = _panels_by_inches(len(panels), -(-max(len(parts), len(shares))//4),
                                     sum(len(s.splitlines()) for s in lines))
         for ax,draw in zip(axs, panels): draw(ax)
