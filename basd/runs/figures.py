@@ -169,4 +169,6 @@ def plot_run(
         create_private_folder(Path(run)/'figures')
         save_figure(fig, Path(run)/'figures'/'run.png')
         plt.close(fig)
+    # an engine that does nothing, or a figure without one gets the style's when it is shown
+    for engine in ('constrained', 'none'): fig.set_layout_engine(engine)
     return fig
