@@ -98,7 +98,7 @@ def fingerprint(case, run, stop=None):
     name, words = CASES[case]
     t = train(load_recipe(name, [w.replace("CACHE", str(run/"cache")) for w in words])[""], run/"run", stop)
     assert t.step == STEPS, t.step
-    h, timeless = hashlib.sha256(), lambda row: [v for k,v in row.items() if k not in ("seconds", "time/interval", "time/elapsed", "offset")]
+    h, timeless = hashlib.sha256(), lambda row: [v for k,v in row.items() if k not in ("seconds", "offset") and not k.startswith("time/")]
     for x in (t.task.state_dict(), average(t), t.optimizer.state_dict()): digest(x, h)
     digest([timeless(r) for r in read_metrics(run/"run")], h)
     digest(timeless(json.loads((run/"run"/"result.json").read_text())), h)

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ class TrainingData:
         self.hide_labels(labeled_positions(self.images, self.fit, recipe))
         self.per_epoch = len(self.fit)//d.batch_size
         self.total = self.per_epoch*recipe.train.epochs
+        self.batch_size, self.waited = d.batch_size, 0.         # seconds for data
 
     def given(self,
         batch:dict, # of the loader
@@ -163,7 +165,11 @@ def steps(self:TrainingData,
     if start == end: return                                     # stopped during its validation
     as_read = self.read(epoch, start, end)
     batches = self.readers('fit', as_read.dataset, as_read.batch_sampler)
-    for _ in range(start, end): yield [next(batches) for _ in range(self.grad_accum_steps)]
+    for _ in range(start, end):
+        began = time.perf_counter()
+        step = [next(batches) for _ in range(self.grad_accum_steps)]
+        self.waited += time.perf_counter() - began
+        yield step
 
 @patch
 def evaluate(self:TrainingData,

@@ -43,14 +43,16 @@ class MetricsLog(Callback):
         config:dict|None=None, # resolved recipe, for the trackers
     ):
         self.run, self.names, self.config, self.log, self.before = Path(run), names, config, None, 0.
-        self.clock = self.began = time.perf_counter()
+        self.clock = self.began = self.at = time.perf_counter()
+        self.first = self.made = self.busy = self.waited = 0    # first step here; since the last row: steps, seconds of training
 
     def open(self,
         offset:int=0,       # bytes of an existing log to keep
         step:int|None=None, # from which the run continues
     ):
         "Open the log for writing, on the first rank"
-        self.clock = self.began = time.perf_counter()
+        self.clock = self.began = self.at = time.perf_counter()
+        self.first = step or 0
         if rank() == 0: self.log = MetricsLogger(self.run, offset, Trackers(self.run, self.names, self.config, step))
 
     @contextmanager
@@ -67,17 +69,35 @@ class MetricsLog(Callback):
     def write(self, row):
         if rank() == 0: self.log.write(row)
 
+    def before_epoch(self, t): self.at = time.perf_counter()
+    def validate(self, t): self.busy += time.perf_counter() - self.at
+
+    def pace(self, t,
+        now:float, # seconds
+    )->dict: # for the row
+        "Images per second of training and the share of it spent waiting for data since the last row, and seconds left"
+        busy, waited = self.busy + now - self.at, t.data.waited
+        out = {'time/images_per_s': self.made*t.data.batch_size/busy, 'time/waiting': (waited - self.waited)/busy,
+               'time/left': (now - self.began)/(t.step - self.first)*(t.data.total - t.step)}
+        self.at, self.busy, self.made, self.waited = now, 0, 0, waited
+        return out
+
     def after_backward(self, t):
         t.meter.add({'loss': t.out['loss']} | {f'loss/{k}': v for k,v in t.out['losses'].items()} | t.out['metrics'])
 
     def after_step(self, t):
         t.meter.add({f'grad_norm/{k}': n for k,n in zip(('student', 'objective'), t.grad_norms)})
+        self.made += 1
         if not t.should_log: return
         row, now = t.meter.read(), time.perf_counter()
         row |= dict(kind='step', step=t.step, epoch=t.step/t.data.per_epoch, lr=t.optimizer.param_groups[-1]['lr'],
                     skipped=t.skipped.item(), **{'time/interval': now - self.clock})
         if t.layers: row['teacher_depth'] = t.task.depth or t.layers                # of the step just made
         self.clock, t.comment = now, f"loss {row['loss']:.3f}"
+        if hasattr(t.data, 'waited'):
+            row |= self.pace(t, now)
+            t.comment += (f", {row['time/images_per_s']:.3g} images/s, {row['time/waiting']:.0%} waiting, "
+                          f"{_lasting(row['time/left'])} left")
         self.write(row)
 
     def state_dict(self):
