@@ -119,6 +119,17 @@ def test_an_own_student_of_transformers(wrapped, tmp_path, monkeypatch):
     story(tmp_path, again if wrapped else dict(model=plain, img_size=SIZE, **PLAIN), again, monkeypatch)
 
 
+def test_a_wrapped_teacher_is_read_as_it_was_wrapped(tmp_path):
+    "How `create_teacher` was told to read its layers is in the recipe of the run, which is resumed with it"
+    torch.manual_seed(0)
+    vit = basd.create_teacher("vit_tiny_patch16_224", img_size=SIZE, untrained=True, prefix=1, grid=(4, 4), patch_size=SIZE//4,
+                              depth=3, embed_dim=24, num_heads=2, num_classes=3)
+    train(tmp_path/"run", vit)
+    stored = yaml.safe_load((tmp_path/"run"/"kd"/"recipe.yaml").read_text())
+    assert stored["teacher"]["kwargs"] == dict(prefix=1, grid=[4, 4])
+    assert basd.resume(str(tmp_path/"run"), device="cpu", **given(vit))["kd"]["test"]
+
+
 def test_export(finished, tmp_path, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(package)
     found = basd.export(finished, tmp_path/"out", student=cnn())

@@ -318,15 +318,26 @@ def _given_model(role, found):
     sized = getattr(module, 'pretrained_cfg', None) or getattr(getattr(module, 'patch_embed', None), 'img_size', None)
     if role == 'teacher' or sized: own = dict(img_size=None)
     if role == 'teacher' or getattr(module, 'pretrained_cfg', None): own |= dict(mean=None, std=None)
-    if module is not found and found.input_size: own |= dict(img_size=found.input_size[-1])
-    if module is not found and found.mean is not None: own |= {k: getattr(found, k).flatten().tolist() for k in ('mean', 'std')}
     empty = dict(pretrained=False, checkpoint=None, checkpoint_key=None, kwargs=None)
+    if module is not found: own |= _of_wrapper(role, found)
     empty |= (dict(run=None, untrained=False) if role == 'teacher' else
               dict(patch_size=None, depth=None, width=None, heads=None, drop_path=0.))
     def make(num_classes=None, **built):
         if built: raise ValueError(f"it is built already, and {next(iter(built))} is for a model that is built by its name; leave it out")
         return copy.deepcopy(module)
     return type(module).__name__, make, empty | own
+
+def _of_wrapper(role, tapped):
+    "What the section of a wrapped model should hold: its images, and how its layers are read"
+    own = dict(img_size=tapped.input_size[-1]) if tapped.input_size else {}
+    if tapped.mean is not None: own |= {k: getattr(tapped, k).flatten().tolist() for k in ('mean', 'std')}
+    usual = dict(prefix=None, grid=None, logits='auto', channels_last=None, time_axis=False)
+    reads = {k: getattr(tapped, k) for k,v in usual.items() if getattr(tapped, k) != v}
+    told = ('prefix', 'grid', 'logits') if role == 'teacher' else ('prefix', 'grid')
+    if lost := reads.keys() - set(told):
+        raise ValueError(f"{role} is wrapped with {min(lost)}={reads[min(lost)]!r}, which a run cannot take over; "
+                         "give a module whose output needs no such setting")
+    return own | (dict(kwargs=reads | (dict(grid=[*reads['grid']]) if 'grid' in reads else {})) if reads else {})
 
 def _given_data(role, found):
     "Class, function of the split that returns its data set, and what the data section should hold"

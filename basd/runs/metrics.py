@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import uuid
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -103,12 +104,13 @@ def read_metrics(
     return [r for r in rows if kind in (None, r['kind'])]
 
 # %% ../../nbs/runs/64_metrics.ipynb #7a1c0e03
-class Tracker:
+class Tracker(ABC):
     "A tracker of runs, as a run uses it"
     package = extra = ''      # that it imports, and the extra of `pip install` that has it
     folder = None             # of the run directory, in which it writes
     overwrites = False        # after `open` at a step it shows no row of a later one, so that these are sent again
 
+    @abstractmethod
     def open(self,
         run:Path,        # run directory
         config:dict,     # resolved recipe, as `to_dict` has it
@@ -116,18 +118,17 @@ class Tracker:
         step:int|None,   # from which the run continues; None: it begins
     )->str:              # the run's id
         "Begin a run, or continue it"
-        raise NotImplementedError
 
+    @abstractmethod
     def log(self,
         values:dict, # name → number
         step:int,
     ):
         "Send the numbers of a row"
-        raise NotImplementedError
 
     def close(self,
         ok:bool, # False: an error ended the run
-    ): "Send what is left"
+    ): "Send what is left, if anything is"
 
 # %% ../../nbs/runs/64_metrics.ipynb #7a1c0e04
 class TensorBoard(Tracker):
