@@ -719,6 +719,7 @@ def export_command(
     with trusting(args.trust, args.run_dir, Path.cwd()): found = export_run(args.run_dir, args.to, args.onnx, args.weights)
     print(f"{found['folder']}: {', '.join(found['files'])}" + (f"; {found['weights']} weights" if found['weights'] else '')
           + (f"; ONNX opset {found['opset']}, logits within {found['difference']:.1e}" if 'opset' in found else ''))
+    if 'reason' in found: print(f"not for timm: {found['reason']}")
     if args.push: print(push_folder(found['folder'], args.push, args.public))
 
 # %% ../nbs/90_cli.ipynb #75c8b7ae

@@ -113,7 +113,7 @@ def test_onnx_has_the_same_logits(student, tmp_path):
 
 
 def test_a_student_of_ones_own(tmp_path, monkeypatch, capsys):
-    "timm does not know it: ONNX with a card whose code runs without it, and only where its code is trusted"
+    "timm has no name for it: ONNX with a card whose code runs without it, and only where its code is trusted"
     for package in ("onnx", "onnxruntime", "onnxscript"): pytest.importorskip(package)
     (tmp_path/"own_export.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
@@ -124,13 +124,15 @@ def test_a_student_of_ones_own(tmp_path, monkeypatch, capsys):
     (tmp_path/"run").mkdir(); save_student(student, "run"); (tmp_path/"run/recipe.yaml").write_text("data: {source: digits}\n")
     monkeypatch.setattr(registry, "_admitted", set())
     assert main(["export", "run", "--to", "out"]) == 2 and "would import code" in capsys.readouterr().err
-    assert main(["export", "run", "--to", "out", "--trust"]) == 0 and "ONNX opset" in capsys.readouterr().out
+    assert main(["export", "run", "--to", "out", "--trust"]) == 0
+    said, reason = capsys.readouterr().out, "timm has no model cnn of own_export; decorate the function with timm.models.register_model"
+    assert "ONNX opset" in said and reason in said
     files, config = sorted(p.name for p in (tmp_path/"out").iterdir()), json.loads((tmp_path/"out/config.json").read_text())
     assert files == ["README.md", "config.json", "model.onnx", "model.safetensors", "recipe.yaml"]
     assert (config["architecture"], config["label_names"], config["format"]) == ("own_export:cnn", student.label_names, "onnx")
     assert config["onnx"]["difference"] < 1e-4
     card = (tmp_path/"out/README.md").read_text()
-    assert "timm" not in card.split("## Repeat")[0] and "library_name: onnx" in card
+    assert "import timm" not in card and reason in card and "library_name: onnx" in card
     image = Image.effect_mandelbrot((24, 17), (-2, -1, 1, 1), 60).convert("RGB")
     image.save("image.png"); monkeypatch.setattr(Image, "open", lambda path, was=Image.open: was("image.png"))
     exec(shown_code(card, "python"), seen := {})

@@ -1,11 +1,16 @@
 """Teachers of two hubs, from folders that stand in for them: `hub:REPOSITORY:ENTRY` of torch.hub, whose code is run only where it
 is trusted, and `hf:PLACE` of transformers (where it is installed). A student of one's own learns from each, stopped and resumed."""
+import importlib.util
+import json
 import sys
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from basd.cli import main
 from basd.core.registry import trusting
+from basd.data.sources import ImageDataset, open_source
 from basd.models.students import create_student, load_student
 from basd.models.teachers import create_teacher
 from forks import state_of
@@ -16,12 +21,19 @@ dependencies = ["torch", "timm"]
 import timm
 
 def tiny(pretrained=True, depth=2):
-    return timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=depth, embed_dim=24, num_heads=2, num_classes=10)
+    return timm.create_model("vit_small_patch14_dinov2", img_size=16, patch_size=4, depth=depth, embed_dim=24, num_heads=2, num_classes=10)
 
 def words(pretrained=True): return "no module"
 '''
+REGISTERED = '''
+from timm.models import build_model_with_cfg, register_model
+
+@register_model
+def own_net(pretrained=False, **kwargs):
+    return build_model_with_cfg(cnn, "own_net", pretrained, kwargs_filter=("in_chans",), **kwargs)
+'''
 TRAIN = ["data.source=digits", "data.train_size=96", "data.val_size=48", "data.batch_size=24", "data.workers=0", "views.flip=0",
-         "student.model=own_doors:cnn", "student.img_size=16", "student.patch_size=null", "student.drop_path=0", "teacher.img_size=16", "teacher.untrained=true", "teacher.pretrained=false",
+         "student.model=own_doors:own_net", "student.img_size=8", "student.patch_size=null", "student.drop_path=0", "teacher.img_size=16", "teacher.untrained=true", "teacher.pretrained=false",
          "train.epochs=2", "train.warmup_epochs=0", "method.name=match", "method.losses={cka: {}}", "method.student_layers=[0, 2]"]
 GRAY = ["teacher.mean=[0, 0, 0]", "teacher.std=[1, 1, 1]"]
 
@@ -30,11 +42,23 @@ GRAY = ["teacher.mean=[0, 0, 0]", "teacher.std=[1, 1, 1]"]
 def here(with_models):
     (with_models/"hub").mkdir()
     (with_models/"hub"/"hubconf.py").write_text(HUBCONF)
+    with (with_models/"own_doors.py").open("a") as f: f.write(REGISTERED)
     return with_models
 
 
+def timm_is_right(folder, images, top1):
+    "The model that timm opens has, by timm's transform, the accuracy of the run to the last digit; it is returned"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    pairs = [images[i] for i in range(len(images))]
+    x = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image, _ in pairs])
+    with torch.no_grad(): right = (model(x).argmax(1) == torch.tensor([int(label) for _, label in pairs])).float().mean().item()
+    assert round(100*right, 4) == round(top1, 4)
+    return model
+
+
 def story(words, run, capsys, monkeypatch):
-    "Train whole; train to the first epoch's end and resume: equal. Another process evaluates it, with trust alone"
+    "Train whole; train to the first epoch's end and resume: equal. Another process evaluates and exports it, with trust alone; timm opens it"
     assert main(["train", "basd_cifar10", *TRAIN, *words, "--run-dir", f"{run}/whole"]) == 0
     with monkeypatch.context() as m:                                    # killed after the first epoch's checkpoint
         from basd.training.trainer import Trainer
@@ -52,7 +76,16 @@ def story(words, run, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["evaluate", f"{run}/whole", "--quick"]) == 2 and "would import code" in capsys.readouterr().err
     assert main(["evaluate", f"{run}/whole", "--quick", "--trust"]) == 0
-    with trusting(["own_doors:cnn"]): assert load_student(run/"whole").model[0].out_channels == 8
+    with trusting(["own_doors:own_net"]): student = load_student(run/"whole", layers=[]).eval()
+    onnx = ["--onnx"] if all(importlib.util.find_spec(p) for p in ("onnx", "onnxscript", "onnxruntime")) else []
+    assert main(["export", f"{run}/whole", "--to", f"{run}/out", "--trust", *onnx]) == 0
+    said = capsys.readouterr().out
+    assert "not for timm" not in said and ("ONNX opset" in said) == bool(onnx)
+    forget(monkeypatch)
+    importlib.import_module("own_doors")            # as a process that opens the folder does
+    result, x = json.loads((run/"whole"/"result.json").read_text()), torch.rand(2, 3, 8, 8)
+    opened = timm_is_right(run/"out", ImageDataset(open_source("digits", "test")), result["test"][result["exported"]]["top1"])
+    with torch.no_grad(): assert (opened(x) == student.model(x)).all()
 
 
 def test_a_teacher_of_torch_hub(here, capsys, monkeypatch):

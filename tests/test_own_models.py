@@ -1,13 +1,15 @@
 """Models and data that are objects in Python: trained, stopped, resumed to the same weights, evaluated, exported; what only Python can
 give is asked for in one sentence. (By package.module:callable and the command: tests/test_doors.py, test_hubs.py, test_export.py.)"""
 import copy
+import importlib.util
 
 import pytest
+import timm
 import torch
 import yaml
 from forks import on_ranks, state_of
 from safetensors.torch import load_file
-from test_hubs import dinov2
+from test_hubs import dinov2, timm_is_right
 from torch import nn
 
 import basd
@@ -26,9 +28,15 @@ SETTINGS = dict(views=dict(flip=0., color="none"), method=dict(name="match", los
 
 class Cnn(nn.Sequential):
     "A student of one's own"
-    def __init__(self, classes, width=8):
+    def __init__(self, num_classes, width=8):
         conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
-        super().__init__(conv(3, width), conv(width, width), conv(width, width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+        super().__init__(conv(3, width), conv(width, width), conv(width, width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+
+
+@timm.models.register_model
+def own_cnn(pretrained=False, **kwargs):
+    "The student as timm makes it, and opens it again"
+    return timm.models.build_model_with_cfg(Cnn, "own_cnn", pretrained, kwargs_filter=("in_chans",), **kwargs)
 
 
 class Images:
@@ -37,7 +45,7 @@ class Images:
     def __init__(self, n): self.n = n
     def __len__(self): return self.n
     def __getitem__(self, i):
-        x = torch.randint(0, 99, (3, 16, 16), generator=torch.Generator().manual_seed(i + self.n), dtype=torch.uint8)
+        x = torch.randint(0, 99, (3, SIZE, SIZE), generator=torch.Generator().manual_seed(i + self.n), dtype=torch.uint8)
         x[i%3] += 100
         return x, i%3
 
@@ -47,19 +55,24 @@ def cnn(width=8):
     return Cnn(3, width)
 
 
+def named(width=8):
+    torch.manual_seed(1)
+    return timm.create_model("own_cnn", num_classes=3, width=width)
+
+
 DATA = Images(48), Images(12)
 
 
-def given(teacher): return dict(student=cnn(), teacher=teacher, data=DATA)
+def given(teacher, student=cnn): return dict(student=student(), teacher=teacher, data=DATA)
 
 
-def train(run, teacher, **more):
+def train(run, teacher, student=cnn, **more):
     data = dict(source=DATA, batch_size=12, val_size=12, train_size=None, workers=0)
-    objects = dict(student=dict(model=cnn(), img_size=SIZE), teacher=teacher, data=data) | more
+    objects = dict(student=dict(model=student(), img_size=SIZE), teacher=teacher, data=data) | more
     return basd.train("kd", run_dir=str(run), device="cpu", **objects, **SETTINGS)
 
 
-def stopped_after_an_epoch(run, monkeypatch, teacher):
+def stopped_after_an_epoch(run, monkeypatch, teacher, student=cnn):
     from basd.training.trainer import Trainer
     with monkeypatch.context() as m:
         whole = Trainer.run_epoch
@@ -67,26 +80,33 @@ def stopped_after_an_epoch(run, monkeypatch, teacher):
             if self.step: raise KeyboardInterrupt
             return whole(self, *args, **kwargs)
         m.setattr(Trainer, "run_epoch", dies)
-        with pytest.raises(KeyboardInterrupt): train(run, teacher)
+        with pytest.raises(KeyboardInterrupt): train(run, teacher, student)
     assert (run/"kd"/"last.pt").is_file() and not (run/"kd"/"result.json").is_file()
 
 
 def story(folder, teacher, again, monkeypatch):
-    "Train, stop, resume, evaluate, export; `again` is how the teacher is given to a resumed run"
+    "Train, stop, resume, evaluate, export, open by timm; `again` is how the teacher is given to a resumed run"
     before = copy.deepcopy(again.state_dict())
-    result = train(folder/"whole", teacher)["kd"]                         # the stage that would train a teacher is left out
+    result = train(folder/"whole", teacher, named)["kd"]                  # the stage that would train a teacher is left out
     assert all((v == before[k]).all() for k, v in again.state_dict().items())                        # the caller's own is not changed
-    stopped_after_an_epoch(folder/"part", monkeypatch, teacher)
-    basd.resume(str(folder/"part"), device="cpu", **given(again))
+    stopped_after_an_epoch(folder/"part", monkeypatch, teacher, named)
+    basd.resume(str(folder/"part"), device="cpu", **given(again, named))
     whole, part = folder/"whole"/"kd", folder/"part"/"kd"
     assert state_of(part) == state_of(whole)
-    found = basd.evaluate(str(part), device="cpu", **given(again))
+    found = basd.evaluate(str(part), device="cpu", **given(again, named))
     assert found[result["exported"]] == pytest.approx(result["test"][result["exported"]])
-    own = cnn(8).eval()
+    own = named(8).eval()
     own.load_state_dict(load_file(part/"student.safetensors"))                       # by its own class alone
-    with basd.core.registry.offering({"python.student:Cnn": lambda num_classes: cnn()}): student = load_student(part, layers=[])
+    with basd.core.registry.offering({"python.student:Cnn": lambda num_classes: named()}): student = load_student(part, layers=[])
     x = torch.rand(2, 3, SIZE, SIZE)
-    assert (own(student.normalize(x)) == student.eval()(x).logits).all() and not (own[0][0].weight == cnn()[0][0].weight).all()
+    assert (own(student.normalize(x)) == student.eval()(x).logits).all() and not (own[0][0].weight == named()[0][0].weight).all()
+    onnx = all(importlib.util.find_spec(p) for p in ("onnx", "onnxscript", "onnxruntime"))
+    found = basd.export(part, folder/"out", onnx=onnx, student=named())
+    assert not onnx or found["difference"] < 1e-4
+    opened = timm_is_right(folder/"out", DATA[1], result["test"][result["exported"]]["top1"])
+    with torch.no_grad(): assert (opened(x) == own(x)).all()
+    print(f"logits differ by 0.0 in timm, {found.get('difference')} in ONNX")
+    assert opened.pretrained_cfg["label_names"] == Images.classes and f"import {__name__}  # registers own_cnn" in (folder/"out"/"README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +127,12 @@ def test_an_own_student_and_an_own_teacher(tmp_path, teacher, monkeypatch):
     stored = yaml.safe_load((tmp_path/"whole"/"kd"/"recipe.yaml").read_text())
     assert (stored["student"]["model"], stored["teacher"]["model"], stored["data"]["source"]) == (
         "python.student:Cnn", "python.teacher:Cnn", "python.data:Images")
+
+
+def test_an_own_student_of_a_dinov2_of_timm(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_small_patch14_dinov2", img_size=SIZE, patch_size=7, depth=3, embed_dim=24, num_heads=2)
+    story(tmp_path, vit, vit, monkeypatch)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -134,6 +160,7 @@ def test_export(finished, tmp_path, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(package)
     found = basd.export(finished, tmp_path/"out", student=cnn())
     assert found["difference"] < 1e-4 and "README.md" in found["files"]
+    assert "make the student by timm.create_model" in found["reason"] and found["reason"] in (tmp_path/"out"/"README.md").read_text()
     print(f"ONNX differs by {found['difference']:.1e}")
     with torch.no_grad(): cnn().load_state_dict(load_file(tmp_path/"out"/"model.safetensors"))
 
