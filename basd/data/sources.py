@@ -11,13 +11,16 @@ import copy
 import glob
 import hashlib
 import importlib
-import logging
+import json
 import os
 import re
+import tarfile
 import unicodedata
+from array import array
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ import torch
 from PIL import Image, ImageFile
 from fastcore.basics import patch
 from timm.data import create_dataset
+from timm.data.readers.targets import get_field
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as F
@@ -508,22 +512,78 @@ def _with_column(table, pictures, image, label_key, called, notes):
     return TableSource(pictures, labels, classes, called, said + notes)
 
 # %% ../../nbs/data/46_sources.ipynb #55596ef5
-_most_of_a_stream = 4 * 2**30 # bytes of decoded images
-
 def _needs(package, source):
     "Refuse a source whose package is missing"
     try: importlib.import_module(package)
     except ImportError:
         raise ValueError(f"{source!r} needs the package {package}; pip install 'basd-distill[streams]'") from None
 
-@contextmanager
-def _complaints():
-    "Warnings that timm's readers log where an image is left out, as a list"
-    said, log, handler = [], logging.getLogger('timm.data.readers'), logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    log.addHandler(handler)
-    try: yield said
-    finally: log.removeHandler(handler)
+class ShardSource(Source):
+    "A split whose images are files in tar files; `dataset`: their paths, `places`: (n, 3) of tar file, first byte, bytes"
+    def encoded_images(self, start, stop):
+        out = []
+        for shard,first,size in self.places[start:stop].tolist():
+            with open(self.dataset[shard], 'rb') as f:
+                f.seek(first)
+                out.append(f.read(size))
+        return out
+
+    def describe_item(self, i): return f"image {i} of {self.name} ({os.path.basename(self.dataset[self.places[i, 0]])})"
+def _samples(tar):
+    "Samples of a shard, ending → file: neighbors whose names agree up to the first dot"
+    named = ((re.fullmatch(r'((?:.*/|)[^./]+)[.]([^/]*)', m.name), m) for m in tar if m.isfile())
+    for name,files in groupby(((n, m) for n,m in named if n), lambda f: f[0][1]):
+        yield name, {n[2].lower(): m for n,m in files}
+
+def _index_shard(path, image_key, label_key, labels):
+    "(first byte, bytes) of each image of a shard, and its label"
+    with tarfile.open(path, 'r:') as tar:
+        for name,files in _samples(tar):
+            def content(ending):
+                if ending not in files: raise ValueError(f"{name} in {os.path.basename(path)} has no .{ending}, but .{', .'.join(files)}")
+                tar.fileobj.seek(files[ending].offset_data)
+                return tar.fileobj.read(files[ending].size)
+            image = next((files[e] for e in image_key.split(';') if e in files), None)
+            if image is None: content(image_key.replace(';', ' or .'))
+            label = -1 if not labels else get_field(json.loads(content('json')), label_key) if label_key else int(content('cls'))
+            yield image.offset_data, image.size, label
+
+# %% ../../nbs/data/46_sources.ipynb #55596ef7
+def _open_shards(
+    name:str,           # folder of shards
+    split:str='train',  # of its _info.json, or shards by name
+    root=None,          # where the path of the shards starts
+    image_key:str|None=None, # endings of images, as "jpg;png"; None: jpg, png and webp
+    label_key:str|None=None, # field of the .json; None: the .cls
+    labels:bool|None=True, # read labels
+)->Source:
+    "The images of tar files, in their order, read from the disk at random"
+    called, folder = f'wds/{Path(name).name}/{split}', os.path.abspath(Path(root or '')/name)
+    _needs('webdataset', f'wds/{name}')
+    if not os.path.isdir(folder):
+        raise ValueError(f"wds/{name}: there is no folder {folder}; shards are read from a disk, so copy those of a server first")
+    places, numbers, path = array('q'), [], folder
+    try:
+        reader = create_dataset(f'wds/{name}', root=folder, split=split, input_key=image_key, target_key=label_key).reader
+        shards = [os.path.join(folder, f) for f in reader.split_info.filenames]
+        for k,path in enumerate(shards):
+            if not os.path.isfile(path): raise ValueError(f"there is no shard {path}")
+            for first,size,label in _index_shard(path, reader.input_key, label_key or reader.split_info.alt_label, labels is not False):
+                places.extend((k, first, size)); numbers.append(label)
+    except tarfile.ReadError as e:
+        raise ValueError(f"{called}: {path} is no whole, uncompressed tar file ({e}); mend it, or unpack it (gunzip)") from e
+    except Exception as e:
+        raise ValueError(f"{called} cannot be read ({type(e).__name__}: {' '.join(str(e).split())}); name its splits with data.train_split and "
+                         "data.test_split, and what holds images and labels with data.image_key and data.label_key") from e
+    if reader.num_samples not in (0, len(numbers)):
+        raise ValueError(f"{called}: {len(numbers)} images were found of {reader.num_samples}; shards are missing, or their number is wrong; "
+                         "mend what is damaged, or leave it out")
+    source = ShardSource(shards, [0]*len(numbers) if labels is False else numbers, None, called)
+    source.places = torch.frombuffer(places, dtype=torch.int64).view(-1, 3)
+    return without_labels(source) if labels is False else source
+
+# %% ../../nbs/data/46_sources.ipynb #55596efb
+_most_of_a_stream = 4 * 2**30 # bytes of decoded images
 
 def _collected(stream, called):
     "All pairs of a stream, images decoded"
@@ -534,42 +594,32 @@ def _collected(stream, called):
         held += pairs[-1][0].numel()
         if held > _most_of_a_stream:
             raise ValueError(f"{called} has {held/2**30:.1f} GiB of pixels in its first {len(pairs):,} images, and a stream is held in memory, "
-                             f"of at most {_most_of_a_stream/2**30:.1f} GiB, since it cannot be read out of order; unpack it into a folder, "
-                             "or read a table as hfds/")
+                             f"of at most {_most_of_a_stream/2**30:.1f} GiB, since it cannot be read out of order; read the table as hfds/")
     return pairs
 
 # %% ../../nbs/data/46_sources.ipynb #fe4a5ca3
 def _open_stream(
-    kind:str,           # "wds" or "hfids"
-    name:str,           # folder of shards ("wds"); data set of the hub or folder of parquet files ("hfids")
-    split:str='train',  # as the source calls it; shards by name ("wds")
-    root=None,          # where the path of the shards starts ("wds"), or folder for the cache ("hfids")
-    image_key:str|None=None, # column of images; "image" if None; endings of images in a shard, as "jpg;png"
-    label_key:str|None=None, # column of labels; "label" if None; field of the .json in a shard, None: its .cls
-    download:bool=False,     # may the hub be used ("hfids")
+    name:str,           # data set of the hub or folder of parquet files
+    split:str='train',  # as the source calls it
+    root=None,          # folder for the cache
+    image_key:str|None=None, # column of images; "image" if None
+    label_key:str|None=None, # column of labels; "label" if None
+    download:bool=False,     # may the hub be used
 )->Source:
     "The images of a stream, read once by timm's reader, in its order"
-    called = f'{kind}/{Path(name).name}/{split}'
-    _needs(dict(wds='webdataset', hfids='datasets')[kind], f'{kind}/{name}')
-    if kind == 'wds':
-        place = dict(root=os.path.abspath(Path(root or '')/name))
-        if not os.path.isdir(place['root']):
-            raise ValueError(f"{kind}/{name}: there is no folder {place['root']}; shards are read from a disk, so copy those of a server first")
-    else: # the number is of no consequence where an epoch is one pass
-        name, place = os.path.abspath(name) if os.path.isdir(name) else name, dict(root=root and str(root), num_samples=1)
+    called = f'hfids/{Path(name).name}/{split}'
+    _needs('datasets', f'hfids/{name}')
+    if os.path.isdir(name): name = os.path.abspath(name)
     try:
-        with nullcontext() if kind == 'wds' else _offline(not download):
-            stream = create_dataset(f'{kind}/{name}', split=split, input_img_mode='', input_key=image_key, target_key=label_key, **place)
+        with _offline(not download):     # the number is of no consequence where an epoch is one pass
+            stream = create_dataset(f'hfids/{name}', split=split, input_img_mode='', input_key=image_key, target_key=label_key,
+                                    root=root and str(root), num_samples=1)
             stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1             # every rank has all images
-            with _complaints() as said: pairs = _collected(stream, called)
+            pairs = _collected(stream, called)
     except Exception as e:
         text = ' '.join(str(e).split())
         raise ValueError(text if called in text else f"{called} cannot be read ({type(e).__name__}: {text}); name its splits with data.train_split and "
                          "data.test_split, and what holds images and labels with data.image_key and data.label_key") from e
-    announced = stream.reader.num_samples if kind == 'wds' else 0
-    if said or announced not in (0, len(pairs)):
-        raise ValueError(f"{called}: {len(pairs)} images were read" + f" of {announced}"*bool(announced) +
-                         f"; {said[0] if said else 'shards are missing, or their number is wrong'}; mend what is damaged, or leave it out")
     at = getattr(stream.reader, 'class_to_idx', None) or {}
     return Source(pairs, [y for _,y in pairs], sorted(at, key=at.get) or None, called)
 
@@ -598,12 +648,13 @@ def open_source(
     labels:bool|None=True, # read labels; False: leave them out; None: read them where there are any
 )->Source:
     "Open one split of a data set by name"
-    if labels is False and (source.startswith(('torch/', 'wds/', 'hfids/')) or source == 'digits'):
+    if labels is False and (source.startswith(('torch/', 'hfids/')) or source == 'digits'):
         return without_labels(open_source(source, split, root, download, image_key, label_key))
     kind, _, name = source.partition('/')
     keys = dict(image_key=image_key, label_key=label_key)
     if kind == 'hfds': return _open_hfds(name, split, root, download=download, labels=labels, **keys)
-    if has_columns(source): return _open_stream(kind, name, split, root, download=download, **keys)
+    if kind == 'wds': return _open_shards(name, split, root, labels=labels, **keys)
+    if kind == 'hfids': return _open_stream(name, split, root, download=download, **keys)
     given = next((k for k,v in keys.items() if v is not None), None)
     if given: raise ValueError(f"data.{given}={keys[given]!r} names a column, and {source} is no table (hfds/…); leave it out")
     if is_import_name(source): return _open_own(source, split)
@@ -741,6 +792,9 @@ def feed(self:Source,
 # %% ../../nbs/data/46_sources.ipynb #57dfccbb
 @patch
 def feed(self:ImageFolderSource, h, most:int=2**30): return _feed_files(h, self.dataset, self.root, most)
+
+@patch
+def feed(self:ShardSource, h, most:int=2**30): return _feed_files(h, self.dataset, os.path.dirname(self.dataset[0]), most)
 
 # %% ../../nbs/data/46_sources.ipynb #f2c65fb1
 @patch

@@ -55,8 +55,8 @@ class DataRecipe:
     "Where images come from, how they are split and read"
     # "digits" (scikit-learn's, nothing to fetch), "torch/<name>" (torchvision's), "hfds/<hub name or folder of
     # parquet files>", a folder of images laid out as split/class/image,
-    # package.module:callable, called with the split, for a data set of (image, label); or a stream that is read once and held in
-    # memory, "wds/<folder of shards>" or "hfids/<hub name or folder of parquet files>"
+    # package.module:callable, called with the split, for a data set of (image, label), "wds/<folder of tar files>" (WebDataset's),
+    # or "hfids/<hub name or folder of parquet files>", a stream that is read once and held in memory
     source:str = 'digits'
     # folder of downloads ("torch/…"; null: data) or of the cache ("hfds/…"), or where a relative `source` starts
     root:str|None = None
