@@ -14,6 +14,9 @@ else: basd_distill.refuse(__file__)
 if not {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & os.environ.keys():
     os.environ |= dict(GOMP_SPINCOUNT='10000', KMP_BLOCKTIME='1')
 
+# What torch has not written for Apple's GPUs runs on the CPU, with a warning in place of an error
+os.environ.setdefault('PYTORCH_ENABLE_MPS_FALLBACK', '1')
+
 # public name → where it is defined; imported when it is first used, as torch takes over a second
 _public = {
     'create_teacher': 'models.teachers:create_teacher',

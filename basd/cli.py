@@ -120,7 +120,7 @@ def train(
     *overrides,           # "key=value" with dotted keys, as in "train.epochs=3", or lists of them
     run_dir:str|None=None,# where the run goes; runs/<recipe>-<time> if None
     resume:bool=False,    # resume the run in `run_dir`
-    device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
+    device:str|None=None, # "cpu", "cuda" or "mps"; a GPU where there is one if None
     bars:bool|None=None,  # progress bars; None: in a terminal or a notebook
     trust:bool=False,     # a recipe that was found in a run may import code of its own and download what it names
     callbacks=(),         # of your own: `Callback` instances, or classes, of which each stage gets a new instance
@@ -216,7 +216,7 @@ def _moved(
 def resume(
     run_dir:str,          # of a run, or of a stage
     *overrides,           # changes to keys that may change, as "data.root=elsewhere"
-    device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
+    device:str|None=None, # "cpu", "cuda" or "mps"; a GPU where there is one if None
     bars:bool|None=None,  # progress bars; None: in a terminal or a notebook
     trust:bool=False,     # its recipe may import code of its own and download what it names
     **sections,           # changes as of `train`; `student`, `teacher` and `data` again where they were objects
@@ -302,14 +302,14 @@ def _headline(
 
 # %% ../nbs/90_cli.ipynb #b5807b62
 def _check_device(
-    device:str|None, # "cpu", "cuda" or None
+    device:str|None, # "cpu", "cuda", "mps" or None
 ):
     "Refuse a device that is not available"
-    if device not in (None, 'cpu', 'cuda'): raise ValueError(f"--device {device}: choose cpu or cuda")
-    if device != 'cuda': return
+    if device not in (None, 'cpu', 'cuda', 'mps'): raise ValueError(f"--device {device}: choose cpu, cuda or mps")
+    if device in (None, 'cpu'): return
     import torch
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU here that torch can use; choose cpu")
+    if not (torch.cuda if device == 'cuda' else torch.backends.mps).is_available():
+        raise ValueError(f"--device {device}: there is no GPU here that torch can use so; choose cpu")
 
 # %% ../nbs/90_cli.ipynb #a0042e0c
 def _default_run_dir(
@@ -446,7 +446,7 @@ def parser()->argparse.ArgumentParser:
     for s in (t, c, b, r):
         s.add_argument('--on', dest='frame', metavar='FRAME', help='put the method on a frame: images, models and schedule (see basd recipes)')
     for s in (t, g, e, a, c, b):
-        s.add_argument('--device', help='cpu or cuda (default: a GPU where there is one)')
+        s.add_argument('--device', help='cpu, cuda or mps (default: a GPU where there is one)')
     for s in (t, g, e, a, x, c, b, r):
         s.add_argument('--trust', action='store_true',
                        help='let recipes found in runs import code of their own, and fetch what they name')

@@ -145,7 +145,7 @@ def analyze(
     output_dir:str='analysis',    # gets analysis.json and a PNG a metric
     weights:str='exported',       # of each run
     images:int=512,               # shown for each metric
-    device:str|None=None,         # "cpu" or "cuda"; a GPU where there is one if None
+    device:str|None=None,         # "cpu", "cuda" or "mps"; a GPU where there is one if None
     trust:bool=False,             # the runs' recipes may import code of their own and fetch what they name
 )->dict: # metric → run → result, or {skipped: why}; problems: sentences about runs and metrics that do not exist
     "Measure runs and draw them side by side"

@@ -108,7 +108,7 @@ def write_evaluation(
 def evaluate_student(
     run_dir:str,          # of a run
     weights:str='all',    # "last", "best", "ema", "exported" or "all"
-    device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
+    device:str|None=None, # "cpu", "cuda" or "mps"; a GPU where there is one if None
     on:str|None=None,     # other images, in the words of `data.source`
     trust:bool=False,     # the run's recipe may import code of its own and fetch what it names
     keep:bool=True,       # write the result into the run
@@ -214,7 +214,7 @@ def _taught_by(
 def evaluate_run(
     run_dir:str,          # of a run
     weights:str='exported',
-    device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
+    device:str|None=None, # "cpu", "cuda" or "mps"; a GPU where there is one if None
     on:str|None=None,     # other images, in the words of `data.source`
     corrupted:int=1000,   # test images that are corrupted; 0: none
     seen:int=10000,       # training images for neighbors and probe

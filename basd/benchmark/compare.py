@@ -236,7 +236,7 @@ def compare(
     folder='runs/compare',    # of the benchmark; an existing one is resumed
     jobs:int=1,               # runs at the same time, each in its own process
     baseline:str='ce',        # entry with which the others are compared; "ce", with labels only, is added if it is not one
-    device:str|None=None,     # "cpu" or "cuda"; a GPU where there is one if None
+    device:str|None=None,     # "cpu", "cuda" or "mps"; a GPU where there is one if None
     trust:bool=False,         # recipes found in run directories may import code and download models
 )->dict: # of `collect`; also results.json, table.md, table.csv and race.png in `folder`
     "Train each recipe with each seed under one budget, and write the table"

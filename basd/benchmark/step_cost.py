@@ -417,6 +417,7 @@ def bench(
     gpu_checks:bool=True, # on a GPU: list the largest kernels, and run 20 steps in which waiting for it is an error
 )->dict:
     "Measure a recipe's step relative to its lower bound"
+    if device == 'mps': raise ValueError("bench times a CPU or a GPU of CUDA, since its clock does not wait for Apple's GPU; choose --device cpu")
     stage, r = last_stage(load_recipe(recipe, *overrides, trust=trust))
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     b = StepCost(r, device, cached=cached, hold=hold)

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .numerics import upcast, autocast_disabled
+from .numerics import upcast, autocast_disabled, widest_float
 
 # %% ../../nbs/core/05_resampling.ipynb #1d90ac36
 def _interpolation(n_in, n_out):
@@ -26,7 +26,7 @@ def _interpolation(n_in, n_out):
 # %% ../../nbs/core/05_resampling.ipynb #d9433327
 @lru_cache(maxsize=512)
 def _kept(build, sizes, device, dtype):
-    with torch.inference_mode(False), torch.no_grad(): return build(*sizes).to(device, dtype)
+    with torch.inference_mode(False), torch.no_grad(): return build(*sizes).to(dtype).to(device)
 
 def _operator(build, sizes, device, dtype):
     if min(sizes) < 1:
@@ -109,7 +109,7 @@ def sparse_interpolation(
     "Indices and shares of the few tokens that each new place reads"
     axes = _axes(n_in, n_out, grid_in, grid_out)
     grids = () if len(axes) == 1 else (*grid_in, *grid_out)
-    index, share = _operator(_stencil, (n_in, n_out, *grids), device, torch.float64)
+    index, share = _operator(_stencil, (n_in, n_out, *grids), device, widest_float(device or 'cpu'))
     return index.long(), share.to(dtype or torch.float32)
 
 # %% ../../nbs/core/05_resampling.ipynb #db46bf67

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .distributed import rank, world_size
+from .numerics import widest_float
 
 # %% ../../nbs/core/04_sampling.ipynb #8058c405
 def step_generator(
@@ -32,6 +33,6 @@ def sample_images(
     if samples is None or batch % 2 or mine >= pairs: return None
     u = (torch.zeros(world_size()*mine, device=device) if generator is None
          else torch.rand(world_size()*mine, generator=generator, device=device))
-    places = torch.arange(mine, device=device) + u[rank()*mine:(rank() + 1)*mine].double()
+    places = torch.arange(mine, device=device) + u[rank()*mine:(rank() + 1)*mine].to(widest_float(device))
     first = (places*(pairs/mine)).long().clamp(max=pairs - 1)         # two strata may share a pair, and draw it twice
     return torch.stack([2*first, 2*first + 1], 1).flatten()

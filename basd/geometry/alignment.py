@@ -29,7 +29,7 @@ def _codes(n, width, grid, device, dtype):
     waves = [(torch.arange(a, dtype=torch.float64)[:, None] + .5)/a * omega for a in axes]
     codes = [torch.cat([w.sin(), w.cos()], 1) for w in waves]                    # (a, 2m) each
     if grid is not None: codes = [codes[0].repeat_interleave(axes[1], 0), codes[1].repeat(axes[0], 1)]
-    return F.pad(torch.cat(codes, 1), (0, width - 2*m*len(axes))).to(device, dtype)
+    return F.pad(torch.cat(codes, 1), (0, width - 2*m*len(axes))).to(dtype).to(device)
 
 # %% ../../nbs/geometry/15_alignment.ipynb #2babda2f
 def sincos_position_embedding(

@@ -54,7 +54,7 @@ def _ring(h, w, k, bins, radii=8, angles=64):
 def _rings(h, w, bins, device, dtype):
     with torch.inference_mode(False), torch.no_grad():
         mean = F.one_hot(torch.tensor(0), h*(w//2 + 1)).double()
-        return torch.stack([mean] + [_ring(h, w, k, bins) for k in range(bins)]).to(device, dtype)
+        return torch.stack([mean] + [_ring(h, w, k, bins) for k in range(bins)]).to(dtype).to(device)
 
 # %% ../../nbs/geometry/13_frequency_selector.ipynb #61bea586
 @torch.compiler.assume_constant_result

@@ -243,7 +243,7 @@ def sample_positions(
     count = min(n, max(max_rows//images, math.ceil(4*rank/images)))
     if count == n: return None
     if generator is None: return (2*torch.arange(count, device=device) + 1)*n // (2*count)
-    return torch.randperm(n, generator=generator, device=generator.device)[:count].to(device, non_blocking=True)
+    return torch.randperm(n, generator=generator, device=generator.device)[:count].to(device, non_blocking=torch.device(device).type == 'cuda')
 
 # %% ../../nbs/geometry/11_selector.ipynb #c155cd88
 def mix_blended_tokens(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.chunking import chunk_size, chunked_mean
 from ..core.distributed import all_reduce_mean
-from ..core.numerics import unit_directions, inverse_norm, upcast, autocast_disabled, rounding_error
+from ..core.numerics import unit_directions, inverse_norm, upcast, autocast_disabled, rounding_error, widest_float
 from ..core.registry import LOSSES
 from .base import FeatureLoss, resample_to_student
 
@@ -54,7 +54,8 @@ def sample_token_pairs(
     "Distinct random pairs of different tokens"
     if n < 2: raise ValueError(f"{n} token has no relations; tap a layer with at least two")
     p = torch.randperm(n*(n - 1)//2, generator=generator, device=device)[:pairs]
-    i = ((1 + (1 + 8*p.double()).sqrt())/2).floor().long()
+    i = ((1 + (1 + 8*p.to(widest_float(device))).sqrt())/2).floor().long()
+    i += (i*(i + 1)//2 <= p).long() - (i*(i - 1)//2 > p).long()          # float32 rounds to a neighbor
     return i, p - i*(i - 1)//2
 
 # %% ../../nbs/losses/22_token_relations.ipynb #0a54fd60

@@ -513,7 +513,9 @@ def _equal(t, m):
 def _shuffled(t, m):
     rows, p = m.flatten(2).mT, t.shape[1] - math.prod(m.shape[2:])
     if t.dim() != 3 or not 0 <= p <= 16 or t.shape[2] != rows.shape[2]: return
-    direction = torch.randn(rows.shape[2], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(t.device)
-    order = torch.empty(rows.shape[1], dtype=torch.long, device=t.device)
-    order[(rows[0].double() @ direction).argsort()] = (t[0, p:].double() @ direction).argsort()
+    direction = torch.randn(rows.shape[2], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    places = lambda x: (x.cpu().double() @ direction).argsort()
+    order = torch.empty(rows.shape[1], dtype=torch.long)
+    order[places(rows[0])] = places(t[0, p:])
+    order = order.to(t.device)
     return _Reading(prefix=p, grid=tuple(m.shape[2:]), order=order) if torch.equal(t[:, p:][:, order], rows) else None

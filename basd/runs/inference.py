@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.distributed import rank, world_size
+from ..core.numerics import widest_float
 from ..data.views import ViewDataset, DualViewTransform, reader_process
 
 # %% ../../nbs/runs/67_inference.ipynb #5ea8806d
@@ -43,20 +44,20 @@ def validate(
     model.eval()
     mine = ViewDataset(images, indices[rank()::world_size()], DualViewTransform(size, None, crop='center'), train=False)
     among = None if images.among is None else torch.tensor(images.among, device=device)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=widest_float(device), device=device)
     loader = lambda data, batch: torch.utils.data.DataLoader(data, batch, num_workers=workers, worker_init_fn=reader_process,
                                                              generator=torch.Generator().manual_seed(0))
     batches = iter((read or loader)(mine, batch))
     for _ in range(0, -(-len(indices)//world_size()), batch): # the same count on each rank, because `stop` may communicate
         if stop is not None and stop(): model.train(was); return None
         if (b := next(batches, None)) is None: continue
-        y = b['label'].to(device, non_blocking=True)
-        with autocast(device, precision): z = model(b['student'].to(device, non_blocking=True)).logits
+        x, y = (b[k].to(device, non_blocking=torch.device(device).type == 'cuda') for k in ('student', 'label'))
+        with autocast(device, precision): z = model(x).logits
         if among is not None: z, y = z[:, among], torch.searchsorted(among, y)
         hit = z.topk(min(5, z.shape[1])).indices == y[:, None]
         sums += torch.stack([hit[:, 0].sum(), hit.any(1).sum(),
                              nn.functional.cross_entropy(z.float(), y, reduction='sum'),
-                             torch.tensor(len(y), device=device)]).double()
+                             torch.tensor(len(y), device=device)]).to(sums.dtype)
     if world_size() > 1: dist.all_reduce(sums)
     model.train(was)
     top1, top5, loss, n = sums.tolist()

@@ -130,9 +130,12 @@ def weights_path(
     return name
 
 # %% ../../nbs/runs/62_run_directory.ipynb #77dc895b
+def _gpu_generator(): return torch.cuda if torch.cuda.is_available() else torch.mps if torch.backends.mps.is_available() else None
+
 def rng_state()->dict:
     "States of this rank's torch generators, CPU and GPU"
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+    gpu = _gpu_generator()
+    return dict(cpu=torch.get_rng_state(), cuda=gpu and gpu.get_rng_state())
 
 # %% ../../nbs/runs/62_run_directory.ipynb #6ade691d
 def set_rng_state(
@@ -140,7 +143,8 @@ def set_rng_state(
 ):
     "Set this rank's torch generators to `state`"
     torch.set_rng_state(state['cpu'].cpu())
-    if state['cuda'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'].cpu())
+    gpu = _gpu_generator()
+    if gpu and state['cuda'] is not None and state['cuda'].shape == gpu.get_rng_state().shape: gpu.set_rng_state(state['cuda'].cpu())
 
 # %% ../../nbs/runs/62_run_directory.ipynb #e62ed1f1
 _may_change = ('name', 'about', 'paper',                                    # descriptions

@@ -71,7 +71,7 @@ class TrainingData:
         batch:dict, # of the loader
     )->tuple: # images, labels, the teacher's images and records, as a task takes them
         "A batch on the device"
-        here = lambda k: batch[k].to(self.device, non_blocking=True) if k in batch else None
+        here = lambda k: batch[k].to(self.device, non_blocking=self.device.type == 'cuda') if k in batch else None
         return here('student'), here('label'), here('teacher'), (batch['asked'], batch.get('view')) if 'asked' in batch else None
 
     def skipped_images(self)->int: return len(self.images.skipped) + len(self.test.skipped)
@@ -201,7 +201,7 @@ def evaluate_unlabelled(self:TrainingData,
     model.eval()
     for at,b in zip(batches, self.readers(split, ViewDataset(images, which, self.clean, train=False), batches)):
         if stop is not None and stop(): model.train(was); return None
-        x, x_t = (b[k].to(self.device, non_blocking=True).repeat(self.requires.views_per_image, 1, 1, 1) for k in ('student', 'teacher'))
+        x, x_t = (b[k].to(self.device, non_blocking=self.device.type == 'cuda').repeat(self.requires.views_per_image, 1, 1, 1) for k in ('student', 'teacher'))
         losses = task.distill_losses(method, model, x, x_t, self.total, self.recipe.train.epochs)
         total += sum(losses.values())*len(at)/n
     model.train(was)

@@ -106,5 +106,5 @@ def __call__(self:CachedTeacher,
 )->Features:
     "Recorded features of these views"
     rows = self.cache.read(self.rows[asked] + (0 if view is None else view), pin=self.device.type == 'cuda')
-    features = unpack_features(self.layout.unpack(rows.to(self.device, non_blocking=True)), self.form)
+    features = unpack_features(self.layout.unpack(rows.to(self.device, non_blocking=self.device.type == 'cuda')), self.form)
     return features if depth is None else features.first(depth)
