@@ -4,6 +4,7 @@ import copy
 import re
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from itertools import zip_longest
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -124,11 +125,11 @@ def seen(x): # numbers of anything that is reported
 
 
 def lesson(name, words):
-    "The numbers that a short training with these options produces"
+    "The numbers that a short training with these options produces, a list for its start, each step and its end"
     cls = METHODS.get(name)
     options = TypeAdapter(cls.Options).validate_python(words)
     needs = cls.requires(options)
-    out = [float(v) for v in (needs.attention, needs.views_per_image)]
+    yield [float(v) for v in (needs.attention, needs.views_per_image)]
     student, teacher, first, of_teacher = tapped(frozen(needs.student_layers), frozen(needs.teacher_layers))
     student, teacher = copy.deepcopy(student), copy.deepcopy(teacher)
     g, steps = torch.Generator().manual_seed(1), LONGER.get(words.get("selector", {}).get("name", name), STEPS)
@@ -144,10 +145,10 @@ def lesson(name, words):
     params = [p for m in (student, objective) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.SGD(params, lr=.3)
     labels = torch.nn.functional.one_hot(torch.arange(B) % C, C).float()
-    said = dict(labels=torch.arange(40) % C, student=torch.randn(40, C, generator=g),
-                teacher=torch.randn(40, C, generator=g))
+    logits = dict(labels=torch.arange(40) % C, student=torch.randn(40, C, generator=g),
+                  teacher=torch.randn(40, C, generator=g))
     for step in range(steps):
-        if hasattr(objective, "plan"): out += seen(objective.plan(step, steps, lambda: said))
+        out = seen(objective.plan(step, steps, lambda: logits)) if hasattr(objective, "plan") else []
         torch.manual_seed(10 + step)
         s = student(IMAGES[step])
         if second: s.dist_logits = s.logits.roll(1, 1) + .1*s.logits
@@ -157,23 +158,22 @@ def lesson(name, words):
         result = objective(s, t, Target(labels, blend), StepState(2*step, 60, 0, epoch=step/2, should_log=True))
         opt.zero_grad(); result["loss"].backward()
         torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); objective.after_update(); objective.refresh()
-        out += [v for told in (result["losses"], result["metrics"]) for k in sorted(told) for v in seen(told[k])]
-        out += [p.grad.double().norm().item() for p in params if p.grad is not None]
-    out += [p.detach().double().abs().sum().item() for p in params] + [float(len(objective.no_weight_decay()))]
-    return out
+        out += [v for values in (result["losses"], result["metrics"]) for k in sorted(values) for v in seen(values[k])]
+        yield out + [p.grad.double().norm().item() for p in params if p.grad is not None]
+    yield [p.detach().double().abs().sum().item() for p in params] + [float(len(objective.no_weight_decay()))]
 
 
 def differ(a, b):
-    "Whether the numbers of two trainings differ by more than rounding"
+    "Whether two lists of numbers differ by more than rounding"
     if len(a) != len(b): return True
     a, b = torch.tensor(a), torch.tensor(b)
     return bool(((a - b).abs() > 1e-5*b.abs() + 1e-7).any())
 
 
-def tried(name, words):
-    "The numbers of a training, or the sentence that refuses its options"
-    try: return lesson(name, words), None
-    except ValueError as e: return None, str(e)
+def moves(name, words, before, option):
+    "Whether a training with these options differs from the one `before`, until it does; or a sentence refuses the option"
+    try: return any(differ(a, b) for a, b in zip_longest(lesson(name, words), before, fillvalue=[]))
+    except ValueError as e: return option in str(e)
 
 
 ALONE = ("basd", "basd_literal")  # too many forms to move each option beside each of them
@@ -208,22 +208,19 @@ def test_every_option(name, base, beside):
     if beside: contexts = contexts*(name in INHERITED) + [(p, v) for p,h,d in own for v in choices(p, h, d) if name not in ALONE]
     for context, choice in contexts:
         words = base if choice is NO else put(base, context, choice)
-        before, refused = tried(name, words)
-        if refused:
-            assert context and (context[-1] in refused or context[-1] in EXPLAINED), f"{context}: {refused}"
+        try: before = list(lesson(name, words))
+        except ValueError as refused:
+            assert context and (context[-1] in str(refused) or context[-1] in EXPLAINED), f"{context}: {refused}"
             continue
         # with a choice, the options beside it
         here = own if choice is NO else [o for o in own if o[0][:-1] == context[:-1] and o[0] != context]
         for path, hint, default in here:
-            said = ".".join(path)
+            key = ".".join(path)
             each = values(path, hint, default)
             forms = [v for v in choices(path, hint, default) if put(words, path, v) != words]
-            def moves(v):
-                after, no = tried(name, put(words, path, v))
-                return (path[-1] in no) if no else differ(after, before)
-            ok = all(moves(v) for v in forms) if forms else any(moves(v) for v in each)
-            why = EXPLAINED.get((base.get("selector", {}).get("name", name), said)) or EXPLAINED.get(said)
-            if not ok and not why: silent.append(f"{said}" + ("" if choice is NO else f" beside {context[-1]}={choice}"))
+            read = (all if forms else any)(moves(name, put(words, path, v), before, path[-1]) for v in forms or each)
+            why = EXPLAINED.get((base.get("selector", {}).get("name", name), key)) or EXPLAINED.get(key)
+            if not read and not why: silent.append(key + ("" if choice is NO else f" beside {context[-1]}={choice}"))
     assert not silent, f"{name} {base}: nothing reads {', '.join(silent)}"
 
 

@@ -40,7 +40,8 @@ def into_gradients(params): params[0].grad.view(-1)[0] = torch.inf
 def into_labels(params): params[0].of_labels = params[0].of_labels*torch.inf
 
 
-@pytest.mark.parametrize("optimizer, spoil", [("adamw", into_gradients), ("dot", into_gradients), ("dot", into_labels)])
+@pytest.mark.parametrize("optimizer, spoil", [
+    ("adamw", into_gradients), pytest.param("dot", into_gradients, marks=pytest.mark.slow), ("dot", into_labels)])
 def test_an_overflow_skips_its_step(optimizer, spoil, tmp_path):
     "Exactly that step changes nothing, the scale halves once, no fault is counted, and a resumed run ends bit-equal"
     words = [f"train.optimizer={optimizer}"]
