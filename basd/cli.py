@@ -143,11 +143,11 @@ def train(
     # the recipe of a run that is resumed holds these already
     brought = [] if resume and Path(recipe).name == 'recipe.yaml' else as_overrides(**_of_stages(recipe, brought, sections))
     loud = lambda text: None if text.startswith(tuple(f'{b} ' for b in brought)) else aloud(text)
-    with on_stop(_stopped) as asked, offering(objects):
-        stages = load_recipe(_at_home(recipe), *brought, *as_overrides(*overrides, **sections), trust=trust, say=loud)
+    with on_stop(_stopped) as stop_requests, offering(objects):
+        stages = load_recipe(_at_home(recipe), *brought, *as_overrides(*overrides, **sections), trust=trust, notify=loud)
         require_given(f'resume({str(run_dir)!r}, ' if resume else f'train({recipe!r}, ', *_names_of(stages))
         _check_device(device)
-        if asked: _stopped()
+        if stop_requests: _stopped()
         with trusting(trust, Path.cwd()), process_group(device, max(r.train.rank_timeout for r in stages.values())) as here:
             run, results = Path(_at_home(run_dir) or _default_run_dir(recipe)), {}
             if resume and not run.is_dir(): raise FileNotFoundError(f"there is no run at {run} to resume")
@@ -164,7 +164,7 @@ def train(
                         results[stage] = _read_result(place)
                         continue
                     trainer = build_trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars, callbacks=callbacks)
-                    if asked: _stopped()
+                    if stop_requests: _stopped()
                     results[stage] = trainer.fit()
                     if results[stage] is None: break
                     if trainer.stopping: _stopped()
@@ -276,7 +276,7 @@ def resolved_text(
     from copy import deepcopy
     from basd.runs.recipes import load_recipe, recipe_text
     stages = load_recipe(_at_home(recipe), *as_overrides(*overrides), trust=trust,
-                         say=lambda text: print(f'basd: {text}', file=sys.stderr))
+                         notify=lambda text: print(f'basd: {text}', file=sys.stderr))
     references = deepcopy(stages)
     for stage in references: resolve_stages(references, stage, Path('run'))
     return recipe_text(stages, read_recipe(recipe)['name'])
@@ -475,7 +475,7 @@ _options = {ours: words.split() for ours,words in {
     'train.grad_accum_steps': 'gradient_accumulation_steps', 'train.clip_grad': 'max_grad_norm gradient_clip_val',
     '--run-dir': 'output out output_dir save_dir log_dir logdir', '--device': 'gpu cuda gpus', '--print': 'dry_run show_config'}.items()}
 
-def _said_elsewhere(word, ours): return [o for o,words in ours.items() if word in words]
+def _by_synonym(word, ours): return [o for o,words in ours.items() if word in words]
 
 def _command_hint(argv, commands):
     "What was probably meant by a word that is no command"
@@ -484,7 +484,7 @@ def _command_hint(argv, commands):
     if word == 'help': return " (did you mean '--help'?)"
     if word == 'version': return " (did you mean '--version'?)"
     if os.path.isfile(os.path.join(word, 'recipe.yaml')): return f" (did you mean 'basd resume {word}' or 'basd evaluate {word}'?)"
-    return next((f" (did you mean {c!r}?)" for c in _said_elsewhere(word.lower(), _commands)), suggestion(word.lower(), commands))
+    return next((f" (did you mean {c!r}?)" for c in _by_synonym(word.lower(), _commands)), suggestion(word.lower(), commands))
 
 # %% ../nbs/90_cli.ipynb #cb23babe
 def _unknown_option(word, after, argv, command):
@@ -494,11 +494,11 @@ def _unknown_option(word, after, argv, command):
     bare, own = name.lstrip('-').replace('-', '_').lower(), [o for o in command._option_string_actions if o.startswith('--')]
     changes = any(a.metavar and 'key=value' in a.metavar for a in command._actions)
     key = _key_named(bare, argv) if changes else None
-    near = [o for o in _said_elsewhere(bare, _options) if o in own] or _closest(bare.replace('_', '-'), {o[2:]: o for o in own})
+    near = [o for o in _by_synonym(bare, _options) if o in own] or _closest(bare.replace('_', '-'), {o[2:]: o for o in own})
     hints = [f"{o} {value}".rstrip() for o in near] + [f"{key}={value or '…'}"]*bool(key)
-    said = f"unknown option {' '.join([word, value] if value and not eq else [word])}"
-    if not hints and command.prog == 'basd': return f"{said}: options come after a COMMAND"
-    return said + (f" (did you mean {' or '.join(map(repr, hints))}?)" if hints else f"; allowed: {', '.join(own)}")
+    message = f"unknown option {' '.join([word, value] if value and not eq else [word])}"
+    if not hints and command.prog == 'basd': return f"{message}: options come after a COMMAND"
+    return message + (f" (did you mean {' or '.join(map(repr, hints))}?)" if hints else f"; allowed: {', '.join(own)}")
 
 def _key_named(word, argv):
     "The key of a recipe that an option of this name may have meant, those of its methods among them; None if there is none"
@@ -509,7 +509,7 @@ def _key_named(word, argv):
     keys = {}
     for k in (k for s in sections for k in recipe_keys(s)): keys.setdefault(k.key.rpartition('.')[2], k.key)
     if word in keys.values(): return word
-    other = [o for o in _said_elsewhere(word, _options) if o in keys.values()]
+    other = [o for o in _by_synonym(word, _options) if o in keys.values()]
     former = [keys[n] for n in RENAMED.get(word, ()) if n in keys]
     return (other + [keys[n] for n in [word] if n in keys] + former + _closest(word, keys) + [None])[0]
 
@@ -639,7 +639,7 @@ def dispatch(
         evaluate_command(args)
     elif args.command == 'analyze':
         from basd.analysis.compare_runs import analyze, summary_lines
-        done, left = summary_lines(analyze(*args.run_dirs, wanted=args.metrics and args.metrics.split(','),
+        done, left = summary_lines(analyze(*args.run_dirs, metrics=args.metrics and args.metrics.split(','),
                                   output_dir=args.output_dir, weights=args.weights, images=args.images,
                                   device=args.device, trust=args.trust), args.output_dir)
         for line in done: print(line)
@@ -710,7 +710,7 @@ def _of_some(r): return f", judged among their own {r['classes']} classes" if 'c
 def export_command(
     args:argparse.Namespace, # of `basd export`
 ):
-    "The folder, then the upload if it is asked for"
+    "The folder, then the upload if it is requested"
     from basd.core.registry import trusting
     from basd.runs.export import export_run, push_folder
     if not (Path(args.run_dir)/'recipe.yaml').is_file():

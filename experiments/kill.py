@@ -139,11 +139,11 @@ def signals(race, chance, minutes, tmp, of=(1, 2)):
             (out := run.parent/"out.txt").write_text("")
             number, wait = (signal.SIGTERM, signal.SIGINT)[done % 2], round(span*chance.uniform(0, .5), 2)
             processes = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=ranks, together=True)
-            status, said = kills.stop_all(processes, number, wait), out.read_text()
-            if "stopped on request" in said or any(status):
+            status, output = kills.stop_all(processes, number, wait), out.read_text()
+            if "stopped on request" in output or any(status):
                 done += 1
                 mine.append(dict(kind=number.name, configuration=f"{ranks} rank{'s'*(ranks > 1)}, two readers each",
-                                 after=wait, status=status, goes_on_from=kills.step(run), traceback="Traceback" in said))
+                                 after=wait, status=status, goes_on_from=kills.step(run), traceback="Traceback" in output))
                 race.rows.append(mine[-1])
             else:       # it had come to its end
                 settle(run, whole, mine, race, SAVED)
@@ -164,7 +164,7 @@ def main():
     chance, race = random.Random(args.seed), Race(out, args.seed, len(args.ranks)*SIGNALS if args.signals else sum(SHARES.values()))
     if args.signals:
         with tempfile.TemporaryDirectory() as tmp: signals(race, chance, args.minutes, tmp, args.ranks)
-        return told(race)
+        return report(race)
     with tempfile.TemporaryDirectory() as tmp:
         for name, plan in draw(chance).items():
             more, ranks = CONFIGURATIONS[name]
@@ -195,10 +195,10 @@ def main():
                     settle(run, whole, mine, race)
                     run, mine, count = fresh(str(count + 1)), [], count + 1
             finish(words(run), run, ranks, whole, mine, race)
-    return told(race)
+    return report(race)
 
 
-def told(race):
+def report(race):
     "Print the outcome; returns whether it is wrong"
     found = race.write()
     print(f"{found['kills']} kills of {found['asked']} in {found['seconds']} s, {found['equal']} of them followed by "

@@ -54,12 +54,12 @@ def looks(run):
                 untrained=keep(attention_distance(o.untrained(), o.batches())))
 
 
-def known_to_teacher(run):
+def teacher_probe(run):
     "k-NN and linear-probe accuracy of the teacher's last layer"
     o = open_run(run)
-    seen, said = (predict(o.teacher, images, which, input_size(o.teacher))
+    bank, test = (predict(o.teacher, images, which, input_size(o.teacher))
                   for images, which in ((o.train, o.fit), (o.test, None)))
-    data = seen["features"], seen["labels"], said["features"], said["labels"]
+    data = bank["features"], bank["labels"], test["features"], test["labels"]
     return dict(knn=knn_accuracy(*data)["top1"], linear_probe=linear_probe(*data)["top1"])
 
 
@@ -81,5 +81,5 @@ if __name__ == "__main__":
             out.write_text(json.dumps(dict(rows=rows, commands=commands, environment=environment()), indent=1))
     found = json.loads(out.read_text())
     found["attention"] = {name: [looks(folder/f"{name}-{seed}") for seed in range(3)] for name in ROWS if name != "cnn"}
-    found["teacher"] = known_to_teacher(folder/"cka-taught-0")
+    found["teacher"] = teacher_probe(folder/"cka-taught-0")
     out.write_text(json.dumps(found, indent=1))

@@ -151,8 +151,8 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
         given = options.teacher_layers
         tree["method"]["teacher_layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
     if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(distill_weight=.3) | (SAMPLED if frame.get("sampled") else {}))
-    told = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
-    key = digest([told, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])
+    content = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
+    key = digest([content, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])
     if recipe is not None and teacher:
         needs = objective.requires(build_recipe({k: v for k,v in tree.items() if k != "teacher"}).method.options)
         tree["teacher"] = tree.get("teacher", {}) | dict(run=str(teacher))
@@ -201,8 +201,8 @@ def processor():
     "The CPU's model and, as two generations may share a name, its number"
     try: lines = dict(l.split(":", 1) for l in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in l)
     except OSError: return platform.processor()
-    said = {k.strip(): v.strip() for k,v in lines.items()}
-    return f"{said.get('model name', platform.machine())}, family {said.get('cpu family')}, model {said.get('model')}"
+    cpu = {k.strip(): v.strip() for k,v in lines.items()}
+    return f"{cpu.get('model name', platform.machine())}, family {cpu.get('cpu family')}, model {cpu.get('model')}"
 
 
 def thinned(rows, count=40):
@@ -256,12 +256,12 @@ def keep(row, name, about):
     write_atomic(path, lambda p: p.write_text(f'{head[:-1]},\n "runs": [\n{lines}\n]}}\n'))
 
 
-def known_cpus(folder):
+def all_cpus(folder):
     "Processors of earlier calls on this folder, and of this one at the end"
     note = folder/"processors.json"
-    known = [c for c in (json.loads(note.read_text()) if note.is_file() else []) if c != processor()] + [processor()]
-    write_atomic(note, lambda p: p.write_text(json.dumps(known)))
-    return known
+    names = [c for c in (json.loads(note.read_text()) if note.is_file() else []) if c != processor()] + [processor()]
+    write_atomic(note, lambda p: p.write_text(json.dumps(names)))
+    return names
 
 
 def settle_all(runs, folder, jobs, ended):
@@ -275,29 +275,29 @@ def settle_all(runs, folder, jobs, ended):
 
 def race(name, folder, local, seeds, only, jobs, plan=False):
     "Run what is missing of a frame"
-    frame, known = FRAMES[name], entries()
-    if wrong := [n for n in only if n not in known]:
-        raise SystemExit(f"no entry {wrong[0]!r}; there are {', '.join(known)}")
-    chosen, seeds = [n for n in known if n in (only or known)], seeds or frame["seeds"]
+    frame, names = FRAMES[name], entries()
+    if wrong := [n for n in only if n not in names]:
+        raise SystemExit(f"no entry {wrong[0]!r}; there are {', '.join(names)}")
+    chosen, seeds = [n for n in names if n in (only or names)], seeds or frame["seeds"]
     teachers = teacher_runs(frame, seeds, folder, local)
     once = list({t.name: t for t in teachers.values()}.values())
     if plan: print(f"{name}: {len(chosen)} entries ({', '.join(chosen)}) × {len(seeds)} seeds"); return
-    cpus, interrupt = known_cpus(folder), lambda: (_ for _ in ()).throw(KeyboardInterrupt("stopped on request"))
+    cpus, interrupt = all_cpus(folder), lambda: (_ for _ in ()).throw(KeyboardInterrupt("stopped on request"))
     with on_stop(interrupt):
         for t in once: (folder/t.name/"failed.txt").unlink(missing_ok=True)                         # tried again
         settle_all(once, folder, jobs, lambda r: print(f"{r.name}: {result_of(folder/r.name)}", flush=True))
         at = {s: folder/t.name for s,t in teachers.items()}
-        taught = {s: (result_of(p) or {}).get("top1") for s,p in at.items()}
+        top1 = {s: (result_of(p) or {}).get("top1") for s,p in at.items()}
         if "copies" in frame: at = {s: with_copies(p, frame["copies"]) for s,p in at.items()}
         runs = []
         for seed in seeds:
             for entry in chosen:
-                try: recipe, key = recipe_of(frame, entry, known[entry], seed, local, at[seed])
+                try: recipe, key = recipe_of(frame, entry, names[entry], seed, local, at[seed])
                 except ValueError as e: print(f"{entry}: left out, {e}", flush=True); continue
                 runs.append(Run(f"{name}/{entry}-{key}/{seed}", recipe, []))
         began = {r.name for r in runs if (folder/r.name/"recipe.yaml").is_file()}
         about = dict(frame=name, about=frame["about"], epochs=frame["base"]["train"]["epochs"], cached="views" in frame,
-                     teacher={str(s): t for s,t in taught.items()})
+                     teacher={str(s): t for s,t in top1.items()})
         def ended(run):
             row = row_of(run, folder, " + ".join(cpus) if run.name in began else cpus[-1], jobs)
             keep(row, name, about)

@@ -93,9 +93,9 @@ def end(started, after=None, limit=LIMIT):
 
 def on_ranks(f, *args, ranks, folder):
     "What `f(*args)` returns on rank 0 of a job, by way of `torch.save`"
-    found, said = folder/f"found_{ranks}.pt", folder/f"said_{ranks}.txt"
-    status = end(start(_saved, f, args, found, out=said, ranks=ranks))
-    assert not any(status), said.read_text()
+    found, output = folder/f"found_{ranks}.pt", folder/f"output_{ranks}.txt"
+    status = end(start(_saved, f, args, found, out=output, ranks=ranks))
+    assert not any(status), output.read_text()
     return torch.load(found)
 
 

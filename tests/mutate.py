@@ -154,8 +154,8 @@ def run_tests(words):
 def child(check, tree, out):
     "Main function of a process that runs one page or test file in a copy"
     os.setsid()
-    said = os.open(f"{out}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1); os.dup2(said, 2)
+    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1); os.dup2(log, 2)
     paths = [str(tree), str(tree/"tests"), str(tree/"tools")]
     here = {"", *(str(p) for p in (ROOT, ROOT/"tests", ROOT/"tools"))}
     sys.path[:] = paths + [p for p in sys.path if p not in here]
@@ -230,7 +230,7 @@ def main():
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
     chosen = [m for m in mutants(args.only) if not args.number or m["number"] in args.number]
     if args.alive:
-        dead = {(m["module"], m["old"], m["new"]) for m in known(args.out) if m["by"]}
+        dead = {(m["module"], m["old"], m["new"]) for m in recorded(args.out) if m["by"]}
         chosen = [m for m in chosen if (m["module"], m["old"], m["new"]) not in dead]
     if not chosen: sys.exit(f"no mutants of {', '.join(args.only)}; modules are {', '.join(yaml.safe_load(LIST.read_text()))}")
     for m in chosen: changed(m, ROOT)
@@ -255,7 +255,7 @@ def main():
     if any(m["red"] for m in found): sys.exit("some pages or tests are red without a change")
 
 
-def known(out): return json.loads(out.read_text())["mutants"] if out.is_file() else []
+def recorded(out): return json.loads(out.read_text())["mutants"] if out.is_file() else []
 
 
 def keep(found, out, seconds):
@@ -263,7 +263,7 @@ def keep(found, out, seconds):
     if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
     from basd.runs.run_directory import environment
     key = lambda m: (m["module"], m["old"], m["new"])
-    outcome = {key(m): {w: m[w] for w in ("by", "how", "seconds", "commit")} for m in [*known(out), *found]}
+    outcome = {key(m): {w: m[w] for w in ("by", "how", "seconds", "commit")} for m in [*recorded(out), *found]}
     found = [m | outcome[key(m)] for m in mutants() if key(m) in outcome]
     out.write_text(json.dumps(dict(
         mutants=found, score=score(found), listed=len(mutants()), seconds=round(seconds), date=time.strftime("%Y-%m-%d"),

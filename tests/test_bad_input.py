@@ -43,10 +43,10 @@ def refusal(words, capsys):
 def refuses(words, sentence, capsys, folder):
     "Check that the command fails with `sentence` and leaves all files as they are"
     before = tree(folder)
-    said = refusal(words, capsys)
-    assert sentence in said and len(said) < 1500, said
+    message = refusal(words, capsys)
+    assert sentence in message and len(message) < 1500, message
     assert tree(folder) == before
-    return said
+    return message
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ RECIPES = {
     "unknown choice": ("views: {crop: free}", "'shared', 'student_only' or 'center'"),
     "unknown optimizer": ("train: {optimizer: lion}", "train.optimizer='lion'"),
     "path of a number": ("data: {root: 3}", "data.root=3"),
-    "keyword said twice": ("student: {kwargs: {num_classes: 3}}", "student.kwargs.num_classes"),
+    "keyword given twice": ("student: {kwargs: {num_classes: 3}}", "student.kwargs.num_classes"),
     "keyword of the section": ("teacher: {kwargs: {pretrained: true}}", "write teacher.pretrained"),
     "weights by the back door": ("student: {kwargs: {checkpoint_path: evil.pth}}", "checkpoint_path"),
     "download by the back door": (
@@ -445,8 +445,8 @@ def test_bad_images(name, here, capsys):
     (pets(here/"pets")/"train"/"dog"/name).write_bytes(content)
     words = [*CE, *SMALL, "--run-dir", "run"]
     before = tree(here)
-    said = refusal(words, capsys)
-    assert f"pets/train/dog/{name}" in said and sentence in said and "0x" not in said and tree(here) == before
+    message = refusal(words, capsys)
+    assert f"pets/train/dog/{name}" in message and sentence in message and "0x" not in message and tree(here) == before
 
 
 def test_odd_images(here, capsys):
@@ -458,8 +458,8 @@ def test_odd_images(here, capsys):
     for i, path in enumerate(source.dataset):
         name = os.path.basename(path)
         if name not in GOOD: continue
-        wanted = np.asarray((IMAGES[name][1] or PICTURE).convert("RGB")).astype(int)
-        assert np.abs(source[i][0].permute(1, 2, 0).numpy().astype(int) - wanted).mean() < 2, name
+        expected = np.asarray((IMAGES[name][1] or PICTURE).convert("RGB")).astype(int)
+        assert np.abs(source[i][0].permute(1, 2, 0).numpy().astype(int) - expected).mean() < 2, name
     works([*CE, *SMALL, "views.crop=student_only", "data.in_memory=false", "--run-dir", "run"], capsys)
 
 
@@ -672,10 +672,10 @@ def test_writing_stays_in_the_run_directory(here, capsys):
     (["bench", "basd_cifar10", *TINY, "--reps", "1"], "works")], ids=lambda x: x[-1] if isinstance(x, list) else "")
 def test_no_connection_unless_named(words, outcome, here, capsys, monkeypatch):
     "Nothing is fetched where `pretrained` and `download` are false: no socket is opened, no name looked up"
-    asked = []
-    def refuse(*args, **kwargs): asked.append(args); raise OSError("no network in this test")
+    requests = []
+    def refuse(*args, **kwargs): requests.append(args); raise OSError("no network in this test")
     for name in ("connect", "connect_ex", "sendto"): monkeypatch.setattr(socket.socket, name, refuse)
     for name in ("create_connection", "getaddrinfo", "gethostbyname"): monkeypatch.setattr(socket, name, refuse)
     words = [*words, *(["--run-dir", "run"] if words[0] == "train" else [])]
     works(words, capsys) if outcome == "works" else refuses(words, outcome, capsys, here)
-    assert not asked
+    assert not requests

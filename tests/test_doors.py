@@ -71,8 +71,8 @@ def test_trained_resumed_evaluated_and_a_teacher(here, capsys, monkeypatch):
     assert student.label_names == ["red", "green", "blue"] and student.model[0].out_channels == 12
     plain = ["teacher.model=null", "teacher.mean=null", "teacher.std=null", "teacher.img_size=null", "teacher.run=run"]
     forget(monkeypatch)
-    taught = ["train", "mine.yaml", *plain, "student.model=own_doors:cnn", "--run-dir", "taught"]
-    assert main(taught) == 0
+    train_words = ["train", "mine.yaml", *plain, "student.model=own_doors:cnn", "--run-dir", "taught"]
+    assert main(train_words) == 0
 
 
 def test_a_foreign_teacher_run(here, capsys, monkeypatch):
@@ -80,20 +80,20 @@ def test_a_foreign_teacher_run(here, capsys, monkeypatch):
     assert main(["train", "mine.yaml", "--run-dir", "run"]) == 0
     forget(monkeypatch)
     words = ["train", "quickstart", "data.train_size=64", "data.val_size=20", "train.epochs=1", "data.batch_size=16"]
-    asked = [*words, "method.name=distill", "teacher.model=null", "teacher.kwargs=null", "teacher.untrained=false", "teacher.run=run",
+    again = [*words, "method.name=distill", "teacher.model=null", "teacher.kwargs=null", "teacher.untrained=false", "teacher.run=run",
              "--run-dir", "new"]
-    assert main(asked) == 2
+    assert main(again) == 2
     assert "would import code" in capsys.readouterr().err and "own_doors" not in sys.modules
-    main([*asked, "--trust"])                              # a teacher of other classes: refused after its import
+    main([*again, "--trust"])                              # a teacher of other classes: refused after its import
     assert "would import code" not in capsys.readouterr().err and "own_doors" in sys.modules
 
 
-@pytest.mark.parametrize("change, said", [("student.model=own_doors:words", "should return an nn.Module"),
+@pytest.mark.parametrize("change, message", [("student.model=own_doors:words", "should return an nn.Module"),
                                           ("student.model=own_doors:broken", "out of order"),
                                           ("student.model=own_doors:nothing", "cannot be imported"),
                                           ("student.depth=3", "depth"), ("data.source=own_doors:count", "returned a"),
                                           ("student.img_size=null", "give img_size"), ("teacher.mean=null", "give mean and std")])
-def test_what_fails_is_a_sentence(change, said, here, capsys):
+def test_what_fails_is_a_sentence(change, message, here, capsys):
     assert main(["train", "mine.yaml", change, "--run-dir", "run"]) == 2
     err = capsys.readouterr().err
-    assert said in err and "Traceback" not in err, err
+    assert message in err and "Traceback" not in err, err

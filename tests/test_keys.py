@@ -56,9 +56,9 @@ def test_words_are_refused_alike_without_the_classes():
     "A misspelled key or choice gets one sentence, whether the file or the classes find it"
     for change in ("train.epoch=3", "views.crop=free", "method.distill_wieght=1", "method.losses.rsd.kapa=1", "method.name=bsad",
                    "data.on_error=skp"):
-        said = []
+        messages = []
         for check in (lambda: [check_words(t) for t in stage_trees("x", read_recipe("basd_cifar10"), [change], None).values()],
                       lambda: load_recipe("basd_cifar10", change)):
             with pytest.raises(ValueError) as e: check()
-            said.append(re.sub(r"; allowed: .*", "", str(e.value)))
-        assert said[0] == said[1], said
+            messages.append(re.sub(r"; allowed: .*", "", str(e.value)))
+        assert messages[0] == messages[1], messages

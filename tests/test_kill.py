@@ -32,21 +32,21 @@ def go(words, run, kill=None, **rest):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     "What undisturbed runs with the given arguments leave"
-    known = {}
+    results = {}
     def of(words, ranks=1):
         key = (*words, ranks)
-        if key not in known:
+        if key not in results:
             run = tmp_path_factory.mktemp("whole")/"run"; run.mkdir()
-            status, said = go(words, run, ranks=ranks)
-            assert not any(status), said
-            known[key] = kills.left(run)
-        return known[key]
+            status, output = go(words, run, ranks=ranks)
+            assert not any(status), output
+            results[key] = kills.left(run)
+        return results[key]
     return of
 
 
 def ends_equal(words, run, whole, ranks=1, but=()):
-    status, said = go(words, run, ranks=ranks)
-    assert not any(status), said
+    status, output = go(words, run, ranks=ranks)
+    assert not any(status), output
     assert [k for k in kills.different(run, whole) if k not in but] == []
 
 
@@ -62,8 +62,8 @@ DANGEROUS = [("start: environment written, no recipe", 1), ("checkpoint: half wr
 
 def test_sigkill_at_dangerous_moments(run, undisturbed):
     for kill in DANGEROUS:
-        status, said = go(HELPED, run, kill)
-        assert status == [-signal.SIGKILL], f"{kill} never came: {said}"
+        status, output = go(HELPED, run, kill)
+        assert status == [-signal.SIGKILL], f"{kill} never came: {output}"
     ends_equal(HELPED, run, undisturbed(HELPED))
 
 
@@ -95,8 +95,8 @@ def test_signals_to_the_group(run, undisturbed, ranks):
     for moment, number, at in (("start: recipe not renamed", signal.SIGINT, None),
                                ("step: between gradients and optimizer", signal.SIGTERM, 1),
                                ("evaluation: inside", signal.SIGINT, 4)):
-        status, said = go(words, run, (moment, 1, number), ranks=ranks, together=True)
-        assert status == [0]*ranks and "stopped on request" in said and "Traceback" not in said, said
+        status, output = go(words, run, (moment, 1, number), ranks=ranks, together=True)
+        assert status == [0]*ranks and "stopped on request" in output and "Traceback" not in output, output
         assert kills.step(run) == at and not [r for r in kills.rows(run) if r["kind"] == "epoch"] if at else True
     out.write_text("")
     processes = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=ranks, together=True)
@@ -108,29 +108,29 @@ def test_signals_to_the_group(run, undisturbed, ranks):
 
 def test_a_rank_that_dies(run, undisturbed):
     "The other rank ends within the limit and names the last checkpoint"
-    status, said = go(TRAIN, run, ("step: between gradients and optimizer", 6), ranks=2, dies=1)
+    status, output = go(TRAIN, run, ("step: between gradients and optimizer", 6), ranks=2, dies=1)
     assert status == [2, -signal.SIGKILL]
-    assert "has lost another rank" in said and "last.pt holds step 4" in said and "Traceback" not in said
+    assert "has lost another rank" in output and "last.pt holds step 4" in output and "Traceback" not in output
     ends_equal(TRAIN, run, undisturbed(TRAIN, ranks=2), ranks=2)
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_a_rank_that_is_stopped(run, asked):
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_rank_that_is_stopped(run, stop):
     "Its connections stay open. The other rank names the rank it waits for, and ends at the limit or on a signal"
-    words = [*TRAIN, "train.epochs=100", f"train.rank_timeout={30 if asked else 6}"]
+    words = [*TRAIN, "train.epochs=100", f"train.rank_timeout={30 if stop else 6}"]
     out = run.parent/"out.txt"
     ranks = kills.launch([*words, "--run-dir", run, "--resume"], out, ranks=2)
     kills.wait_for_training(ranks, run)
     os.kill(ranks[1].pid, signal.SIGSTOP)
-    if asked:
+    if stop:
         while "waits for rank 1, not heard of for" not in out.read_text() and ranks[0].exitcode is None: time.sleep(.1)
         os.kill(ranks[0].pid, signal.SIGTERM)
     ranks[0].join(kills.LIMIT)
     ranks[1].kill(); ranks[1].join()
-    said = out.read_text()
-    assert ranks[0].exitcode == 2 and "Traceback" not in said, said
-    assert "waits for rank 1, not heard of for" in said
-    assert ("stopped on request while it waits for rank 1" if asked else "has lost another rank") in said
+    output = out.read_text()
+    assert ranks[0].exitcode == 2 and "Traceback" not in output, output
+    assert "waits for rank 1, not heard of for" in output
+    assert ("stopped on request while it waits for rank 1" if stop else "has lost another rank") in output
 
 
 @pytest.mark.slow           # tests/test_nodes.py starts torchrun at each push
@@ -146,8 +146,8 @@ def test_torchrun_passes_a_signal_on(number, run, undisturbed):
     kills.wait_for_training([Started(job)], run)
     os.killpg(job.pid, number)
     job.wait(kills.LIMIT)
-    said = out.read_text()
-    assert "stopped on request and saved" in said and "exitcode" not in said and "DataLoader" not in said, said
+    output = out.read_text()
+    assert "stopped on request and saved" in output and "exitcode" not in output and "DataLoader" not in output, output
     ends_equal([*TRAIN, "data.workers=2"], run, undisturbed(TRAIN, ranks=2), ranks=2, but=SAVED)
 
 
@@ -171,25 +171,25 @@ def test_torchrun_starts_it_again(run, undisturbed):
 def test_two_processes_in_one_run(run):
     first = kills.launch([*TRAIN, "train.epochs=100", "--run-dir", run], run.parent/"first.txt")
     kills.wait_for_training(first, run)
-    status, said = go([*TRAIN, "train.epochs=100"], run)
+    status, output = go([*TRAIN, "train.epochs=100"], run)
     alive = first[0].exitcode is None
     kills.end(first, after=0)
-    assert alive and status == [2] and "another process is training" in said
+    assert alive and status == [2] and "another process is training" in output
 
 
-def complained(run, status, said, words):
+def check_message(run, status, output, words):
     "Check for one error sentence and no temporary files"
-    last = said.strip().splitlines()[-1]
+    last = output.strip().splitlines()[-1]
     assert (status == [2] and last.startswith("basd: ") and all(w in last for w in words)
-            and "Traceback" not in said), said
+            and "Traceback" not in output), output
     assert not [p.name for p in run.iterdir() if p.name[0] == "." and p.name != ".lock"]
 
 
 def test_no_room(run, undisturbed):
     "No file may grow beyond 500 kB, which stands for a full disk where none can be mounted"
     go(ALONE, run, ("epoch: between two", 1))
-    status, said = go(ALONE, run, room=500_000)
-    complained(run, status, said, ["file too large", "last.pt holds step 4", "make room"])
+    status, output = go(ALONE, run, room=500_000)
+    check_message(run, status, output, ["file too large", "last.pt holds step 4", "make room"])
     ends_equal(ALONE, run, undisturbed(ALONE))
 
 
@@ -201,8 +201,8 @@ def test_full_disk(run, undisturbed):
     if made.returncode:
         pytest.skip(f"no small disk can be mounted here ({made.stderr.strip()}); test_no_room stands for this one")
     try:
-        status, said = go(ALONE, run)
-        complained(run, status, said, ["no space left", "last.pt holds step 3", "make room"])
+        status, output = go(ALONE, run)
+        check_message(run, status, output, ["no space left", "last.pt holds step 3", "make room"])
         assert not mount("-o", "remount,size=16m").returncode
         ends_equal(ALONE, run, undisturbed(ALONE))
     finally: subprocess.run(["umount", str(run)], check=True)
@@ -227,8 +227,8 @@ def test_damaged_checkpoint(run, undisturbed):
     (run/"last.pt").write_bytes(whole[:len(whole)//2])
     files = lambda: {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name[0] != "."}
     before = files()
-    status, said = go(ALONE, run)
-    complained(run, status, said, ["last.pt", "rename previous.pt to last.pt", "go on from step 6"])
+    status, output = go(ALONE, run)
+    check_message(run, status, output, ["last.pt", "rename previous.pt to last.pt", "go on from step 6"])
     assert files() == before
     (run/"previous.pt").rename(run/"last.pt")
     ends_equal(ALONE, run, undisturbed(ALONE))

@@ -48,10 +48,10 @@ def test_what_cross_entropy_sees(tmp_path):
     assert (len(data.fit), int((data.labels >= 0).sum()), task.rarity) == (256, 26, 256/26)
     seen, total = 0, 0.
     for step, batch in enumerate(data.read(0, 0, data.per_epoch)):
-        _, taught, target, _ = task.prepare_batch(*data.given(batch), step=step, total_steps=data.total)
+        _, teacher_features, target, _ = task.prepare_batch(*data.given(batch), step=step, total_steps=data.total)
         has = batch["label"] >= 0
         assert torch.equal(batch["label"], data.labels[batch["index"]])
-        assert torch.equal(has[::2], has[1::2]) and len(taught.tokens[0]) == len(has)
+        assert torch.equal(has[::2], has[1::2]) and len(teacher_features.tokens[0]) == len(has)
         assert torch.equal(target.labels.sum(1) > 0, has)
         assert_close(target.labels[has].sum(1), torch.full((int(has.sum()),), task.rarity))
         seen, total = seen + int(has.sum()), total + target.labels.sum().item()
@@ -64,9 +64,9 @@ def test_labels_alone(tmp_path):
              "method={name: ce}"]
     recipe = load_recipe("basd_cifar10", words)[""]
     trainer = build_trainer(recipe, tmp_path/"run", bars=False)
-    taught = build_trainer(load_recipe("basd_cifar10", [*TINY, *FEW])[""], tmp_path/"taught", bars=False)
-    assert trainer.data.per_epoch == taught.data.per_epoch and trainer.data.labels is None
-    assert set(trainer.data.fit) == set((taught.data.labels >= 0).nonzero().flatten().tolist())
+    distilled = build_trainer(load_recipe("basd_cifar10", [*TINY, *FEW])[""], tmp_path/"taught", bars=False)
+    assert trainer.data.per_epoch == distilled.data.per_epoch and trainer.data.labels is None
+    assert set(trainer.data.fit) == set((distilled.data.labels >= 0).nonzero().flatten().tolist())
     assert "256 training (26 with a label), " in in_lines(loader_arguments(recipe, trainer.data, trainer.task))[0]
 
 

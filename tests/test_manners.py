@@ -63,7 +63,7 @@ for words in json.load(sys.stdin):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    "Words → exit status, what is said, seconds of processor time; in one process, in which nothing heavy can be imported"
+    "Words → exit status, output, seconds of processor time; in one process, in which nothing heavy can be imported"
     here = tmp_path_factory.mktemp("here")
     (here/"runs"/"kd-1").mkdir(parents=True)
     (here/"runs"/"kd-1"/"recipe.yaml").write_text("name: kd")
@@ -75,15 +75,15 @@ def answers(tmp_path_factory):
 
 @pytest.mark.parametrize("words", WRONG)
 def test_a_wrong_command_is_answered_with_the_right_one(words, answers):
-    status, said, seconds = answers[words]
-    assert status == 2 and said.startswith("basd: ") and said.count("\n") == 1 and WRONG[words] in said, (status, said)
-    assert len(said) < 500 and seconds < 1, (len(said), seconds)
+    status, output, seconds = answers[words]
+    assert status == 2 and output.startswith("basd: ") and output.count("\n") == 1 and WRONG[words] in output, (status, output)
+    assert len(output) < 500 and seconds < 1, (len(output), seconds)
 
 
 @pytest.mark.parametrize("words", RIGHT)
 def test_help_needs_nothing_heavy(words, answers):
-    status, said, seconds = answers[words]
-    assert status == 0 and said.strip() and seconds < 1, (status, said[-300:], seconds)
+    status, output, seconds = answers[words]
+    assert status == 0 and output.strip() and seconds < 1, (status, output[-300:], seconds)
 
 
 def test_every_command_is_in_the_list(answers):

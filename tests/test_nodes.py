@@ -50,9 +50,9 @@ def test_two_agents_are_one(on_one_node, tmp_path):
 
 def under_srun(f, *args, out, nodes=2):
     "Exit statuses of `f(*args)` on each of `nodes` nodes with one rank, in the environment that srun gives"
-    told = dict(SLURM_STEP_NUM_TASKS=str(nodes), SLURM_NTASKS=str(nodes), SLURM_LOCALID="0", SLURM_JOB_ID="7", MASTER_PORT=str(free_port()),
+    launcher = dict(SLURM_STEP_NUM_TASKS=str(nodes), SLURM_NTASKS=str(nodes), SLURM_LOCALID="0", SLURM_JOB_ID="7", MASTER_PORT=str(free_port()),
                 SLURM_STEP_NODELIST="localhost")
-    ranks = [server().Process(target=child, args=(f, args, told | dict(SLURM_PROCID=str(r)), str(out), None)) for r in range(nodes)]
+    ranks = [server().Process(target=child, args=(f, args, launcher | dict(SLURM_PROCID=str(r)), str(out), None)) for r in range(nodes)]
     for p in ranks: p.start()
     return end(ranks)
 
@@ -75,13 +75,13 @@ def on_a_disk_of_its_own(words, folder):
 def test_nodes_must_share_the_run_directory(tmp_path):
     "Ranks that do not see the files of rank 0 are refused before the first step"
     status = under_srun(on_a_disk_of_its_own, [*TRAIN, "--run-dir", "run"], tmp_path, out=tmp_path/"out.txt")
-    said = (tmp_path/"out.txt").read_text()
-    assert status == [2, 2] and "the files of run that rank 0 has are not those that rank 1 sees" in said and "Traceback" not in said, said
+    output = (tmp_path/"out.txt").read_text()
+    assert status == [2, 2] and "the files of run that rank 0 has are not those that rank 1 sees" in output and "Traceback" not in output, output
     assert not [*tmp_path.glob("disk_*/run/*")], "a refused start leaves no run"
 
 
 def test_resumed_on_another_number_of_ranks(tmp_path):
-    "One rank, then two: it is said once that the steps may differ, no step is lost or doubled, and without dropout they differ by rounding"
+    "One rank, then two: one message, that the steps may differ, no step is lost or doubled, and without dropout they differ by rounding"
     words = [*TRAIN[2:], "student.drop_path=0", "train.epochs=2", "train.log_gradients=false"]
     def made(name): return build_trainer(load_recipe("basd_cifar10", words)[""], tmp_path/name, bars=False)
     whole, half = made("whole"), made("half")
@@ -90,8 +90,8 @@ def test_resumed_on_another_number_of_ranks(tmp_path):
     assert half.fit() is None
     half.data.lock.close()                              # another process will train there
     status = end(start(main, ["resume", str(tmp_path/"half")], out=tmp_path/"out.txt", ranks=2))
-    said = (tmp_path/"out.txt").read_text()
-    assert status == [0, 0] and said.count("goes on under another ranks: 1, 2 (before, now), so its steps from here on need not be those") == 1, said
+    output = (tmp_path/"out.txt").read_text()
+    assert status == [0, 0] and output.count("goes on under another ranks: 1, 2 (before, now), so its steps from here on need not be those") == 1, output
     rows = [[r["step"] for r in read_metrics(tmp_path/name, "step")] for name in ("whole", "half")]
     assert rows[0] == rows[1] and rows[1][-1] == whole.data.total
     weights = [load_checkpoint(tmp_path/name/"last.pt")["task"]["student.model.head.weight"] for name in ("whole", "half")]

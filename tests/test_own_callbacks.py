@@ -67,9 +67,9 @@ def test_given_in_python(here):
     assert seen("run") == [1., 2., 3., 4., 5., 6., 7., 8.]
 
 
-@pytest.mark.parametrize("words, said", [("[mine.Validation]", "package.module:callable"), ("[nowhere:x]", "cannot be imported"),
+@pytest.mark.parametrize("words, message", [("[mine.Validation]", "package.module:callable"), ("[nowhere:x]", "cannot be imported"),
                                          ("[mine:Path]", "gives a PosixPath"), ("[mine:absent]", "cannot be imported")])
-def test_a_wrong_name(words, said, here, capsys):
+def test_a_wrong_name(words, message, here, capsys):
     assert main(["train", "basd_cifar10", *CE, f"train.callbacks={words}", "--run-dir", "run"]) == 2
     err = capsys.readouterr().err
-    assert said in err and "Traceback" not in err and not (here/"run").exists()
+    assert message in err and "Traceback" not in err and not (here/"run").exists()

@@ -208,8 +208,8 @@ def settled(make, forget):
     for _ in range(20):
         try: return make()
         except ValueError as e:
-            if not (said := re.match(r"(selector)?(?:\w*\.)*(\w+)=.* belongs to ", str(e), re.DOTALL)): raise
-            forget(said[1] or said[2])
+            if not (found := re.match(r"(selector)?(?:\w*\.)*(\w+)=.* belongs to ", str(e), re.DOTALL)): raise
+            forget(found[1] or found[2])
     return make()
 
 
@@ -313,10 +313,10 @@ def structural(name, given, batch, order=None):
     xs, ys, n = batch.student, batch.teacher, [x.shape[1] for x in batch.student]
     torch.manual_seed(0)
     mixed = torch.full((len(xs), len(ys)), 1/len(ys))
-    told = dict(rsd=([WIDTH_S]*len(xs), [WIDTH_S]*len(xs)),
+    arguments = dict(rsd=([WIDTH_S]*len(xs), [WIDTH_S]*len(xs)),
                 attn=([HEADS_S]*len(xs),
                       [batch.heads_t]*len(ys) if given.get("scope") == "all_layers" else batch.heads_t)).get(name, ())
-    loss, g, blend = (settled(lambda: STRUCTURE[name](*told, **given), given.pop).to(xs[0].dtype),
+    loss, g, blend = (settled(lambda: STRUCTURE[name](*arguments, **given), given.pop).to(xs[0].dtype),
                       step_generator(0, 0), batch.blend if order is None else None)
     aligned = [values(batch.case.kind_t, x.shape, batch.case.size_t, g).to(x.dtype) for x in xs]
     if order is not None: aligned, ys = [y[order] for y in aligned], [y[order] for y in ys]
@@ -460,9 +460,9 @@ def test_selectors(name):
         batch = Batch(case)
         P, L = len(batch.student), len(batch.teacher)
         torch.manual_seed(0)
-        known = inspect.signature(ALL_SELECTORS[name]).parameters
+        parameters = inspect.signature(ALL_SELECTORS[name]).parameters
         if given.get("procrustes"): given["procrustes"] = given["space"] == "channel"    # refused elsewhere
-        own = {k: v for k, v in dict(rank=rank, dim=16 if wide else 8, tau=tau, rule=rule).items() if k in known}
+        own = {k: v for k, v in dict(rank=rank, dim=16 if wide else 8, tau=tau, rule=rule).items() if k in parameters}
         widths = [x.shape[-1] for x in batch.student], [x.shape[-1] for x in batch.teacher]
         selector = attempt(lambda: ALL_SELECTORS[name](*widths, **given | own), tally, "options")
         if selector is None: return
@@ -491,7 +491,7 @@ def test_selectors(name):
                     if q.grad is not None: q -= 1e-3*q.grad/case.scale/max(1., (q.grad/case.scale).norm())
             selector.after_update()
             getattr(selector, "refresh", int)()
-            assert 1 <= selector.depth <= L and (mix.weights[:, selector.depth:] == 0).all() or "tau" in known
+            assert 1 <= selector.depth <= L and (mix.weights[:, selector.depth:] == 0).all() or "tau" in parameters
             for q in selector.parameters(): finite(q, "a parameter after a step")
     holds()
     check(tally, .6)
@@ -595,7 +595,7 @@ class Drawn:
 @st.composite
 def settings_of(draw, cls):
     "Options of a method: switches and choices drawn, numbers as they are"
-    given, asked = {}, SAID.get(cls.__name__)
+    given, chooser = {}, SAID.get(cls.__name__)
     for f in fields(cls):
         nested = [t for t in (f.type, *get_args(f.type)) if is_dataclass(t)]
         default = f.default if f.default is not MISSING else f.default_factory()
@@ -606,8 +606,8 @@ def settings_of(draw, cls):
         elif f.name in ("layer_map",): given[f.name] = draw(st.sampled_from([default, "uniform", "reversed"]))
         elif get_origin(f.type) is Literal or isinstance(default, bool):
             given[f.name] = draw(st.sampled_from(list(get_args(f.type)) or [True, False]))
-        elif f.type is str and asked:
-            given[f.name] = draw(st.sampled_from(choices(asked, inspect.signature(asked).parameters[f.name])))
+        elif f.type is str and chooser:
+            given[f.name] = draw(st.sampled_from(choices(chooser, inspect.signature(chooser).parameters[f.name])))
         elif f.type == (int | None): given[f.name] = draw(st.sampled_from([default, 4]))
     return Drawn(cls, given)
 
@@ -623,12 +623,12 @@ def test_methods(name):
         batch = Batch(case)
         drawn.given |= lacking
         torch.manual_seed(0)
-        def taught():
+        def teacher_features():
             one = batch.features("teacher")
             return one if teachers == 1 or name not in ("amtml", "diverse") else Features(
                 one.tokens, one.attention, one.logits, one.grid_sizes, per_teacher=[one, one])
         def make():
-            objective = cls(drawn(), FeatureShapes.from_features(batch.features("student")), FeatureShapes.from_features(taught()), CLASSES)
+            objective = cls(drawn(), FeatureShapes.from_features(batch.features("student")), FeatureShapes.from_features(teacher_features()), CLASSES)
             student = tapped(WIDTH_S, case)
             if getattr(objective.options, "head", None) == "dist":
                 vars(student.model).update(head_dist=student.model.head, set_distilled_training=lambda on: None)
@@ -639,7 +639,7 @@ def test_methods(name):
         def run(i):
             with autocast(case):
                 progress = StepState(step + i, 100, case.seed, (step + i)/10, True)
-                return objective(batch.features("student"), taught(), batch.target,
+                return objective(batch.features("student"), teacher_features(), batch.target,
                                  objective.sample(progress, case.B, "cpu"))
         for i in range(2):                                                # the second with what the first has left
             out = attempt(lambda: run(i), tally)

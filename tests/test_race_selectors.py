@@ -104,8 +104,8 @@ def test_rows_replace_their_elders(tmp_path, monkeypatch):
 
 def test_the_changes_of_experiments_name_keys():
     "A recipe key that was renamed and stands in a script still fails here, not after an hour of training"
-    known, found = {k.key for k in recipe_keys()}, {}
+    keys, found = {k.key for k in recipe_keys()}, {}
     for path in [*(root/"experiments").rglob("*.py"), *(root/"experiments").rglob("*.sh"), *(root/"tools").glob("*.sh")]:
         for key in re.findall(r"""['" ](?:stages\.\w+\.)?((?:data|views|student|teacher|train|method)\.[a-z0-9_.]+)=""",
                               path.read_text(encoding="utf-8")): found.setdefault(key, path.name)
-    assert len(found) > 40 and {k: f for k, f in found.items() if k not in known} == {}
+    assert len(found) > 40 and {k: f for k, f in found.items() if k not in keys} == {}

@@ -47,9 +47,9 @@ def parts_and_gradients(trainer, batch):
     "Of one forward and backward pass; raw losses beside balanced ones, as those are all but constants at first"
     result = trainer.forward(batch)
     result["loss"].backward()
-    said = result["losses"] | {k: v for k, v in result["metrics"].items()
+    logged = result["losses"] | {k: v for k, v in result["metrics"].items()
                               if k.split("/")[0] in ("loss_unweighted", "selector", "leap")}
-    return ({k: all_reduce_mean(v.detach()) for k, v in said.items()},
+    return ({k: all_reduce_mean(v.detach()) for k, v in logged.items()},
             {n: p.grad for n, p in trainer.task.named_parameters() if p.grad is not None})
 
 
@@ -86,11 +86,11 @@ def test_a_hole_on_one_rank(tmp_path):
     run, out = tmp_path/"run", tmp_path/"out.txt"
     words = [*TINY, "train.epochs=1", "train.warmup_epochs=0", "train.grad_accum_steps=2"]
     status = end(start(main_with_a_hole, ["train", "basd_cifar10", *words, "--run-dir", str(run)], out=out, ranks=2))
-    said = out.read_text()
-    assert status == [2, 2], said
+    output = out.read_text()
+    assert status == [2, 2], output
     found = load_checkpoint(run/"nonfinite.pt")
     assert (f"loss 'ce' was not finite at step {found['step']}, first in the images on rank {found['rank']}; "
-            "the weights before it") in said, said
+            "the weights before it") in output, output
     shares = found["batch"]["index"].tensor_split(2)
     assert ([len(i) for i in shares] == [8, 8]
             and build_datasets(load_recipe("basd_cifar10", words)[""])[1][7] in shares[found["rank"]])
@@ -231,13 +231,13 @@ def cached_method(words, run):
     "Of one batch with recorded views in the second epoch: which views, then what `parts_and_gradients` gives"
     words = [*words, f"teacher.cache={run.parent/'cache'}-{world_size()}"]
     trainer = in_double(load_recipe("basd_cifar10", words)[""], run)
-    def kept_in_double(asked, view, kept=trainer.task.cache, **upto):
-        f = kept(asked, view, **upto)
+    def kept_in_double(positions, view, kept=trainer.task.cache, **upto):
+        f = kept(positions, view, **upto)
         return Features([x.double() for x in f.tokens], [AttentionMap(a.map.double()) for a in f.attention],
                         f.logits if f.logits is None else f.logits.double(), f.grid_sizes)
     trainer.task.cache = kept_in_double
     batch = next(iter(trainer.data.read(1, trainer.data.per_epoch, trainer.data.per_epoch + 1)))
-    return gather_objects([*zip(batch["asked"].tolist(), batch["view"].tolist())]), *parts_and_gradients(trainer, batch)
+    return gather_objects([*zip(batch["requested"].tolist(), batch["view"].tolist())]), *parts_and_gradients(trainer, batch)
 
 
 def test_two_ranks_share_recorded_views(tmp_path):

@@ -48,19 +48,19 @@ def test_version():
 def test_tag(tmp_path):
     "A tag is refused if any of the four places has another version, and accepted if none has"
     sys.path.insert(0, str(ROOT/"tools"))
-    try: from check_tag import complaint
+    try: from check_tag import tag_error
     finally: sys.path.pop(0)
     version = CFG["version"]
     (tmp_path/"basd").mkdir()
     for name in "settings.ini", "CITATION.cff", "basd/__init__.py": copy(ROOT/name, tmp_path/name)
     (tmp_path/"CHANGELOG.md").write_text(f"# Changelog\n\n## {version}\n\n## 0.0.1\n")
-    assert complaint(f"v{version}", tmp_path) is None
-    assert complaint(version, tmp_path).startswith(f"the tag is {version} and settings.ini has version {version}; tag v{version}")
+    assert tag_error(f"v{version}", tmp_path) is None
+    assert tag_error(version, tmp_path).startswith(f"the tag is {version} and settings.ini has version {version}; tag v{version}")
     for name, sentence in (("CITATION.cff", "CITATION.cff has version 9.9.9"), ("basd/__init__.py", "basd/__init__.py has version 9.9.9"),
                            ("CHANGELOG.md", "the first section of CHANGELOG.md is '9.9.9'"), ("settings.ini", "settings.ini has version 9.9.9")):
         kept = (tmp_path/name).read_text()
         (tmp_path/name).write_text(kept.replace(version, "9.9.9"))
-        assert sentence in complaint(f"v{version}", tmp_path)
+        assert sentence in tag_error(f"v{version}", tmp_path)
         (tmp_path/name).write_text(kept)
 
 

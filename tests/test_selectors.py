@@ -22,7 +22,7 @@ WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs
     "train.log_gradients=false"]
 
 
-def words_of(name):
+def arguments(name):
     taken = {"dim": 24, "rank": 4} if hasattr(SELECTORS.get(name), "measure") else {}
     options = dict(name=name) | taken | OWN.get(name, {})
     return [*WORDS, "method.selector={" + ", ".join(f"{k}: {v}" for k,v in options.items()) + "}"]
@@ -34,7 +34,7 @@ def moved(run): return [(r["step"], r["selector/weights"], r.get("selector/front
 @pytest.mark.parametrize("name", SELECTORS)
 def test_stop_and_go_on(name, tmp_path):
     "Stopped three times: between two rows of the log, right after one, and between two of the teacher's depths"
-    recipe = load_recipe("basd_cifar10", words_of(name))[""]
+    recipe = load_recipe("basd_cifar10", arguments(name))[""]
     build_trainer(recipe, tmp_path/"whole", bars=False).fit()
     run = tmp_path/"stopped"
     trainer = build_trainer(recipe, run, bars=False)
@@ -64,6 +64,6 @@ def whole_run(words, run):
 @pytest.mark.parametrize("name", SELECTORS)
 def test_two_ranks_equal_one(name, tmp_path):
     (one, depth), (two, depth_of_two) = (
-        on_ranks(whole_run, words_of(name), tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))
+        on_ranks(whole_run, arguments(name), tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))
     assert depth == depth_of_two
     assert_close(two, one, rtol=1e-6, atol=1e-7)

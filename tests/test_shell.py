@@ -34,9 +34,9 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     capsys.readouterr()
     assert main(["train", "basd_cifar10", *TINY, "train.epochs=1", *NO_MODEL, f"teacher.run={run}",
                  "--run-dir", str(tmp_path/"taught")]) == 0
-    told = [l for l in capsys.readouterr().out.splitlines() if l.startswith("basd_cifar10: ")]
+    lines = [l for l in capsys.readouterr().out.splitlines() if l.startswith("basd_cifar10: ")]
     made = json.loads((tmp_path/"taught"/"environment.json").read_text(encoding="utf-8"))["made_of"]
-    assert told[:4] == [f"basd_cifar10: {line}" for line in in_lines(made)] and "about" not in " ".join(told)
+    assert lines[:4] == [f"basd_cifar10: {line}" for line in in_lines(made)] and "about" not in " ".join(lines)
     assert made["teacher"]["weights"] == f"run {run}" and made["expected_seconds"] > 0
     assert made["teacher"]["digest"] == fingerprint(load_student(run).model.state_dict())
     for words, sentence in [([], "will not be written over"), (["--resume", "train.lr=1"], "another recipe")]:
@@ -92,16 +92,16 @@ def test_a_rank_that_is_no_number(tmp_path, capsys, monkeypatch):
 HEAVY = ("torch", "timm", "torchvision", "sklearn", "matplotlib", "scipy", "numpy", "pydantic", "fastcore")
 
 
-@pytest.mark.parametrize("words, status, said", [
+@pytest.mark.parametrize("words, status, output", [
     (["--help"], 0, "COMMAND"), (["train", "kd", "--epochs", "3"], 2, "train.epochs=3"), (["recipes", "fitnts", "--all"], 2, "did you mean 'fitnets'?")])
-def test_words_alone_import_nothing_heavy(words, status, said):
+def test_words_alone_import_nothing_heavy(words, status, output):
     "Help and the refusal of a misspelled word come before torch is imported; tests/test_manners.py has many more"
     code = ("import sys; sys.argv[0] = 'basd'; from basd.__main__ import start\n"
             "try: status = start()\nexcept SystemExit as e: status = e.code\n"
             f"print(*[m for m in {HEAVY} if m in sys.modules], file=sys.stderr); sys.exit(status)")
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     *err, heavy = done.stderr.splitlines()
-    assert (done.returncode or 0, heavy) == (status, "") and said in done.stdout + " ".join(err), done
+    assert (done.returncode or 0, heavy) == (status, "") and output in done.stdout + " ".join(err), done
 
 
 def test_changes_among_the_recipes_of_a_race(tmp_path, capsys):

@@ -47,10 +47,10 @@ def step(self:Trainer, n=1):
 
 def test_signature_where_the_source_is_hidden():
     text = "\n".join(rendered("#| export\n" + named_tuple, "#| export\n" + choice, "#| export\n" + patched))
-    for said in ("class Ritz(NamedTuple):\n    values:Tensor # ascending, (k,)\n    weights:Tensor # sum to one\n```",
+    for line in ("class Ritz(NamedTuple):\n    values:Tensor # ascending, (k,)\n    weights:Tensor # sum to one\n```",
                  "form:Literal['tokens', 'means']='tokens', # which", "weight:Annotated[float, Field(gt=0)]=1.,",
                  ")->Tensor: # (n,)\n```", "def step(self:Trainer, n=1):\n```"):
-        assert said in text
+        assert line in text
     assert "args" not in text and "return" not in text
 
 

@@ -104,8 +104,8 @@ def test_a_killed_run_is_appended_to(tracker, tmp_path):
     with pytest.raises(Killed): run(tmp_path/"run", f"train.log={name}", kill=6, resume=True)
     assert run(tmp_path/"run", f"train.log={name}", resume=True)
     assert list(seen.runs.values()) == [one] and one.status and len(one.configs) == 1
-    said = one.configs[0]
-    assert (said["train.epochs"] if name == "mlflow" else str(said["train"]["epochs"])) == "2"
+    config = one.configs[0]
+    assert (config["train.epochs"] if name == "mlflow" else str(config["train"]["epochs"])) == "2"
     assert [(s, set(v)) for s, v in one.rows] == numbers(tmp_path/"run") and len(one.rows) == 11
     written = {r["step"]: r["loss"] for r in read_metrics(tmp_path/"run", "step")}
     assert {s: v["step/loss"] for s, v in one.rows if "step/loss" in v} == written
@@ -116,8 +116,8 @@ def test_a_tracker_that_fails_is_off(tracker, tmp_path, capsys):
     name, seen = tracker
     seen.fails = True
     assert run(tmp_path/"run", f"train.log=[jsonl, {name}]")
-    said = [l for l in capsys.readouterr().err.splitlines() if name in l]
-    assert len(said) == 1 and "failed to log (ConnectionError: no answer)" in said[0]
+    lines = [l for l in capsys.readouterr().err.splitlines() if name in l]
+    assert len(lines) == 1 and "failed to log (ConnectionError: no answer)" in lines[0]
     assert len(read_metrics(tmp_path/"run", "step")) == 8 and all(not r.rows for r in seen.runs.values())
 
 

@@ -65,8 +65,8 @@ def test_read_only(copy, capsys, monkeypatch):
     def refuse(path, *args, **kwargs): raise OSError(30, "Read-only file system", str(path))
     monkeypatch.setattr(reports, "write_atomic", refuse)
     assert main(["evaluate", str(copy/"basd"), "--quick"]) == 0
-    said = capsys.readouterr()
-    assert "top-1" in said.out and "read-only file system" in said.err
+    output = capsys.readouterr()
+    assert "top-1" in output.out and "read-only file system" in output.err
 
 
 def test_a_first_step_that_is_refused(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ import torch
 from basd.methods.base import CrossEntropy
 class Evil(CrossEntropy): pass
 class Loss(torch.nn.Module): pass
-def score(said): return said['labels'].double()
+def score(outputs): return outputs['labels'].double()
 def model(num_classes=2, **kwargs): return torch.nn.Flatten()
 def data(split): return []
 """
@@ -154,10 +154,10 @@ def test_a_module_of_ones_own(elsewhere, capsys, monkeypatch):
     "A recipe that is named finds a module beside it, or in the working directory; what it made is looked at with --trust"
     assert main(["train", "mine/mine.yaml", *WORDS, "--run-dir", "run"]) == 0
     assert (elsewhere/"mark").exists()
-    for more, said in (([], "would import code"), (["--trust"], "cannot be imported")):    # not on the import path here
+    for more, message in (([], "would import code"), (["--trust"], "cannot be imported")):    # not on the import path here
         forget(monkeypatch) if "my_method" in sys.modules else None
         assert main(["evaluate", "run", "--quick", *more]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     shutil.copy("mine/my_method.py", ".")
     assert main(["evaluate", "run", "--quick", "--trust"]) == 0
     forget(monkeypatch)
@@ -198,8 +198,8 @@ def test_nothing_is_fetched(kind, finished, here, capsys, monkeypatch):
     import socket
 
     import huggingface_hub.constants as hub
-    asked = []
-    def refuse(*args, **kwargs): asked.append(args); raise OSError("no network in this test")
+    requests = []
+    def refuse(*args, **kwargs): requests.append(args); raise OSError("no network in this test")
     for name in ("connect", "connect_ex", "sendto"): monkeypatch.setattr(socket.socket, name, refuse)
     for name in ("create_connection", "getaddrinfo", "gethostbyname"): monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
@@ -214,7 +214,7 @@ def test_nothing_is_fetched(kind, finished, here, capsys, monkeypatch):
     assert main(["train", RECIPE, "--run-dir", "new"]) == 2
     assert "nothing was downloaded" in capsys.readouterr().err and not (here/"new").exists()
     assert main(["compare", RECIPE, "--seeds", "1", "--folder", "race"]) == 2
-    assert not asked
+    assert not requests
     if kind in ("teacher by address", "data of torchvision"):       # not the hub's, which has an off switch of its own
         main(["train", RECIPE, "--run-dir", "new", "--trust"])
-        assert asked                                                # so the test can fail
+        assert requests                                                # so the test can fail

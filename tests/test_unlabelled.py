@@ -41,10 +41,10 @@ def test_sixty_photos(tmp_path, monkeypatch, capsys):
     "Five lines: a student without a head, k-NN where folders are classes, a sheet; and nothing depends on the labels"
     monkeypatch.chdir(photos(tmp_path))
     result = package.train("unlabelled", PHOTOS, run_dir="runs/photos", bars=False)[""]
-    said, run = capsys.readouterr().out, tmp_path/"runs/photos"
-    assert "38 training (no label is read), 10 validation, 12 test images\n" in said
-    assert said.count("photos has no folders of splits: a fifth of its 60 images, the same share of each class, is drawn") == 1
-    assert "test distillation loss" in said and "among the 12 test images" in said and (run/"figures/run.png").is_file()
+    output, run = capsys.readouterr().out, tmp_path/"runs/photos"
+    assert "38 training (no label is read), 10 validation, 12 test images\n" in output
+    assert output.count("photos has no folders of splits: a fifth of its 60 images, the same share of each class, is drawn") == 1
+    assert "test distillation loss" in output and "among the 12 test images" in output and (run/"figures/run.png").is_file()
     best = result["test"]["best"]
     assert best.keys() == {"distill_loss", "n", "knn", "k"} and (best["n"], best["k"]) == (12, 2)
     rows = [r["val_distill_loss"] for r in read_metrics(run, "epoch")]

@@ -81,20 +81,20 @@ class Browser:
         for fd in (theirs_in, theirs_out, *apart): os.close(fd)
         self.reader, self.writer = os.fdopen(ours_in, "rb", buffering=0), os.fdopen(ours_out, "wb", buffering=0)
         self.session, self.number, self.rest, self.errors = None, 0, b"", []
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"): self.ask(f"{domain}.enable")
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"): self.call(f"{domain}.enable")
 
     def receive(self):
         "The next message of the browser; errors of the page are kept in `errors`"
         while b"\0" not in self.rest:
-            if not select.select([self.reader], [], [], patience)[0]: raise RuntimeError(f"the browser said nothing for {patience} s")
+            if not select.select([self.reader], [], [], patience)[0]: raise RuntimeError(f"the browser sent nothing for {patience} s")
             more = self.reader.read(1 << 20)
             if not more: raise RuntimeError("the browser has gone")
             self.rest += more
         line, self.rest = self.rest.split(b"\0", 1)
-        said = json.loads(line)
-        what, how = said.get("method"), said.get("params", {})
+        message = json.loads(line)
+        what, how = message.get("method"), message.get("params", {})
         if what == "Runtime.exceptionThrown":
             detail = how["exceptionDetails"]
             self.errors.append(detail.get("exception", {}).get("description", detail["text"]).splitlines()[0])
@@ -102,39 +102,39 @@ class Browser:
             self.errors.append(" ".join(str(a.get("value", a.get("description", ""))) for a in how["args"]))
         if what == "Log.entryAdded" and how["entry"]["level"] == "error" and not how["entry"].get("url", "").endswith("/favicon.ico"):
             self.errors.append(f"{how['entry']['text']} {how['entry'].get('url', '')}".strip())
-        return said
+        return message
 
-    def ask(self, method, **params):
+    def call(self, method, **params):
         "Send a command; returns the browser's result"
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         if self.session: message["sessionId"] = self.session
         self.writer.write(json.dumps(message).encode() + b"\0")
         while True:
-            said = self.receive()
-            if said.get("id") == self.number: break
-        if "error" in said: raise RuntimeError(f"{method}: {said['error']['message']}")
-        return said["result"]
+            reply = self.receive()
+            if reply.get("id") == self.number: break
+        if "error" in reply: raise RuntimeError(f"{method}: {reply['error']['message']}")
+        return reply["result"]
 
-    def value(self, script): return self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)["result"].get("value")
+    def value(self, script): return self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)["result"].get("value")
 
     def width(self, size):
         "Show the page on a screen of this size"
-        self.ask("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=size is phone)
+        self.call("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=size is phone)
 
     def open(self, url):
         "Load a page to its end; returns the errors it wrote"
         self.errors = []
-        self.ask("Page.navigate", url=url)
+        self.call("Page.navigate", url=url)
         while self.receive().get("method") != "Page.loadEventFired": pass
         self.value("document.fonts.ready.then(() => 1)")
         return self.errors
 
     def shot(self, path):
         "A picture of the whole page"
-        box = self.ask("Page.getLayoutMetrics")["cssContentSize"]
+        box = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": box["width"], "height": min(box["height"], 16000), "scale": 1}
-        path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]))
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]))
 
     def close(self):
         self.process.terminate()
@@ -208,14 +208,14 @@ def main():
     parser.add_argument("folder", nargs="?", type=Path, default=root/"_docs"/"check", help="where the built pages are")
     parser.add_argument("pages", nargs="*", help="only these pages, relative to the folder")
     parser.add_argument("--shots", type=Path, help="also put a picture of each page at both widths into this folder")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     binary = found_browser()
     if not binary: return print("no page was checked: there is no Chromium or Chrome here (BROWSER names one)")
-    pages = asked.pages or sorted(str(p.relative_to(asked.folder)) for p in asked.folder.rglob("*.html") if "site_libs" not in p.parts)
-    if not pages: sys.exit(f"{asked.folder} holds no page: build the docs first (python tools/docs.py)")
-    if asked.shots: asked.shots.mkdir(parents=True, exist_ok=True)
+    pages = args.pages or sorted(str(p.relative_to(args.folder)) for p in args.folder.rglob("*.html") if "site_libs" not in p.parts)
+    if not pages: sys.exit(f"{args.folder} holds no page: build the docs first (python tools/docs.py)")
+    if args.shots: args.shots.mkdir(parents=True, exist_ok=True)
     browser = Browser(binary)
-    try: held = check(asked.folder, pages, browser, asked.shots)
+    try: held = check(args.folder, pages, browser, args.shots)
     finally: browser.close()
     for page, found in held.items():
         for kind in kinds:

@@ -8,7 +8,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 
-def complaint(tag, repo):
+def tag_error(tag, repo):
     "What keeps `tag` of the repository in the folder `repo` from being released, or None"
     read = lambda name: (repo/name).read_text(encoding="utf-8")
     config = ConfigParser(delimiters=["="])
@@ -22,4 +22,4 @@ def complaint(tag, repo):
     if first is None or first[1] != version: return f"the first section of CHANGELOG.md is {first and first[1]!r}; head it with {version}"
 
 
-if __name__ == "__main__": sys.exit(complaint(sys.argv[1], Path(__file__).parents[1]))
+if __name__ == "__main__": sys.exit(tag_error(sys.argv[1], Path(__file__).parents[1]))

@@ -72,11 +72,11 @@ def page_markdown(path, figures, divs=True):
 
 def front_matter(path):
     "Front matter of a processed page: title, description, name of the page"
-    if path.suffix == ".qmd": said = yaml.safe_load(path.read_text().split("---\n", 2)[1])
+    if path.suffix == ".qmd": front = yaml.safe_load(path.read_text().split("---\n", 2)[1])
     else:
         first = json.loads(path.read_text())["cells"][0]
-        said = yaml.safe_load("".join(first["source"]).strip("-\n ")) if first["cell_type"] == "raw" else {}
-    return {"output-file": f"{path.stem}.html"} | (said or {})
+        front = yaml.safe_load("".join(first["source"]).strip("-\n ")) if first["cell_type"] == "raw" else {}
+    return {"output-file": f"{path.stem}.html"} | (front or {})
 
 
 class Anchors(HTMLParser):
@@ -137,12 +137,12 @@ def write_page(path, target, front, quarto):
     page = target[path]
     page.parent.mkdir(parents=True, exist_ok=True)
     style = "../"*len(page.relative_to(out).parts[1:]) + quarto["format"]["html"]["css"]
-    said = {"title": front.get("title", path.stem), "description": front.get("description", ""), "css": style,
-            "overflow": quarto["format"]["html"].get("code-overflow", "scroll")}
+    variables = {"title": front.get("title", path.stem), "description": front.get("description", ""), "css": style,
+                 "overflow": quarto["format"]["html"].get("code-overflow", "scroll")}
     try:
         html = pypandoc.convert_text(page_markdown(path, page.parent/f"{path.stem}_files"), "html5", format="markdown", extra_args=[
             "-s", "--mathml", "--fail-if-warnings", f"--template={here/'page.html'}",
-            *(f"--variable={name}={value}" for name, value in said.items()), f"--metadata=title:{said['title']}"])
+            *(f"--variable={name}={value}" for name, value in variables.items()), f"--metadata=title:{variables['title']}"])
     except RuntimeError as e: return str(e).splitlines()[0]
     page.write_text(to_pages(html, path, target))
     return ""
@@ -161,8 +161,8 @@ def main():
     write_readme(page_markdown(index, root/"nbs"/"images", divs=False), front[index])
     with ThreadPoolExecutor(2) as pool:
         wrong = list(pool.map(lambda path: write_page(path, target, front[path], quarto), paths))
-    pages, trouble = {}, [f"{path.relative_to(processed)}: {said}" for path, said in zip(paths, wrong) if said]
-    for path in [path for path, said in zip(paths, wrong) if not said]:
+    pages, trouble = {}, [f"{path.relative_to(processed)}: {error}" for path, error in zip(paths, wrong) if error]
+    for path in [path for path, error in zip(paths, wrong) if not error]:
         pages[str(target[path].relative_to(out))] = parsed = Anchors()
         parsed.feed(target[path].read_text())
     named = set(sidebar_pages(quarto["website"]["sidebar"]["contents"]))

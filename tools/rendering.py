@@ -103,7 +103,7 @@ class Entries(Processor):
         super().__init__(nb)
         module, found = module_of(nb), {id(cell): defined_in(cell) for cell in nb.cells}
         named = {d.name: d for top, inside in found.values() for d in top + inside}
-        asked = {name for cell in nb.cells if cell.cell_type == "code" for name in by_hand.findall(cell.source)}
+        by_name = {name for cell in nb.cells if cell.cell_type == "code" for name in by_hand.findall(cell.source)}
         cells, headed = [], [name for name in named if public.fullmatch(name)]
         at = anchors(headed)
         above = lambda name: entry(module, named[name], at[name])
@@ -114,7 +114,7 @@ class Entries(Processor):
             if unknown: raise ValueError(f"show_doc({unknown[0]}): no exported cell of this page defines it")
             shown = [] if "hide" in cell.directives_ else found[id(cell)][0]
             cells += [above(name) for name in names]
-            cells += [above(d.name) for d in shown if d.name in at and d.name not in asked]
+            cells += [above(d.name) for d in shown if d.name in at and d.name not in by_name]
             if not names: cells.append(cell)
         nb.cells = cells
 

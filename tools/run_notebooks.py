@@ -38,8 +38,8 @@ def skipped(cell, flags):
 
 def untracked():
     "Files of the repository that git does not track, ignored ones too"
-    said = subprocess.run(["git", "status", "--porcelain", "--ignored", "-uall"], cwd=root, capture_output=True, text=True)
-    return {line[3:] for line in said.stdout.splitlines()
+    found = subprocess.run(["git", "status", "--porcelain", "--ignored", "-uall"], cwd=root, capture_output=True, text=True)
+    return {line[3:] for line in found.stdout.splitlines()
             if line[:2] in ("??", "!!") and "__pycache__" not in line}
 
 
@@ -76,24 +76,24 @@ def execute(nb, skip, folder):
     except nbclient.exceptions.CellExecutionError as e: return str(e)
 
 
-def complaints(nb):
+def faults(nb):
     "Problems in the outputs of `nb`, one sentence each"
-    said = []
+    found = []
     for cell in nb["cells"]:
         source, outputs = "".join(cell["source"]), cell.get("outputs", [])
         if "#| fig-alt:" in source and not any("image/png" in o.get("data", {}) for o in outputs):
-            said.append(f"{cell['id']}: no figure where there should be one")
+            found.append(f"{cell['id']}: no figure where there should be one")
         for o in outputs:
             text = "".join(o.get("text", o.get("data", {}).get("text/plain", "")))
             figure = o.get("data", {}).get("image/png")
-            if o["output_type"] == "error": said.append(f"{cell['id']}: {o['ename']}: {o['evalue']}")
-            if o.get("name") == "stderr": said.append(f"{cell['id']}: {text.strip().splitlines()[-1][:100]}")
+            if o["output_type"] == "error": found.append(f"{cell['id']}: {o['ename']}: {o['evalue']}")
+            if o.get("name") == "stderr": found.append(f"{cell['id']}: {text.strip().splitlines()[-1][:100]}")
             if str(root) in text or "site-packages" in text or re.search(r"/(tmp|root|home)/\w", text):
-                said.append(f"{cell['id']}: a path of this machine in its output")
-            if figure and "#| fig-alt:" not in source: said.append(f"{cell['id']}: a figure without `#| fig-alt:`")
+                found.append(f"{cell['id']}: a path of this machine in its output")
+            if figure and "#| fig-alt:" not in source: found.append(f"{cell['id']}: a figure without `#| fig-alt:`")
             if figure and len(base64.b64decode("".join(figure))) > largest:
-                said.append(f"{cell['id']}: a figure of more than {largest//1000} kB")
-    return said
+                found.append(f"{cell['id']}: a figure of more than {largest//1000} kB")
+    return found
 
 
 def run(path, flags, save=True):
@@ -117,7 +117,7 @@ def run(path, flags, save=True):
             if "image/png" in output.get("data", {}): compact(output)
     clean_nb(nb)
     if save and trouble is None: nbformat.write(nb, path)
-    return trouble, [*complaints(nb), *(f"left behind: {p}" for p in left)]
+    return trouble, [*faults(nb), *(f"left behind: {p}" for p in left)]
 
 
 if __name__ == "__main__":
@@ -131,11 +131,11 @@ if __name__ == "__main__":
     broken, untidy = [], []
     for path in args.notebooks:
         print(path, flush=True)
-        trouble, said = run(path.resolve(), left_out, not args.all)
-        print(*(f"    {line}" for line in [*said, *filter(None, [trouble])]), sep="\n", end="\n" if trouble or said else "",
+        trouble, found = run(path.resolve(), left_out, not args.all)
+        print(*(f"    {line}" for line in [*found, *filter(None, [trouble])]), sep="\n", end="\n" if trouble or found else "",
               flush=True)
         if trouble: broken.append(path)
-        elif said: untidy.append(path)
+        elif found: untidy.append(path)
     print(f"{len(args.notebooks)} pages: {len(broken)} end in a traceback, {len(untidy)} show what they should not",
           *broken, *untidy, sep="\n    ")
     sys.exit(1 if broken else 2 if untidy else 0)

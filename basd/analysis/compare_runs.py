@@ -141,7 +141,7 @@ METRICS = dict(
 # %% ../../nbs/analysis/84_compare_runs.ipynb #401a5b65
 def analyze(
     *run_dirs:str,                # runs, drawn in this order
-    wanted:list|None=None,        # names of metrics; None: all
+    metrics:list|None=None,        # names of metrics; None: all
     output_dir:str='analysis',    # gets analysis.json and a PNG a metric
     weights:str='exported',       # of each run
     images:int=512,               # shown for each metric
@@ -151,7 +151,7 @@ def analyze(
     "Measure runs and draw them side by side"
     if not run_dirs: raise ValueError("there are no runs to analyse; name at least one run directory")
     out, folder = dict(problems=[]), Path(output_dir)
-    for name in [m for m in wanted or [] if m not in METRICS]:
+    for name in [m for m in metrics or [] if m not in METRICS]:
         out['problems'].append(f"metric {name!r} does not exist; known: {', '.join(METRICS)}")
     with process_group(device) as here:
         opened = []
@@ -159,7 +159,7 @@ def analyze(
             try: opened.append(open_run(run, name, weights, images, here, trust))
             except (ValueError, OSError) as e: out['problems'].append(f"{run}: {e}")
         folder.mkdir(parents=True, exist_ok=True)
-        for name in [m for m in METRICS if opened and (wanted is None or m in wanted)]:
+        for name in [m for m in METRICS if opened and (metrics is None or m in metrics)]:
             measure, draw = METRICS[name]
             out[name] = measure(opened)
             good = {n: r for n,r in out[name].items() if 'skipped' not in r}

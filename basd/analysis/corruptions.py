@@ -208,7 +208,7 @@ def corruption_accuracy(
         raise ValueError(f"types={types} and severities={severities} leave nothing to measure; "
                          "give at least one of each")
     for name,n in product(types, severities): _check_setting(name, n)
-    top1 = lambda change=None: (lambda said: accuracy(said['logits'], said['labels']))(
+    top1 = lambda change=None: (lambda out: accuracy(out['logits'], out['labels']))(
         predict(model, images, indices, size, device, batch, change))
     clean = top1()
     rows = {name: [top1(lambda x, at: corrupt(x, name, n, seed, at))['top1'] for n in severities] for name in types}

@@ -64,20 +64,20 @@ def predict(
             f = model(x if change is None else change(x, b['index'].tolist()))
             rows.append((f.logits, f.tokens[-1].float().mean(1) if f.tokens else None, b['label']))
     logits, features, labels = (None if v[0] is None else torch.cat(v).cpu() for v in zip(*rows))
-    said = dict(logits=None if logits is None else logits.float(), features=features, labels=labels)
+    outputs = dict(logits=None if logits is None else logits.float(), features=features, labels=labels)
     among = images.among if among is None else among
-    return said if among is None else _within(said, among, images.num_classes)
+    return outputs if among is None else _within(outputs, among, images.num_classes)
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #f0fa5ef6
 def _within(
-    said:dict,     # of `predict`
+    outputs:dict,     # of `predict`
     among:list,    # numbers of the classes that stay, ascending
     classes:int,   # C, of all
 )->dict:           # the same for images of these classes, numbered from 0 in the order of `among`
     "Predictions restricted to some classes and renumbered; logits of a head for other classes stay as they are"
     at = torch.full((classes,), -1).index_copy_(0, torch.tensor(among), torch.arange(len(among)))
-    keep = at[said['labels']] >= 0
-    part = {k: None if v is None else v[keep] for k,v in said.items()}
+    keep = at[outputs['labels']] >= 0
+    part = {k: None if v is None else v[keep] for k,v in outputs.items()}
     if part['logits'] is not None and part['logits'].shape[1] == classes: part['logits'] = part['logits'][:, among]
     return part | dict(labels=at[part['labels']])
 
@@ -346,22 +346,22 @@ def model_cost(
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #09094951
 def evaluate_predictions(
-    said:dict,               # of `predict` on test images
-    seen:dict|None=None,     # of `predict` on training images, for the probes of features
-    said_t:dict|None=None,   # the teacher's on the same test images
-    seen_t:dict|None=None,   # the teacher's on training images, in case it has no head of these classes
+    outputs:dict,            # of `predict` on test images
+    bank:dict|None=None,     # of `predict` on training images, for the probes of features
+    outputs_t:dict|None=None, # the teacher's on the same test images
+    bank_t:dict|None=None,   # the teacher's on training images, in case it has no head of these classes
     classes:list|None=None,  # names of the classes
-)->dict: # name → what its function returns, or {skipped: why}
+)->dict: # name → what its function returns, or {skipped: reason}
     "All metrics that can be computed from predictions alone"
-    z, y, seen = said['logits'], said['labels'], seen or dict(features=None, labels=None)
-    frozen = seen['features'], seen['labels'], said['features'], y
+    z, y, bank = outputs['logits'], outputs['labels'], bank or dict(features=None, labels=None)
+    frozen = bank['features'], bank['labels'], outputs['features'], y
     parts = dict(accuracy=lambda: accuracy(z, y),
                  per_class=lambda: per_class_accuracy(z, y, classes),
                  confusion=lambda: confusion_matrix(z, y),
                  calibration=lambda: calibration(z, y),
                  knn=lambda: knn_accuracy(*frozen),
                  linear_probe=lambda: linear_probe(*frozen),
-                 agreement=lambda: teacher_agreement(z, teacher_predictions(said_t, seen_t, z)))
+                 agreement=lambda: teacher_agreement(z, teacher_predictions(outputs_t, bank_t, z)))
     out = {}
     for name,f in parts.items():
         try: out[name] = f()
@@ -370,18 +370,18 @@ def evaluate_predictions(
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #3f0f149e
 def teacher_predictions(
-    said:dict|None, # a teacher's, of `predict` on test images
-    seen:dict|None, # on training images
-    logits:Tensor,  # the student's, (n, C)
-)->Tensor:          # the teacher's logits (n, C), or its neighbors' votes (n,)
+    outputs:dict|None, # a teacher's, of `predict` on test images
+    bank:dict|None,    # on training images
+    logits:Tensor,     # the student's, (n, C)
+)->Tensor:             # the teacher's logits (n, C), or its neighbors' votes (n,)
     "A teacher's logits, if they are of the same classes; else the vote of its neighbors"
-    if said is None: raise ValueError("there is no teacher to agree with; give what it says of the test images")
-    if logits is None or said['logits'] is not None and said['logits'].shape[1] == logits.shape[1]:
-        return said['logits']
-    if seen is None:
-        raise ValueError("the teacher has no head of these classes; give what it says of training images, too, "
-                         "and its neighbours will vote")
-    return knn_predict(seen['features'], seen['labels'], said['features'])
+    if outputs is None: raise ValueError("there is no teacher to agree with; give its predictions on the test images")
+    if logits is None or outputs['logits'] is not None and outputs['logits'].shape[1] == logits.shape[1]:
+        return outputs['logits']
+    if bank is None:
+        raise ValueError("the teacher has no head of these classes; give its predictions on training images, too, "
+                         "for a vote of neighbors")
+    return knn_predict(bank['features'], bank['labels'], outputs['features'])
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #497b5b13
 def _plot_scores(
@@ -390,10 +390,10 @@ def _plot_scores(
 ):
     "Bars of head, k-NN, probe and agreement on one scale"
     import matplotlib.pyplot as plt
-    ax, wanted = ax or plt.subplots()[1], dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe',
+    ax, titles = ax or plt.subplots()[1], dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe',
                                                agreement='agreement')
     rows = [(label, result[part]['top1'], result[part]['top1_ci'])
-            for part,label in wanted.items() if 'top1' in result.get(part, {})]
+            for part,label in titles.items() if 'top1' in result.get(part, {})]
     for i,(_,v,ci) in enumerate(rows):
         ax.plot(ci, [i, i], color='C0')
         ax.plot(v, i, 'o', color='C0', ms=4)

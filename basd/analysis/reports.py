@@ -132,8 +132,8 @@ def evaluate_student(
             out = {name: _judged_by_knn(recipe, classes, found[name], test, run, here) for name in names}
             if rank() == 0 and keep: write_evaluation(run, out, on)
             return out
-        if why := _foreign(test, classes, run):
-            raise ClassMismatch(f"{why}; without that there is no accuracy, "
+        if reason := _foreign(test, classes, run):
+            raise ClassMismatch(f"{reason}; without that there is no accuracy, "
                                "and its features are judged by k-NN and a linear probe in the report")
         student = run_student(recipe, len(classes), layers=[], attention=False, device=here)
         for name in names:
@@ -194,7 +194,7 @@ def subsample(
                   for i in torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:size].tolist())
 
 # %% ../../nbs/analysis/83_reports.ipynb #171021f1
-def _taught_by(
+def _teacher_outputs(
     recipe,  # of the run
     test,    # test images
     train,   # training images, or None
@@ -206,9 +206,9 @@ def _taught_by(
     try: teacher = run_teacher(recipe, [-1], device=device, classes=classes)
     except (ValueError, OSError) as e: return None, None, str(e)
     size = input_size(teacher)
-    said = predict(teacher, test, None, size, device)
-    headless = said['logits'] is None or said['logits'].shape[1] != len(test.among or test.classes)
-    return said, predict(teacher, train, fit, size, device, among=test.among) if headless and train is not None else None, ''
+    outputs = predict(teacher, test, None, size, device)
+    headless = outputs['logits'] is None or outputs['logits'].shape[1] != len(test.among or test.classes)
+    return outputs, predict(teacher, train, fit, size, device, among=test.among) if headless and train is not None else None, ''
 
 # %% ../../nbs/analysis/83_reports.ipynb #dc1d1726
 def evaluate_run(
@@ -238,17 +238,17 @@ def evaluate_run(
         if train is not None and not train.classes: train = None             # its labels were not read
         student = run_student(recipe, len(classes), found[name], [-1], False, here)
         size = input_size(student)
-        said = predict(student, test, None, size, here)
+        outputs = predict(student, test, None, size, here)
         # the head is for other classes; the features may still be good
-        if classes != test.classes: said['logits'] = None
-        known = predict(student, train, fit, size, here, among=test.among) if train is not None else None
-        said_t, known_t, why = _taught_by(recipe, test, train, fit, here, classes)
-        out = evaluate_predictions(said, known, said_t, known_t, [test.classes[i] for i in test.among or range(test.num_classes)])
-        if bare and known is None:
-            near = knn_among(said['features'], said['labels'])
+        if classes != test.classes: outputs['logits'] = None
+        bank = predict(student, train, fit, size, here, among=test.among) if train is not None else None
+        outputs_t, bank_t, reason = _teacher_outputs(recipe, test, train, fit, here, classes)
+        out = evaluate_predictions(outputs, bank, outputs_t, bank_t, [test.classes[i] for i in test.among or range(test.num_classes)])
+        if bare and bank is None:
+            near = knn_among(outputs['features'], outputs['labels'])
             out['knn'] = accuracy_summary(round(near['knn']*len(test)/100), len(test)) | dict(train_n=len(test) - 1, k=near['k'])
-        if why: out['agreement'] = dict(skipped=why)
-        if corrupted and said['logits'] is not None:
+        if reason: out['agreement'] = dict(skipped=reason)
+        if corrupted and outputs['logits'] is not None:
             out['robustness'] = corruption_accuracy(student, test, subsample(range(len(test)), corrupted), size, device=here)
         out |= dict(cost=model_cost(student, size, device=here), run=run.name, weights=name, images=on or recipe.data.source)
         if test.among is not None: out['among'] = f'{len(test.among)} of {len(classes)} classes'

@@ -239,10 +239,10 @@ def goal_words(
     cell = lambda e: '–' if e is None else f'{e[0]:+.2f} ± {e[1]:.2f}'
     done = [n for n,_,yes in found if yes]
     open_ = [n for n,each,_ in found if None in each]
-    sentence = (f'The goal is reached by {named(done)}.' if done else
+    text = (f'The goal is reached by {named(done)}.' if done else
                 'The goal cannot be decided yet, because runs are missing.' if open_ or not found else
                 'The goal is not reached by any selector in these runs.')
-    return sentence + '\n\n' + markdown_table(
+    return text + '\n\n' + markdown_table(
         ['selector', 'minus uniform', 'minus last layer', 'minus ramp', 'reached'],
         [[n, *map(cell, each), 'yes' if yes else 'no'] for n,each,yes in found])
 

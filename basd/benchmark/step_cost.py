@@ -230,9 +230,9 @@ def parts(self:StepCost,
     with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as p:
         for _ in range(steps): self.bound(); self.full()
         if gpu: torch.cuda.synchronize()
-    wanted = ('bound/', 'step/', 'part/')
+    prefixes = ('bound/', 'step/', 'part/')
     return {e.key.replace('step/', 'full/'): (e.device_time_total if gpu else e.cpu_time_total)/1e6/steps for e in p.key_averages()
-            if e.key.startswith(wanted) and (e.device_time_total if gpu else e.cpu_time_total)}
+            if e.key.startswith(prefixes) and (e.device_time_total if gpu else e.cpu_time_total)}
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #cbf84ac2
 def overhead(

@@ -27,24 +27,24 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f, size, count, *xs):
         ctx.count, total, grads = count, 0., []
-        wanted = [x.requires_grad for x in xs]
+        needs_grad = [x.requires_grad for x in xs]
         for start in range(0, len(xs[0]), size):
             images = slice(start, min(start + size, len(xs[0])))
-            mine = [x[images].detach().requires_grad_(w) for x,w in zip(xs[:count], wanted)] + list(xs[count:])
+            mine = [x[images].detach().requires_grad_(w) for x,w in zip(xs[:count], needs_grad)] + list(xs[count:])
             with torch.enable_grad(): part = f(images, *mine[:count])
-            needed = [x for x,w in zip(mine, wanted) if w]
+            needed = [x for x,w in zip(mine, needs_grad) if w]
             with autocast_disabled(part):                               # what was cast was recorded as cast
                 grads.append(torch.autograd.grad(part, needed, allow_unused=True) if needed and part.requires_grad
                              else [None]*len(needed))
             total = total + part.detach()
-        ctx.wanted, ctx.grads = wanted, [_joined(g, i < sum(wanted[:count])) for i,g in enumerate(zip(*grads))]
+        ctx.needs_grad, ctx.grads = needs_grad, [_joined(g, i < sum(needs_grad[:count])) for i,g in enumerate(zip(*grads))]
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         found = iter(ctx.grads)
-        grads = [next(found) if w else None for w in ctx.wanted]
+        grads = [next(found) if w else None for w in ctx.needs_grad]
         return None, None, None, *[None if d is None else g*d for d in grads]
 
 def _joined(pieces, by_image): # gradients of the pieces: those of images follow each other, those of parameters add up

@@ -163,8 +163,8 @@ def disk_error(
 )->str|None:       # the system's message; None if `error` has another cause
     "The disk's fault behind `error`, if any: full, over quota or over a limit, read-only"
     while error is not None:
-        told = re.search(r'os error (\d+)', str(error))      # as in messages of libraries written in Rust
-        code = int(told[1]) if told else getattr(error, 'errno', None)
+        match = re.search(r'os error (\d+)', str(error))      # as in messages of libraries written in Rust
+        code = int(match[1]) if match else getattr(error, 'errno', None)
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS): return os.strerror(code).lower()
         error = error.__cause__ or error.__context__
 

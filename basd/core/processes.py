@@ -84,8 +84,8 @@ class _Watch:
     ):
         self.me, self.at, self.quiet, self.grace = me, at, quiet, grace
         self.met = self.done = False
-        self.asked, self.told, self.parent = None, [], os.getppid()
-        self.beats, self.heard, self.looked, self.store = {}, {}, None, None
+        self.stop_time, self.reported, self.parent = None, [], os.getppid()
+        self.beats, self.changed, self.looked, self.store = {}, {}, None, None
         self.pipe, self.before = os.pipe(), None
         if current_thread() is main_thread():
             os.set_blocking(self.pipe[1], False)
@@ -96,8 +96,8 @@ class _Watch:
         "Watch for signals and missing ranks until the run is over"
         while not self.done:
             if select.select([self.pipe[0]], [], [], .5)[0]:
-                if {signal.SIGTERM, signal.SIGINT} & set(os.read(self.pipe[0], 100)): self.asked = self.asked or time.monotonic()
-            late = self.asked is not None and time.monotonic() - self.asked > self.grace
+                if {signal.SIGTERM, signal.SIGINT} & set(os.read(self.pipe[0], 100)): self.stop_time = self.stop_time or time.monotonic()
+            late = self.stop_time is not None and time.monotonic() - self.stop_time > self.grace
             if self.met: self.look(late)
             elif late: self.leave("stopped on request before the ranks met; nothing was begun", 0)
             elif 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != self.parent:
@@ -107,9 +107,9 @@ class _Watch:
     def look(self, late):
         "Report missing ranks; end the process if a stop was requested and ranks are missing"
         missing = self.missing()
-        if missing and missing != self.told:
-            self.say(f"waits for {_named(missing)}, not heard of for {self.quiet:.0f} s")
-        self.told = missing
+        if missing and missing != self.reported:
+            self.report(f"waits for {_named(missing)}, not heard of for {self.quiet:.0f} s")
+        self.reported = missing
         if missing and late:
             self.leave(f"stopped on request while it waits for {_named(missing)}; what was saved before is there for --resume", 2)
 
@@ -118,7 +118,7 @@ class _Watch:
         now = time.monotonic()
         if self.looked is None: return []
         if now - self.looked > self.quiet: return [0]
-        return [r for r,t in self.heard.items() if now - t > self.quiet]
+        return [r for r,t in self.changed.items() if now - t > self.quiet]
 
     def start_beats(self):
         "Start the exchange of beats, after the ranks have met"
@@ -135,18 +135,18 @@ class _Watch:
             for n in range(10**9):
                 if self.done: return store.set(f'basd/beat/{self.me.rank}', 'over')
                 store.set(f'basd/beat/{self.me.rank}', str(n))
-                for r in others: self.hear(r, store)
+                for r in others: self.read_beat(r, store)
                 self.looked = time.monotonic()
                 time.sleep(min(2., self.quiet/5))
         except Exception: self.looked = None            # without a store there are no beats
 
-    def hear(self, r, store):
+    def read_beat(self, r, store):
         "Note when the beat of rank `r` last changed"
         beat = store.get(key) if store.check([key := f'basd/beat/{r}']) else b''
-        if beat == b'over' or beat != self.beats.get(r): self.beats[r], self.heard[r] = beat, time.monotonic()
-        if beat == b'over': self.heard[r] = float('inf')
+        if beat == b'over' or beat != self.beats.get(r): self.beats[r], self.changed[r] = beat, time.monotonic()
+        if beat == b'over': self.changed[r] = float('inf')
 
-    def say(self, text): print(f'rank {self.me.rank} of {self.me.world} {text}', flush=True)
+    def report(self, text): print(f'rank {self.me.rank} of {self.me.world} {text}', flush=True)
 
     def leave(self, text, status):
         "End the process from here, as its main thread cannot"
@@ -170,20 +170,20 @@ def _joined(
 ):
     "Join the group of ranks for the context; yields its `_Watch`"
     at = _introduce(me)
-    patient = Timer(15, lambda: watch.say(f"waits for the others at {at} and gives up after {timeout:g} s (train.rank_timeout)"))
+    patient = Timer(15, lambda: watch.report(f"waits for the others at {at} and gives up after {timeout:g} s (train.rank_timeout)"))
     watch, patient.daemon = _Watch(me, at, quiet=min(30., timeout/3)), True
     try:
         patient.start()
         try: dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError, OSError) as e:
             raise ConnectionError(f"rank {me.rank} of {me.world} did not meet the others at {at} within {timeout:g} s "
-                                  f"({_why(e)}); start all ranks together, or give them longer with train.rank_timeout") from e
+                                  f"({_reason(e)}); start all ranks together, or give them longer with train.rank_timeout") from e
         finally: patient.cancel()
         watch.start_beats()
         yield watch
     finally: watch.close()
 
-def _why(error): return (str(error).strip().splitlines() or [type(error).__name__])[0].rpartition('] ')[2][:120].rstrip('. ')
+def _reason(error): return (str(error).strip().splitlines() or [type(error).__name__])[0].rpartition('] ')[2][:120].rstrip('. ')
 
 # %% ../../nbs/core/08_processes.ipynb #d3e10003
 def choose_device(
@@ -222,8 +222,8 @@ def check_compiler(
     new = time.time_ns() % 1_000_003
     try: torch.compile(lambda x: (x + new).sin())(torch.zeros(16, device=device))
     except Exception as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:160].rstrip('. ')
-        raise ValueError(f"train.compile=true does not work here ({why}); install what it needs, as g++ for a CPU, "
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160].rstrip('. ')
+        raise ValueError(f"train.compile=true does not work here ({reason}); install what it needs, as g++ for a CPU, "
                          "or leave it out") from e
 
 # %% ../../nbs/core/08_processes.ipynb #330506ae

@@ -231,7 +231,7 @@ def recorded_view(self:DualViewTransform,
 
 # %% ../../nbs/data/47_views.ipynb #9c0a2c1c
 class ViewDataset(Dataset):
-    ("Views of the images at `indices`; an item is asked for by (epoch, position) or (epoch, position, 1) "
+    ("Views of the images at `indices`; an item is addressed by (epoch, position) or (epoch, position, 1) "
      "for its twin, or by position alone in epoch 0")
     def __init__(self,
         images,          # `ImageDataset`
@@ -257,8 +257,8 @@ class ViewDataset(Dataset):
         return epoch + 1_000_000*int(self.copies[k]), int(self.indices[k]), twin
 
     def __getitem__(self, at)->dict:
-        # student (3, s, s), teacher (3, t, t) if any, label, index (position in `images` of what is shown), asked (the
-        # position asked for: another one where that is unreadable), and view (which one) if views are recorded
+        # student (3, s, s), teacher (3, t, t) if any, label, index (position in `images` of what is shown), requested (that of
+        # `indices`, which differs from index where it is unreadable), and view (which one) if views are recorded
         epoch, i, twin = self.address(at)
         x, shown = self.images.read(i)
         keys, which, named = (self.seed, epoch + 500_000*twin, i), {}, {}
@@ -266,7 +266,7 @@ class ViewDataset(Dataset):
             which = dict(view=self.views.recorded_view(*keys))
             named = dict(place=recorded_crop(i, **which))
         s, t = self.views(x, *keys, **named) if self.train else self.views.clean(x)
-        item = dict(student=s, label=int(self.labels[shown]), index=shown, asked=i) | which
+        item = dict(student=s, label=int(self.labels[shown]), index=shown, requested=i) | which
         return item if t is None else item | dict(teacher=t)
 
 # %% ../../nbs/data/47_views.ipynb #f3007366

@@ -88,7 +88,7 @@ def one(self:FourierLoss,
         return (log_magnitude(x, grid) - log_magnitude(y, grid)).square().mean()
 
 # %% ../../nbs/losses/31_fourier.ipynb #75388d59
-def _asked_grid(
+def _checked_grid(
     grid,   # (height, width), or None
     n:int,  # tokens
     who:str,# whose they are
@@ -111,6 +111,6 @@ def forward(self:FourierLoss,
     if len(maps) != len(xs):
         raise ValueError(f"{len(xs)} extraction points, but widths for {len(maps)}; give one an extraction point")
     for f,(x,y,a,b) in zip(maps, pair_layers(xs, ys)):
-        a, b = _asked_grid(a, x.shape[1], 'student'), _asked_grid(b, y.shape[1], 'teacher')
+        a, b = _checked_grid(a, x.shape[1], 'student'), _checked_grid(b, y.shape[1], 'teacher')
         losses.append(self.one(f(x), resample_tokens(y, x.shape[1], b, a), a))
     return torch.stack(losses).mean()

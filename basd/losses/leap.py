@@ -77,7 +77,7 @@ class LayerLadder:
 
 # %% ../../nbs/losses/36_leap.ipynb #37e42ef4
 @patch
-def wanted(self:LayerLadder,
+def target_tokens(self:LayerLadder,
     y:Tensor,          # tokens of a teacher layer, (B, N_t, D_t)
     n:int,             # student tokens
     grid_t=None,       # (height, width) of the layer's tokens, or None
@@ -105,7 +105,7 @@ def step(self:LayerLadder,
         if moves: self.in_time(z, ys, grid_s, grids_t, blend, clock := clock.to(self.since))
         w = self.on_target(len(ys)).to(z.dtype)
         y = mix_tokens(w[None], ys, n, grids_t, grid_s, normalize=False)[0]
-        y = self.wanted(y, n, grid_s, grid_s, blend)
+        y = self.target_tokens(y, n, grid_s, grid_s, blend)
         if moves:
             self.average.copy_(self.averaged(cka(z.detach().flatten(0, 1), y.flatten(0, 1))))
             self.climb(self.average >= self.threshold, clock, min(len(ys), self.open))
@@ -125,7 +125,7 @@ def averaged(self:LayerLadder,
 def in_time(self:LayerLadder, z:Tensor, ys:list, grid_s, grids_t:list, blend, clock:Tensor):
     "Before a step: on the first batch the layer of largest CKA is the target; later, move if time is up"
     if self.begun: return self.climb(clock - self.since >= (1 - 1e-4)*self.limit, clock, min(len(ys), self.open)) # rounded
-    c = [cka(z.flatten(0, 1), self.wanted(y, z.shape[1], g, grid_s, blend).flatten(0, 1)) for y,g in zip(ys, grids_t)]
+    c = [cka(z.flatten(0, 1), self.target_tokens(y, z.shape[1], g, grid_s, blend).flatten(0, 1)) for y,g in zip(ys, grids_t)]
     self.current.copy_(torch.stack(c).argmax())
     self.since.copy_(clock)
     self.started.fill_(1.)

@@ -50,45 +50,45 @@ def reciprocal_rank_fusion(
 
 # %% ../../nbs/methods/57_curriculum.ipynb #7775702d
 def log_probabilities(
-    said:dict, # labels (n,), student (n, C), teacher (n, C) or None
-    who:Literal['student', 'teacher'],
+    outputs:dict, # labels (n,), student (n, C), teacher (n, C) or None
+    role:Literal['student', 'teacher'],
 )->Tensor:     # (n, C), float64
     "Log-probabilities of one of the two models on the training images"
-    check_teacher_classes(z := said[who], said['student'].shape[1], "a curriculum needs logits of")
+    check_teacher_classes(z := outputs[role], outputs['student'].shape[1], "a curriculum needs logits of")
     return z.double().log_softmax(-1)
 
 # %% ../../nbs/methods/57_curriculum.ipynb #e8393a3d
 @DIFFICULTIES.register('loss')
 def loss_difficulty(
-    said:dict, # labels and logits of the training images
+    outputs:dict, # labels and logits of the training images
 )->Tensor:     # nats, (n,)
     "Cross-entropy of the student with the label"
-    return F.nll_loss(log_probabilities(said, 'student'), said['labels'], reduction='none')
+    return F.nll_loss(log_probabilities(outputs, 'student'), outputs['labels'], reduction='none')
 
 # %% ../../nbs/methods/57_curriculum.ipynb #8e8da094
 @DIFFICULTIES.register('margin')
 def margin_difficulty(
-    said:dict, # labels and logits of the training images
+    outputs:dict, # labels and logits of the training images
 )->Tensor:     # 0 to 1, (n,)
     "Probability that the student misses on the label, 1 − q_y"
-    return -torch.expm1(-loss_difficulty(said))
+    return -torch.expm1(-loss_difficulty(outputs))
 
 # %% ../../nbs/methods/57_curriculum.ipynb #2cdf70ca
 @DIFFICULTIES.register('disagreement')
 def disagreement_difficulty(
-    said:dict, # labels and logits of the training images
+    outputs:dict, # labels and logits of the training images
 )->Tensor:     # nats, (n,)
     "Divergence of the student from the teacher"
-    q, p = (log_probabilities(said, who) for who in ('student', 'teacher'))
+    q, p = (log_probabilities(outputs, role) for role in ('student', 'teacher'))
     return (p.exp()*(p - q)).sum(-1)
 
 # %% ../../nbs/methods/57_curriculum.ipynb #a54c4827
 @DIFFICULTIES.register('teacher')
 def teacher_difficulty(
-    said:dict, # labels and logits of the training images
+    outputs:dict, # labels and logits of the training images
 )->Tensor:     # nats, (n,)
     "Cross-entropy of the teacher with the label"
-    return F.nll_loss(log_probabilities(said, 'teacher'), said['labels'], reduction='none')
+    return F.nll_loss(log_probabilities(outputs, 'teacher'), outputs['labels'], reduction='none')
 
 # %% ../../nbs/methods/57_curriculum.ipynb #53710dad
 def curriculum_subsets(
@@ -158,18 +158,18 @@ class POCL(Method):
 def plan(self:POCL,
     epoch:int,   # that is about to begin
     epochs:int,  # of the run
-    judge,       # () → labels, student and teacher logits on the clean training images
+    predict,       # () → labels, student and teacher logits on the clean training images
 )->Tensor|None:  # positions; None: all
     "Positions of the images that this epoch draws from"
     o, stage = self.options, int(self.stage)
-    said, timed = None, o.until == 'time'
+    outputs, timed = None, o.until == 'time'
     if stage >= 0 and not timed and stage < o.stages - 1:
-        said = judge()
-        self.update_plateau(loss_difficulty(said), epoch)
+        outputs = predict()
+        self.update_plateau(loss_difficulty(outputs), epoch)
     due = self.next_stage(stage, epoch, epochs)
     if due != stage:
-        said = said or judge()
-        self.start_stage(due, epoch, said)
+        outputs = outputs or predict()
+        self.start_stage(due, epoch, outputs)
     return None if int(self.stage) == o.stages - 1 else self.images
 
 # %% ../../nbs/methods/57_curriculum.ipynb #4f973747
@@ -216,11 +216,11 @@ def next_stage(self:POCL,
 def start_stage(self:POCL,
     stage:int,
     epoch:int,
-    said:dict,  # labels and logits of the training images
+    outputs:dict,  # labels and logits of the training images
 ):
     "Rank the images and begin a stage"
-    o, labels = self.options, said['labels']
-    easy = reciprocal_rank_fusion(*(DIFFICULTIES.get(n)(said) for n in o.scores))
+    o, labels = self.options, outputs['labels']
+    easy = reciprocal_rank_fusion(*(DIFFICULTIES.get(n)(outputs) for n in o.scores))
     if o.until == 'validation': easy = easy.masked_fill(self.holdout_mask(len(labels)), -1.) # come last
     self.images = curriculum_subsets(easy, o.stages, labels if o.balanced and o.until != 'validation' else None)[stage]
     if o.until == 'validation': self.images = self.images[~self.holdout_mask(len(labels))[self.images]]

@@ -147,9 +147,9 @@ def forward(self:LogitDistillation, student:Features, teacher:Features, target:T
     if o.head == 'dist' and student.dist_logits is None:
         raise ValueError("the student handed over one set of logits; "
                          "head='dist' needs a model with a distillation head that is training")
-    taught = z if o.head == 'class' else student.dist_logits
-    raw, tau, anchor = self.logits(taught, teacher.logits, target, drawn['epoch'])
-    agree = (taught.argmax(-1) == teacher.logits.argmax(-1)).float().mean()
+    z_d = z if o.head == 'class' else student.dist_logits
+    raw, tau, anchor = self.logits(z_d, teacher.logits, target, drawn['epoch'])
+    agree = (z_d.argmax(-1) == teacher.logits.argmax(-1)).float().mean()
     parts = dict(ce=(1 - o.alpha)*cross_entropy(z, target.labels), logits=drawn['ramp']*o.alpha*raw)
     report = dict(agreement=agree, ramp=drawn['ramp']) | {'loss_unweighted/logits': raw}
     return (method_output(z, parts, report) if tau is None

@@ -354,19 +354,19 @@ def create_timm_model(
     kwargs = {k: v for k,v in kwargs.items() if v is not None}
     try: m = timm.create_model(model, pretrained=pretrained, **kwargs)
     except Exception as e:
-        said, given = ' '.join(str(e).split())[:300], ', '.join(f'{k}={v}' for k,v in kwargs.items())[:300]
+        message, given = ' '.join(str(e).split())[:300], ', '.join(f'{k}={v}' for k,v in kwargs.items())[:300]
         if isinstance(e, TypeError):
             # any size will do
-            if "'img_size'" in said and 'img_size' in kwargs:
+            if "'img_size'" in message and 'img_size' in kwargs:
                 return create_timm_model(model, pretrained, **{k: v for k,v in kwargs.items() if k != 'img_size'})
-            raise ValueError(f"{model} does not take these arguments: {said.split('.__init__() ')[-1]}; "
+            raise ValueError(f"{model} does not take these arguments: {message.split('.__init__() ')[-1]}; "
                              f"given {given or 'none'}") from None
-        if pretrained and 'No pretrained weights exist' in said:
+        if pretrained and 'No pretrained weights exist' in message:
             raise ValueError(f"{model} has no published weights; set pretrained=false, or give a checkpoint") from None
         if pretrained:
             raise ValueError(f"the weights of {model} cannot be fetched ({type(e).__name__}); "
                              "connect to the network once, or give a checkpoint file and pretrained=false") from None
-        raise ValueError(f"{model} cannot be built with {given}: {said or type(e).__name__}") from None
+        raise ValueError(f"{model} cannot be built with {given}: {message or type(e).__name__}") from None
     _check_patches(m, model)
     return m, kwargs
 

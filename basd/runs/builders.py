@@ -333,8 +333,8 @@ def _of_wrapper(role, tapped):
     if tapped.mean is not None: own |= {k: getattr(tapped, k).flatten().tolist() for k in ('mean', 'std')}
     usual = dict(prefix=None, grid=None, logits='auto', channels_last=None, time_axis=False)
     reads = {k: getattr(tapped, k) for k,v in usual.items() if getattr(tapped, k) != v}
-    told = ('prefix', 'grid', 'logits') if role == 'teacher' else ('prefix', 'grid')
-    if lost := reads.keys() - set(told):
+    accepted = ('prefix', 'grid', 'logits') if role == 'teacher' else ('prefix', 'grid')
+    if lost := reads.keys() - set(accepted):
         raise ValueError(f"{role} is wrapped with {min(lost)}={reads[min(lost)]!r}, which a run cannot take over; "
                          "give a module whose output needs no such setting")
     return own | (dict(kwargs=reads | (dict(grid=[*reads['grid']]) if 'grid' in reads else {})) if reads else {})

@@ -229,8 +229,8 @@ def _recipe(run):
 
 def _teachers(run):
     "(model, origin of its weights) of each teacher"
-    said = (_read(run, 'environment.json').get('made_of') or {}).get('teacher')
-    if said: return [(m['model'], m['weights']) for m in (said if isinstance(said, list) else [said])]
+    teacher = (_read(run, 'environment.json').get('made_of') or {}).get('teacher')
+    if teacher: return [(m['model'], m['weights']) for m in (teacher if isinstance(teacher, list) else [teacher])]
     of = _recipe(run).get('teacher') or {}
     return [(m, None) for m in (of.get('model') or of.get('run'),) if m]
 
@@ -307,8 +307,8 @@ def _repeat(run):
     "Shell lines that install the version of the run and train by its recipe"
     git = _read(run, 'environment.json').get('git') or {}
     at = f"@{git['commit']}" if git.get('commit') and git.get('clean') else ''
-    said = "`recipe.yaml` holds every setting of the run" + (", and relative paths in it start beside it." if at else "; the commit was not recorded or had changes.")
-    return ['```sh', f'pip install git+https://github.com/basd-project/basd{at}', 'basd train recipe.yaml', '```', '', said]
+    note = "`recipe.yaml` holds every setting of the run" + (", and relative paths in it start beside it." if at else "; the commit was not recorded or had changes.")
+    return ['```sh', f'pip install git+https://github.com/basd-project/basd{at}', 'basd train recipe.yaml', '```', '', note]
 
 def _licenses(run):
     "A line for each thing with a license of its own"

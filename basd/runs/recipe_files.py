@@ -308,7 +308,7 @@ def stage_trees(
     overrides,  # "key=value" texts
     takes,      # (name of a method, list of keys) → whether the method has such an option
     nearest=lambda method, paths: '', # (name of a method, lists of keys) → hint for a message
-    say=None,   # called with a sentence about each change that goes to some stages only, or replaces what a stage has of its own
+    notify=None,   # called with a message about each change that goes to some stages only, or replaces what a stage has of its own
 )->dict:        # stage → its tree; the key is '' for a recipe without stages
     "The trees of all stages with the changes from the command line"
     for text in overrides:
@@ -324,9 +324,9 @@ def stage_trees(
     # null leaves out a stage of the recipe that this one extends
     stages = {k: v for k,v in (tree.get('stages') or {}).items() if v is not None}
     if not stages: return {'': rest}
-    if say: _say_replaced(stages, overrides, say)
+    if notify: _notify_replaced(stages, overrides, notify)
     trees = {stage: _overridden(merge_recipes(rest, over), overrides, stage) for stage,over in stages.items()}
-    takers = _takers(trees, [o for o in overrides if _of_options(parse_override(o).get('method'))], takes, nearest, say)
+    takers = _takers(trees, [o for o in overrides if _of_options(parse_override(o).get('method'))], takes, nearest, notify)
     mine = lambda stage: [o for o in overrides if stage in takers.get(o, trees)]
     return {stage: _overridden(merge_recipes(rest, over), mine(stage), stage) | {'name': f"{rest['name']}/{stage}"}
             for stage,over in stages.items()}
@@ -347,13 +347,13 @@ def _all_keys(x):
     "The keys that a nested dictionary sets, each as a list"
     return [[k, *p] for k,v in x.items() for p in _all_keys(v)] if isinstance(x, dict) and x else [[]]
 
-def _say_replaced(stages, overrides, say):
+def _notify_replaced(stages, overrides, notify):
     "Name the stages in which a change replaces a value that the stage has of its own, and how one stage is changed"
     for text in overrides:
         for path in _all_keys(parse_override(text)):
             if path[0] in ('stages', 'method'): continue
             own = {s: v for s,over in stages.items() if (v := _at(over, path)) is not _at}
-            if own: say(f"{text} replaces {', '.join(f'{v} of stage {s}' for s,v in own.items())}; "
+            if own: notify(f"{text} replaces {', '.join(f'{v} of stage {s}' for s,v in own.items())}; "
                         f"stages.NAME.{text} changes one stage")
 
 def _at(x, path):
@@ -365,7 +365,7 @@ def _at(x, path):
 
 def _method_of(tree): return (tree.get('method') or {}).get('name', 'ce') if isinstance(tree.get('method', {}), dict) else None
 
-def _takers(trees, overrides, takes, nearest, say):
+def _takers(trees, overrides, takes, nearest, notify):
     "Override → the stages whose method has its keys"
     takers, methods = {}, {s: _method_of(t) for s,t in trees.items()}
     for text in overrides:
@@ -375,7 +375,7 @@ def _takers(trees, overrides, takes, nearest, say):
             raise ValueError(f"{text[:100]!r}: no stage has a method with this key; the methods of the stages are "
                              + ', '.join(f'{s}: {m}{nearest(m, paths)}' for s,m in methods.items()))
         others = [s for s in trees if s not in found]
-        if others and say: say(f"{text} goes to {', '.join(found)}; the method of {', '.join(others)} has no such key")
+        if others and notify: notify(f"{text} goes to {', '.join(found)}; the method of {', '.join(others)} has no such key")
     return takers
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #8a6572c6
@@ -547,7 +547,7 @@ def _meant(key, keys, defs):
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #effc7733
 def _folded(chain, frames=()):
-    "What the files of a chain say together, each with its changes for the frames named, the nearest first"
+    "The merged content of a chain of files, each with its changes for the frames named, the nearest first"
     tree = {}
     for path, raw in reversed(chain):
         if frames: _check_pair(raw)
@@ -613,8 +613,8 @@ def put_on_frame(
     if 'method' in flat: stages[stage] = merge_recipes(flat, stages.get(stage) or {})
     else: given = merge_recipes(given, flat)
     stages = {k: _equipped(s, frame) if s and 'method' in s else s for k,s in stages.items()}
-    taught = any((s.get('teacher') or {}) for s in stages.values() if s)
-    return out | given | {'stages': merge_recipes(frame.get('stages') or {}, stages) if taught else stages}
+    has_teacher = any((s.get('teacher') or {}) for s in stages.values() if s)
+    return out | given | {'stages': merge_recipes(frame.get('stages') or {}, stages) if has_teacher else stages}
 
 def _equipped(stage, frame):
     "A stage with the frame's teacher and layers, unless it names its own; `teacher: null`: it has none"

@@ -227,7 +227,7 @@ def _keys(cls, path):
         cls = next((_section(f.type) for f in fields(cls) if f.name == part), None) if cls else None
     return list(dict.fromkeys([*(f.name for f in fields(cls)), *getattr(cls, 'registry', ())])) if cls else []
 
-def _sentence(error, cls, prefix=''):
+def _message(error, cls, prefix=''):
     e = error.errors()[0]
     loc = [str(p) for p in e['loc']]
     while loc and e['type'] != 'unexpected_keyword_argument' and len(loc) > 1 and not _known(cls, loc): loc.pop()
@@ -263,7 +263,7 @@ def validate_tree(
     odd = [k for k in tree if not isinstance(k, str)]
     if odd: raise ValueError(f"unknown key {prefix}{odd[0]!r}; allowed: {', '.join(f.name for f in fields(cls))}")
     try: filled = _adapter(cls).validate_python(tree)
-    except ValidationError as e: raise ValueError(_sentence(e, cls, prefix)) from None
+    except ValidationError as e: raise ValueError(_message(e, cls, prefix)) from None
     _finite(filled, prefix.rstrip('.').split('.') if prefix else [])
     return filled
 
@@ -295,19 +295,19 @@ def _origin(
         return 'run'
     weights = [k for k in ('checkpoint', 'pretrained', 'untrained') if given(k)]
     if len(weights) > 1:
-        raise ValueError(f"{' and '.join(_said(m, key, k) for k in weights)}: weights come from one place; "
+        raise ValueError(f"{' and '.join(_assignment(m, key, k) for k in weights)}: weights come from one place; "
                          f"take back {' or '.join(_back(m, key, k) for k in weights)}")
     if given('checkpoint_key') and not given('checkpoint'):
-        raise ValueError(f"{_said(m, key, 'checkpoint_key')} chooses from {key}.checkpoint, which is not set; set it, too")
+        raise ValueError(f"{_assignment(m, key, 'checkpoint_key')} chooses from {key}.checkpoint, which is not set; set it, too")
     return None if m.model is None else weights[0] if weights else ''
 
 # %% ../../nbs/runs/61_recipes.ipynb #da76ffdf
-def _said(m, key, k): return f"{key}.{k}={getattr(m, k)!r}" if k != 'kwargs' else f"{key}.kwargs"
+def _assignment(m, key, k): return f"{key}.{k}={getattr(m, k)!r}" if k != 'kwargs' else f"{key}.kwargs"
 
 def _back(m, key, k): return f"{key}.{k}={'false' if getattr(m, k) is True else 'null'}"
 
 def _two(m, key, second):
-    return (f"{key}.run={m.run!r} is a whole model with its own weights, and {_said(m, key, second[0])} belongs to "
+    return (f"{key}.run={m.run!r} is a whole model with its own weights, and {_assignment(m, key, second[0])} belongs to "
             f"another one; for the run, add {' '.join(_back(m, key, k) for k in second)}, "
             f"for the model, add {key}.run=null")
 
@@ -417,7 +417,7 @@ def _keywords(section, s, own):
     "Refuse keyword arguments that the section, or the engine itself, gives already"
     for k in s.kwargs:
         if k in (f.name for f in fields(s)): raise ValueError(f"{section}.kwargs.{k}: write {section}.{k} instead")
-        if k in (*own, 'attention'): raise ValueError(f"{section}.kwargs.{k} is not for a recipe to say; leave it out")
+        if k in (*own, 'attention'): raise ValueError(f"{section}.kwargs.{k} cannot be set in a recipe; leave it out")
 
 # %% ../../nbs/runs/61_recipes.ipynb #c074b13f
 def _stored(
@@ -442,22 +442,22 @@ def load_recipe(
     name:str,         # of a packaged recipe, or a .yaml file
     *overrides,       # "key=value" texts, or lists of them
     trust:bool=False, # a recipe that was found in a run, too, may import code and fetch what it names
-    say=None,         # called with a sentence about each change that goes to some stages only
+    notify=None,         # called with a sentence about each change that goes to some stages only
 )->dict[str, Recipe]: # by stage; the key is '' for a recipe without stages
     "Read, merge, override and check a recipe"
     (tree, files), overrides = merge_override(name), as_overrides(*overrides)
     trust, found = trust or trusted(), any(map(_stored, files))
     with trusting(True if trust or not found else _own_names(overrides), *(f.parent for f in files if RECIPES_DIR not in f.parents
                   and (trust or not _stored(f))), Path.cwd()):
-        stages = _stages(name, tree, overrides, say)
+        stages = _stages(name, tree, overrides, notify)
     for r in stages.values(): r.foreign = found and not trust
     return stages
 
-def _stages(name, tree, overrides, say):
+def _stages(name, tree, overrides, notify):
     "The recipes of all stages"
     options = lambda method: _objective(method).Options
     trees = stage_trees(name, tree, overrides, lambda m, path: _takes(options(m), path),
-                        lambda m, paths: _nearest(options(m), paths), say)
+                        lambda m, paths: _nearest(options(m), paths), notify)
     return {stage: build_recipe(t) for stage,t in trees.items()}
 
 def _nearest(cls, paths):

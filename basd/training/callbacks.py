@@ -142,7 +142,7 @@ class NonFiniteGuard(Callback):
         device = next(t.task.parameters()).device
         self.skipped, self.fatal = self.skipped.to(device), self.fatal.to(device)
         t.skipped = self.skipped
-        if self.fatal.item() >= 0: self.give_up(t, saved=True)  # resumed from a run that cannot continue
+        if self.fatal.item() >= 0: self.abort(t, saved=True)  # resumed from a run that cannot continue
 
     def before_batch(self, t):
         if self.buffers is None:
@@ -157,10 +157,10 @@ class NonFiniteGuard(Callback):
         t.optimizer.found_inf = torch.maximum(t.nonfinite, over.float())
 
     def after_log(self, t):
-        if self.fatal.item() >= 0: self.give_up(t)
+        if self.fatal.item() >= 0: self.abort(t)
         self.buffers = None
 
-    def give_up(self, t,
+    def abort(self, t,
         saved:bool=False, # is the state already on disk
     ):
         "Save the weights before the bad step and what is needed to repeat it, and raise"

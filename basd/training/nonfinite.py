@@ -97,17 +97,17 @@ def _tensors(
 
 # %% ../../nbs/training/72_nonfinite.ipynb #5694e3cf
 @contextmanager
-def _overheard(
+def _nonfinite_outputs(
     method, # `Method`
 ): # a list, filled while the method runs
     "Names of module outputs with non-finite numbers, in order"
     found = []
-    def hear(name):
+    def hook(name):
         def look(_, args, out):
             found.extend(f"the method's {k}" for k,x in _tensors(out, name)
                          if x.ndim > 1 and bool((x.isnan() | (x == torch.inf)).any()))
         return look
-    hooks = [m.register_forward_hook(hear(n)) for n,m in method.named_modules() if n]
+    hooks = [m.register_forward_hook(hook(n)) for n,m in method.named_modules() if n]
     try: yield found
     finally:
         for h in hooks: h.remove()
@@ -124,7 +124,7 @@ def rerun_step(
     x, features_t, target, progress = task.prepare_batch(*batch, **at, observe=True)
     with autocast(x.device, task.precision):
         features_s = task.student(x)
-        with _overheard(task.method) as between: out = task.method(features_s, features_t, target, progress)
+        with _nonfinite_outputs(task.method) as between: out = task.method(features_s, features_t, target, progress)
     parts, of = out['losses'], 'loss'
     gradients = loss_gradients(parts, [p for p in task.parameters() if p.requires_grad])
     term = first_nonfinite({k: out['metrics'].get(f'loss_unweighted/{k}', v) for k,v in parts.items()}) or first_nonfinite(parts)

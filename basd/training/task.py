@@ -240,7 +240,7 @@ def assemble_task(
 @torch.no_grad()
 def distill_losses(self:DistillationTask,
     method:Method,         # copy of the task's own, in evaluation mode and without gradient
-    student:TappedModel,   # that is judged
+    student:TappedModel,   # that is evaluated
     images:Tensor,         # the student's clean view, (B, 3, h, w)
     teacher_images:Tensor, # the teacher's
     total_steps:int,       # of the whole run
@@ -249,11 +249,11 @@ def distill_losses(self:DistillationTask,
     "Losses of the teacher's features and logits on clean images, as at the end of a run"
     n, device = len(images), images.device
     with self.amp_context(device):
-        features, taught = student(self.scaled(images)), self.teach(self.scaled(teacher_images))
+        features, teacher_features = student(self.scaled(images)), self.teach(self.scaled(teacher_images))
         target = Target(torch.zeros(n, self.classes, device=device))
         if features.logits is None: features = replace(features, logits=target.labels[:, :0])
         at = method.sample(StepState(total_steps, total_steps, self.seed, epochs), n, device)
-        out = method(features, taught, target, at)
+        out = method(features, teacher_features, target, at)
     raw = {k.removeprefix('loss_unweighted/'): v for k,v in out['metrics'].items() if k.startswith('loss_unweighted/')}
     return {k: v.float() for k,v in (raw or out['losses']).items() if k != 'ce'}
 
