@@ -60,7 +60,7 @@ def main():
     for n,b in benches.items(): b.steady(); assert b.task.method.teacher_depth() == n
     one, teacher, steps = benches[1], {n: [] for n in DEPTHS}, {n: [] for n in STEPS}
     for i in range(args.rounds + 1):        # the first warms up
-        whole = seconds(one.ask)
+        whole = seconds(one.run_teacher)
         for n in DEPTHS: teacher[n].append(seconds(lambda n=n: one.run_teacher(n))/whole)
         for n,b in benches.items():
             b.whole = True

@@ -73,9 +73,9 @@ def draw(chance):
 
 class Race:
     "Rows of kills, written as they come"
-    def __init__(self, out, seed, asked):
-        self.out, self.began, self.about, self.rows, self.asked = (
-            Path(out), time.time(), dict(seed=seed, **environment()), [], asked)
+    def __init__(self, out, seed, planned):
+        self.out, self.began, self.about, self.rows, self.planned = (
+            Path(out), time.time(), dict(seed=seed, **environment()), [], planned)
 
     def write(self):
         counts = {}
@@ -83,7 +83,7 @@ class Race:
             c = counts.setdefault(r["kind"], dict(kills=0, equal=0))
             c["kills"] += 1; c["equal"] += bool(r.get("equal"))
         names = [r["configuration"] for r in self.rows]
-        found = dict(asked=self.asked, kills=len(self.rows),
+        found = dict(planned=self.planned, kills=len(self.rows),
                      equal=sum(bool(r.get("equal")) for r in self.rows), seconds=round(time.time() - self.began),
                      kinds=counts, configurations={n: names.count(n) for n in dict.fromkeys(names)}, rows=self.rows,
                      environment=self.about)
@@ -201,9 +201,9 @@ def main():
 def report(race):
     "Print the outcome; returns whether it is wrong"
     found = race.write()
-    print(f"{found['kills']} kills of {found['asked']} in {found['seconds']} s, {found['equal']} of them followed by "
+    print(f"{found['kills']} kills of {found['planned']} in {found['seconds']} s, {found['equal']} of them followed by "
           "an end equal to the undisturbed one")
-    return found["equal"] != found["asked"]
+    return found["equal"] != found["planned"]
 
 
 if __name__ == "__main__": sys.exit(main())

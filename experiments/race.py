@@ -64,7 +64,7 @@ def race(name, recipes, changes, folder, jobs=2, controls_only=()):
         wall = before + time.time() - began
         clock.parent.mkdir(parents=True, exist_ok=True)
         clock.write_text(json.dumps(wall))
-    on_the_clock = len(results["rivals"])
+    on_the_clock = len(results["entries"])
     controls = sorted(str(p.relative_to(ROOT)) for p in (ROOT/"experiments"/name).glob("*.yaml"))
     if controls:
         changes = [*changes, *controls_only]

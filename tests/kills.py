@@ -131,7 +131,7 @@ def stop_all(processes, number, after):
     ("Signal all ranks and their workers, as a scheduler or Ctrl-C does, so many seconds after all have begun; "
      "the exit statuses, once nobody is left")
     group, began = processes[0].pid, time.time()
-    while not all(p.exitcode is not None or hears(p.pid) for p in processes) and time.time() - began < LIMIT: time.sleep(.02)
+    while not all(p.exitcode is not None or handles_signals(p.pid) for p in processes) and time.time() - began < LIMIT: time.sleep(.02)
     processes[0].join(after)
     with suppress(ProcessLookupError): os.killpg(group, number)
     status, began = end(processes), time.time()
@@ -141,7 +141,7 @@ def stop_all(processes, number, after):
     return status
 
 
-def hears(pid):
+def handles_signals(pid):
     "Whether a process catches SIGTERM, as the command does from its start (Linux only)"
     try: status = Path(f"/proc/{pid}/status").read_text()
     except OSError: return True

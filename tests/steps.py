@@ -52,7 +52,7 @@ class Steps(Callback):
 def trained(recipe, place):
     "Trainer of a recipe after an epoch of three steps; none was skipped, and all losses were finite"
     data = build.TrainingData(recipe, None, METHODS.get(recipe.method.name).requires(recipe.method.options), "cpu")
-    task = build.build_task(recipe, data.classes, data.names, "cpu", data.rarity)
+    task = build.build_task(recipe, data.classes, data.names, "cpu", data.label_scale)
     build._set_views(recipe, data, task)
     optimizer, steps = create_optimizer(task, recipe.train), Steps()
     trainer = Trainer(task, data, optimizer, recipe.train)

@@ -125,8 +125,8 @@ def test_a_student_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(registry, "_admitted", set())
     assert main(["export", "run", "--to", "out"]) == 2 and "would import code" in capsys.readouterr().err
     assert main(["export", "run", "--to", "out", "--trust"]) == 0
-    said, reason = capsys.readouterr().out, "timm has no model cnn of own_export; decorate the function with timm.models.register_model"
-    assert "ONNX opset" in said and reason in said
+    output, reason = capsys.readouterr().out, "timm has no model cnn of own_export; decorate the function with timm.models.register_model"
+    assert "ONNX opset" in output and reason in output
     files, config = sorted(p.name for p in (tmp_path/"out").iterdir()), json.loads((tmp_path/"out/config.json").read_text())
     assert files == ["README.md", "config.json", "model.onnx", "model.safetensors", "recipe.yaml"]
     assert (config["architecture"], config["label_names"], config["format"]) == ("own_export:cnn", student.label_names, "onnx")

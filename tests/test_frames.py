@@ -112,7 +112,7 @@ def trainings(tmp_path_factory): return tmp_path_factory.mktemp("trainings")
 
 
 @pytest.mark.parametrize("frame", frame_names())
-def test_rivals_take_steps_on_each_frame(frame, trainings):
+def test_methods_take_steps_on_each_frame(frame, trainings):
     "With a small teacher and student of the frame's families; those that a frame lacks something for are refused, as above"
     took, lacks = [], read_frame(frame)[0].get("lacks") or {}
     for method in ("kd", "dkd", "vrm", "rkd", "basd", *["fitnets"]*("attention" in lacks)):

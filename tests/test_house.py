@@ -92,6 +92,37 @@ def test_the_engine_names_no_technique():
         assert not found, f"{name}.py: {found}"
 
 
+def code_of(path):
+    "Source of a module, or of the code cells of a page, without shell lines"
+    if path.suffix == ".py": return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("" if line[:1] in "%!" else line for c in cells if c["cell_type"] == "code" for line in "".join(c["source"]).split("\n"))
+
+
+def test_names_are_words_of_the_field():
+    "A variable holds a message, outputs or lines; nothing in code says, tells, asks or hears"
+    wrong = re.compile(r"_?(said|says?|told|tells?|asks?|asked|heard|hears?|gives?_up|rivals?|lessons?)(_[a-z]+)?")
+    texts = [p for folder in ("nbs", "tests", "tools", "experiments") for p in sorted((ROOT/folder).rglob("*"))
+             if p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts]
+    found = {}
+    for path in texts:
+        for n in ast.walk(ast.parse(code_of(path))):
+            for x in (getattr(n, k, None) for k in ("id", "arg", "name", "attr")):
+                if isinstance(x, str) and wrong.fullmatch(x) and (path.stem, x) != ("58_multi_teacher", "ask"): found[path.stem, x] = 1
+    assert len(texts) > 150 and not found, found                # `ask`, a module's name in saved weights
+
+
+def test_what_one_page_alone_uses_is_private():
+    "Names in `__all__` that no other module, page, test or script uses: classes and functions that a reader may import, no more than there are"
+    words = lambda text: set(re.findall(r"[A-Za-z_]\w*", text))
+    public = {m: ast.literal_eval(re.search(r"^__all__ = (\[.*?\])", (ROOT/"basd"/f"{m.replace('.', '/')}.py").read_text(), re.DOTALL | re.MULTILINE)[1])
+              for m in PAGE if (ROOT/"basd"/f"{m.replace('.', '/')}.py").exists()}
+    used = {p: words(code_of(p)) for folder in ("nbs", "tests", "tools", "experiments") for p in (ROOT/folder).rglob("*")
+            if p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts}
+    alone = [(m, n) for m,names in public.items() for n in names if not any(n in w for p,w in used.items() if p != PAGE[m])]
+    assert sum(map(len, public.values())) > 500 and len(alone) <= 135, f"{len(alone)}: begin a helper's name with _ : {alone}"
+
+
 def test_the_loop_fits_on_a_screen():
     import inspect
 

@@ -79,8 +79,8 @@ def story(words, run, capsys, monkeypatch):
     with trusting(["own_doors:own_net"]): student = load_student(run/"whole", layers=[]).eval()
     onnx = ["--onnx"] if all(importlib.util.find_spec(p) for p in ("onnx", "onnxscript", "onnxruntime")) else []
     assert main(["export", f"{run}/whole", "--to", f"{run}/out", "--trust", *onnx]) == 0
-    said = capsys.readouterr().out
-    assert "not for timm" not in said and ("ONNX opset" in said) == bool(onnx)
+    output = capsys.readouterr().out
+    assert "not for timm" not in output and ("ONNX opset" in output) == bool(onnx)
     forget(monkeypatch)
     importlib.import_module("own_doors")            # as a process that opens the folder does
     result, x = json.loads((run/"whole"/"result.json").read_text()), torch.rand(2, 3, 8, 8)
@@ -178,7 +178,7 @@ def test_what_transformers_refuses_is_a_sentence(tmp_path):
     dinov2(tmp_path, processor=False)
     with pytest.raises(ValueError, match="give img_size|give mean and std"): create_teacher(f"hf:{tmp_path}", pretrained=True)
     with pytest.raises(ValueError, match="has no widht"): create_teacher(f"hf:{tmp_path}", pretrained=True, widht=3)
-    with pytest.raises(ValueError, match="asked only where pretrained=true"): create_teacher("hf:facebook/dinov2-small", untrained=True)
+    with pytest.raises(ValueError, match="read only where pretrained=true"): create_teacher("hf:facebook/dinov2-small", untrained=True)
     (tmp_path/"config.json").write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}')
     (tmp_path/"evil.py").write_text("import pathlib; pathlib.Path(__file__).with_name('mark').touch()")
     with pytest.raises(ValueError, match="cannot be opened"): create_teacher(f"hf:{tmp_path}", pretrained=True)

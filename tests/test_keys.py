@@ -9,7 +9,7 @@ from basd.runs.recipe_files import RECIPES_DIR, check_words, read_recipe, read_s
 from basd.runs.recipes import load_recipe, recipe_schema, to_dict
 
 
-def test_the_file_says_what_the_classes_say():
+def test_the_file_has_what_the_classes_have():
     made = recipe_schema()
     assert read_schema() == made, "a key has changed: run python tools/schema.py, and commit basd/recipe.schema.json"
     Draft202012Validator.check_schema(made)

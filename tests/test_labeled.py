@@ -23,8 +23,8 @@ def test_labels_enter_by_cross_entropy(name, tmp_path):
     "The loss is affine in the labels, or the method requires labels"
     trainer = in_double(load_recipe("basd_cifar10", [*FRAME, *METHODS[name]])[""], tmp_path/"run")
     batch, before = first_batch(trainer), copy.deepcopy(trainer.task.state_dict())
-    def loss(rarity):
-        trainer.task.rarity = rarity
+    def loss(label_scale):
+        trainer.task.label_scale = label_scale
         trainer.task.load_state_dict(before)
         torch.manual_seed(0)
         return trainer.forward(batch)["loss"].detach()
@@ -45,7 +45,7 @@ def test_what_cross_entropy_sees(tmp_path):
     "Rows of the target are there where image and partner have a label, which a pair has both or neither of"
     trainer = build_trainer(load_recipe("basd_cifar10", [*TINY, *FEW])[""], tmp_path/"run", bars=False)
     data, task = trainer.data, trainer.task
-    assert (len(data.fit), int((data.labels >= 0).sum()), task.rarity) == (256, 26, 256/26)
+    assert (len(data.fit), int((data.labels >= 0).sum()), task.label_scale) == (256, 26, 256/26)
     seen, total = 0, 0.
     for step, batch in enumerate(data.read(0, 0, data.per_epoch)):
         _, teacher_features, target, _ = task.prepare_batch(*data.given(batch), step=step, total_steps=data.total)
@@ -53,7 +53,7 @@ def test_what_cross_entropy_sees(tmp_path):
         assert torch.equal(batch["label"], data.labels[batch["index"]])
         assert torch.equal(has[::2], has[1::2]) and len(teacher_features.tokens[0]) == len(has)
         assert torch.equal(target.labels.sum(1) > 0, has)
-        assert_close(target.labels[has].sum(1), torch.full((int(has.sum()),), task.rarity))
+        assert_close(target.labels[has].sum(1), torch.full((int(has.sum()),), task.label_scale))
         seen, total = seen + int(has.sum()), total + target.labels.sum().item()
     assert seen == 26 and total == pytest.approx(256)                # the mean over an epoch is that over the labeled images
 
@@ -102,6 +102,6 @@ def test_replay(tmp_path):
     save_checkpoint(found, tmp_path/"run"/"nonfinite.pt")
     trainer.task.load_state_dict(found["task"])
     set_rng_state(found["rng"])
-    assert (found["batch"]["label"] < 0).any() and found["rarity"] == trainer.task.rarity
+    assert (found["batch"]["label"] < 0).any() and found["label_scale"] == trainer.task.label_scale
     here = rerun_step(trainer.task, *trainer.data.given(found["batch"]), **{k: found[k] for k in ("step", "total_steps", "epoch", "micro")})
     assert replay(tmp_path/"run", trust=True)["losses"] == here["losses"]

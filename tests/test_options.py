@@ -124,7 +124,7 @@ def seen(x): # numbers of anything that is reported
     return [] if x is None else [float(v) for v in torch.as_tensor(x).detach().double().flatten()]
 
 
-def lesson(name, words):
+def trained(name, words):
     "The numbers that a short training with these options produces, a list for its start, each step and its end"
     cls = METHODS.get(name)
     options = TypeAdapter(cls.Options).validate_python(words)
@@ -172,7 +172,7 @@ def differ(a, b):
 
 def moves(name, words, before, option):
     "Whether a training with these options differs from the one `before`, until it does; or a sentence refuses the option"
-    try: return any(differ(a, b) for a, b in zip_longest(lesson(name, words), before, fillvalue=[]))
+    try: return any(differ(a, b) for a, b in zip_longest(trained(name, words), before, fillvalue=[]))
     except ValueError as e: return option in str(e)
 
 
@@ -208,7 +208,7 @@ def test_every_option(name, base, beside):
     if beside: contexts = contexts*(name in INHERITED) + [(p, v) for p,h,d in own for v in choices(p, h, d) if name not in ALONE]
     for context, choice in contexts:
         words = base if choice is NO else put(base, context, choice)
-        try: before = list(lesson(name, words))
+        try: before = list(trained(name, words))
         except ValueError as refused:
             assert context and (context[-1] in str(refused) or context[-1] in EXPLAINED), f"{context}: {refused}"
             continue

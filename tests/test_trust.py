@@ -110,7 +110,7 @@ def test_replay(finished, here):
     run = hostile(finished, here, HOSTILE["method"])
     state = load_checkpoint(run/"last.pt")
     save_checkpoint(dict(recipe=yaml.safe_load((run/"recipe.yaml").read_text()), step=0, classes=10, epoch=0., total_steps=1, micro=0, names=None,
-              rarity=1., task=state["task"], rng=state["rng"][0], batch={}), run/"nonfinite.pt")
+              label_scale=1., task=state["task"], rng=state["rng"][0], batch={}), run/"nonfinite.pt")
     with pytest.raises(ValueError, match="would import code"): replay(run)
     assert not (here/"mark").exists()
     with pytest.raises(KeyError): replay(run, trust=True)           # the batch above is empty

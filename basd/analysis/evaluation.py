@@ -97,7 +97,7 @@ def check_logits(
         raise ValueError(f"{len(logits)} rows of logits and labels of shape {tuple(labels.shape)}; "
                          "give one label a row")
     if labels is not None and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}, but the model knows classes "
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, but the model has classes "
                          f"0 to {logits.shape[1] - 1}; is it a model of this data set?")
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #3f9824ac
@@ -312,7 +312,7 @@ def teacher_agreement(
     if soft: check_logits(teacher)
     if len(teacher) != len(logits):
         raise ValueError(f"{len(logits)} answers of the student and {len(teacher)} of the teacher; "
-                         "ask both about the same images")
+                         "run both on the same images")
     if soft and teacher.shape != logits.shape:
         raise ValueError(f"{logits.shape[1]} classes of the student and {teacher.shape[1]} of the teacher are not "
                          "the same classes; give the votes of the teacher's neighbours (`knn_predict`)")

@@ -120,9 +120,9 @@ def require_given(
     if not lost: return
     roles = {n.partition(':')[0].partition('.')[2]: n.partition(':')[2] for n in lost}
     others = [n.partition(':')[2] for n in _given.get() for role in roles if n.startswith(f'python.{role}:')]
-    asked = ', '.join('data=(train, test)' if role == 'data' else f'{role}={kind}(…)' for role,kind in roles.items())
+    missing = ', '.join('data=(train, test)' if role == 'data' else f'{role}={kind}(…)' for role,kind in roles.items())
     raise ValueError(f"{' and '.join(lost)} {'are objects' if len(lost) > 1 else 'is an object'} that only Python can give"
-                     f"{f' (given: ' + ', '.join(others) + ')' if others else ''}: basd.{call}{asked})")
+                     f"{f' (given: ' + ', '.join(others) + ')' if others else ''}: basd.{call}{missing})")
 
 # %% ../../nbs/core/06_registry.ipynb #8f58da0d
 def admit(

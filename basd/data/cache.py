@@ -75,7 +75,7 @@ class Cache:
         n:int,             # records: of images, or of views of them
         parts:dict,        # name → fingerprint of what the records depend on
         shard:int=512,     # S, records per file
-        free:int|None=None,# bytes that the disk has left; asked of the system if None
+        free:int|None=None,# bytes that the disk has left; queried if None
     ):
         self.folder, self.layout, self.n, self.shard, self.maps = Path(folder), layout, n, shard, {}
         self.about = dict(fields={k: list(v) for k,v in layout.fields.items()}, dtype=layout.dtype, n=n,
@@ -88,7 +88,7 @@ class Cache:
         if note.is_file():
             try: there = json.loads(note.read_text())
             except ValueError:
-                raise ValueError(f"{note} cannot be read, so nobody knows what the cache is of; "
+                raise ValueError(f"{note} cannot be read, so it is unknown what the cache is of; "
                                  f"remove {folder}, or give another folder") from None
             differs = [k for k in {**there, **self.about} if there.get(k) != self.about.get(k)]
             if differs:
@@ -96,10 +96,10 @@ class Cache:
                                  f"{' and another '.join(differs)}; remove it, or give another folder")
         elif strange:
             raise ValueError(f"{folder} holds something that is no cache; give an empty folder")
-        wanted, free = (sum(self.bytes_of(i) for i in self.missing()),
+        size, free = (sum(self.bytes_of(i) for i in self.missing()),
                         shutil.disk_usage(self.folder).free if free is None else free)
-        if wanted > free:
-            raise ValueError(f"the cache in {folder} wants {format_bytes(wanted)} more, and the disk has {format_bytes(free)}; "
+        if size > free:
+            raise ValueError(f"the cache in {folder} needs {format_bytes(size)} more, and the disk has {format_bytes(free)}; "
                              "give a folder on a larger disk, or fewer or smaller images")
         if not note.is_file(): write_atomic(note, lambda p: p.write_text(json.dumps(self.about)))
 

@@ -507,9 +507,9 @@ def _with_column(table, pictures, image, label_key, called, notes):
     "The pictures with the labels of a column"
     label = _label_column(table.features, image, label_key)
     labels, classes = _labels_of(table, label, called)
-    said = [f"{called}: labels are of column {label!r}" for k in (table.features.keys() - {image, label})
+    messages = [f"{called}: labels are of column {label!r}" for k in (table.features.keys() - {image, label})
             if label_key is None and type(table.features[k]).__name__ == 'ClassLabel'][:1]
-    return TableSource(pictures, labels, classes, called, said + notes)
+    return TableSource(pictures, labels, classes, called, messages + notes)
 
 # %% ../../nbs/data/46_sources.ipynb #55596ef5
 def _needs(package, source):

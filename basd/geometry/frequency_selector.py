@@ -149,7 +149,7 @@ class FrequencySelector(nn.Module):
         "Width of mixed tokens: the teacher's, whose layers must agree"
         if len(set(self.widths_t)) > 1:
             raise ValueError(f"teacher layers of widths {self.widths_t} cannot be added, and this selector has no "
-                             "common space; tap layers of one width, or use GrassmannSelector")
+                             "shared space; tap layers of one width, or use GrassmannSelector")
         return self.widths_t[0]
 
     @property

@@ -20,13 +20,13 @@ class LearningProgressSelector(GrassmannSelector):
         widths_s:list,    # widths of the student layers, P integers
         widths_t:list,    # widths of the teacher's layers, L integers
         rank:int=16,      # k, directions of a subspace; below `dim` and the number of rows, preferably `dim`/2 or less
-        dim:int=128,      # d, width of the common space to which both models' tokens are mapped
+        dim:int=128,      # d, width of the shared space to which both models' tokens are mapped
         fast:float=.9,    # decay per step of the quick mean
         slow:float=.99,   # decay per step of the slow mean, above `fast`
         floor:float=.01, # least spread of progress that counts as one; keeps weights uniform where nothing moves
         band:float|None=None, # weights stay in a band of this width around `depth_prior`'s line, a share of the depth; None: no band
         tau:float=1.,     # temperature, in (0.05, 10)
-        recon:float=.1,   # weight of the reconstruction loss, which trains the maps into the common space; 0: none
+        recon:float=.1,   # weight of the reconstruction loss, which trains the maps into the shared space; 0: none
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, rank=rank, dim=dim, band=band, tau=tau, recon=recon, max_rows=max_rows)

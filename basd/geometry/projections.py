@@ -34,13 +34,13 @@ class SharedProjection(nn.Module):
     def __init__(self,
         widths_s:list,     # widths of the student layers, P integers
         widths_t:list,     # widths of the teacher's layers, L integers
-        dim:int=128,       # d, width of the common space
+        dim:int=128,       # d, width of the shared space
         # learned and kept orthonormal, learned without constraint, or kept as drawn
         mode:Literal['stiefel', 'learned', 'frozen']='stiefel',
     ):
         super().__init__()
         if mode not in ('stiefel', 'learned', 'frozen'):
-            raise ValueError(f"mode={mode!r} of the common space; allowed: stiefel, learned, frozen")
+            raise ValueError(f"mode={mode!r} of the shared space; allowed: stiefel, learned, frozen")
         if min(*widths_s, *widths_t, dim) < 1:
             raise ValueError(f"widths {list(widths_s)}, {list(widths_t)} and dim={dim} must all be at least 1")
         self.dim, self.mode = dim, mode
@@ -55,19 +55,19 @@ class SharedProjection(nn.Module):
         xs:list,           # tokens or rows of student layers, (..., D) each; no gradient flows into them
         which:list|None=None, # whose they are, as indices among the P student layers; all in order if None
     )->list:               # (..., d) each
-        "Student rows in the common space"
+        "Student rows in the shared space"
         return self._project(self.phi_s, xs, which)
 
     def teacher(self,
         xs:list,           # tokens or rows of teacher layers, (..., D) each
         which:list|None=None, # whose they are, as indices among the L teacher layers; all in order if None
     )->list:               # (..., d) each
-        "Teacher rows in the common space"
+        "Teacher rows in the shared space"
         return self._project(self.phi_t, xs, which)
 
     def _project(self, phis, xs, which):
         if which is None and len(phis) not in (1, len(xs)):
-            raise ValueError(f"{len(xs)} layers were given to a common space made for {len(phis)}; "
+            raise ValueError(f"{len(xs)} layers were given to a shared space made for {len(phis)}; "
                              "pass all of them, or say which they are")
         which = range(len(xs)) if which is None else which
         with autocast_disabled(xs[0]):
@@ -89,7 +89,7 @@ class SharedProjection(nn.Module):
 
 # %% ../../nbs/geometry/10_projections.ipynb #b2038301
 def reconstruction_loss(
-    z_mix:Tensor, # mixed teacher rows in the common space, (..., M, d)
+    z_mix:Tensor, # mixed teacher rows in the shared space, (..., M, d)
     z_s:Tensor,   # student rows at the same places, (..., M, d)
     # centered tokens, scale-free; or the squared difference of means, as the founding notes have it
     form:Literal['tokens', 'mean']='tokens',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['layer_weights', 'depth_prior', 'mix_tokens', 'overlap_penalty', 'Selection', 'selection_metrics', 'GrassmannSelector',
-           'sample_positions', 'mix_blended_tokens', 'paired_rows']
+           'sample_positions', 'mix_blended_tokens']
 
 # %% ../../nbs/geometry/11_selector.ipynb #c41cf27b
 import math
@@ -45,8 +45,8 @@ def depth_prior(
 )->Tensor:          # rows sum to one, (P, L)
     "Weights multiplied by a bell around the relative depth of each student layer, normalized"
     P, L = weights.shape
-    place, layer = (torch.arange(1, n + 1, device=weights.device, dtype=weights.dtype) for n in (P, L))
-    z = (layer - place[:, None]*L/P) / (band*max(L - 1, 1))
+    point, layer = (torch.arange(1, n + 1, device=weights.device, dtype=weights.dtype) for n in (P, L))
+    z = (layer - point[:, None]*L/P) / (band*max(L - 1, 1))
     return (weights.log() - z.square()/2).softmax(-1)
 
 # %% ../../nbs/geometry/11_selector.ipynb #985d0f9e
@@ -92,7 +92,7 @@ def mix_tokens(
 def overlap_penalty(
     weights:Tensor,      # mixing weights, (P, L)
     gram:Tensor,         # ‖U_lᵀU_l'‖² of the teacher's subspaces, constant, (L, L) or (P, L, L)
-    k:int,               # what to divide by: the rank of the subspaces, or 1 for the founding notes' scale
+    k:int,               # what to divide by: the rank of the subspaces, or 1 for the literal form's scale
     diagonal:bool=False, # count l = l' too, which punishes concentration instead of rewarding it
 )->Tensor:               # mean over student layers, ()
     "Penalty on mixing teacher layers whose subspaces overlap, with gradient to the weights"
@@ -110,14 +110,15 @@ class Selection(NamedTuple):
 
 # %% ../../nbs/geometry/11_selector.ipynb #b0cd784a
 def selection_metrics(
-    mix:Selection, # of a selector
-    L:int,   # teacher layers, those that were not run among them
-)->dict:     # name in the log → detached tensor
+    selection:Selection, # of a selector
+    L:int,               # teacher layers, those that were not run among them
+)->dict:                 # name in the log → detached tensor
     "Metrics of a selection by their names in the log, padded to `L` layers"
     names = dict(distances='distance', temperatures='temperature') | {n: n for n in (
         'entropy', 'orth', 'recon', 'frontier', 'reached', 'neighbors')}
-    more = (0, L - mix.weights.shape[1])
-    metrics = dict(weights=F.pad(mix.weights.detach(), more)) | {names[k]: v for k,v in mix.metrics.items() if k in names}
+    more = (0, L - selection.weights.shape[1])
+    metrics = {names[k]: v for k,v in selection.metrics.items() if k in names}
+    metrics = dict(weights=F.pad(selection.weights.detach(), more)) | metrics
     if 'distance' in metrics: metrics['distance'] = F.pad(metrics['distance'], more, value=1.)
     return {f'selector/{k}': v for k,v in metrics.items()}
 
@@ -129,8 +130,8 @@ class GrassmannSelector(nn.Module):
         widths_s:list,     # widths of the student layers, P integers
         widths_t:list,     # widths of the teacher's layers, L integers
         rank:int=16,       # k, directions of a subspace; below `dim` and the number of rows, preferably `dim`/2 or less
-        dim:int=128,       # d, width of the common space to which both models' tokens are mapped
-        space:Literal['sample', 'channel']='sample', # compare patterns over rows, or directions of the common space
+        dim:int=128,       # d, width of the shared space to which both models' tokens are mapped
+        space:Literal['sample', 'channel']='sample', # compare patterns over rows, or directions of the shared space
         procrustes:bool=False, # with space='channel': turn the student onto each teacher layer first
         # a row is a token, or the mean over an image where token places do not correspond
         rows:Literal['token', 'image']='token',
@@ -138,11 +139,11 @@ class GrassmannSelector(nn.Module):
         normalize:Literal['standard', 'none']='standard',
         band:float|None=None, # weights stay in a band of this width around `depth_prior`'s line, a share of the depth; None: no band
         tau:float=1.,      # first temperature; in (0.05, 10), or any positive number with normalize='none'
-        # maps into the common space: learned and kept orthonormal, learned without constraint, or kept as drawn
+        # maps into the shared space: learned and kept orthonormal, learned without constraint, or kept as drawn
         mode:Literal['stiefel', 'learned', 'frozen']='stiefel',
         # weight of the orthogonality penalty, the only loss of the temperatures; 0: they stay what they are
         orth:float=0.,
-        recon:float=.1,    # weight of the reconstruction loss, which trains the maps into the common space; 0: none
+        recon:float=.1,    # weight of the reconstruction loss, which trains the maps into the shared space; 0: none
         # what the reconstruction loss compares: each token, or their mean over an image
         recon_form:Literal['tokens', 'mean']='tokens',
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
@@ -167,7 +168,7 @@ class GrassmannSelector(nn.Module):
             raise ValueError(f"max_rows={max_rows}, ema_decay={ema_decay} of the selector; compare at least one row, and remember a "
                              "share below 1")
         if not 0 < rank < dim:
-            raise ValueError(f"rank={rank} directions in a common space of dim={dim}; "
+            raise ValueError(f"rank={rank} directions in a shared space of dim={dim}; "
                              f"rank must be between 1 and dim-1={dim-1}")
         if rank > min(*widths_s, *widths_t):
             raise ValueError(f"rank={rank} directions of layers that are {min(*widths_s, *widths_t)} wide; lower rank")
@@ -201,7 +202,7 @@ class GrassmannSelector(nn.Module):
 
     @property
     def mixed_width(self)->int:
-        "Width of mixed tokens: the teacher's if its layers agree, else the common space's"
+        "Width of mixed tokens: the teacher's if its layers agree, else the shared space's"
         return self.widths_t[0] if len(set(self.widths_t)) == 1 else self.common.dim
 
     @property
@@ -255,7 +256,7 @@ def mix_blended_tokens(
     return torch.lerp(x[blend.partner], x, keep[:, None].to(x.dtype))
 
 # %% ../../nbs/geometry/11_selector.ipynb #e89d9078
-def paired_rows(
+def _paired_rows(
     xs_s:list,          # student tokens of equal places, P × (B, N_s, D)
     xs_t:list,          # teacher tokens, L × (B, N_t, D)
     grid_s:tuple[int,int]|None=None, # of the student's tokens
@@ -324,23 +325,23 @@ def row_groups(self:GrassmannSelector,
     blend=None,         # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
 )->list:                # of (points, their rows (M, D_s), teacher rows (M, D_t) at the same places)
     "Rows to be compared, per group of student layers with the same places"
-    for who, xs, widths in (('student', xs_s, self.widths_s), ('teacher', xs_t, self.widths_t)):
-        if [x.shape[-1] for x in xs] != (widths[:max(len(xs), self.depth)] if who == 'teacher' else widths):
-            raise ValueError(f"{who} layers of widths {[x.shape[-1] for x in xs]}, "
+    for role, xs, widths in (('student', xs_s, self.widths_s), ('teacher', xs_t, self.widths_t)):
+        if [x.shape[-1] for x in xs] != (widths[:max(len(xs), self.depth)] if role == 'teacher' else widths):
+            raise ValueError(f"{role} layers of widths {[x.shape[-1] for x in xs]}, "
                              f"but the selector was made for {widths}")
     if self.rows == 'image':
         if blend is not None:
             xs_t = [mix_blended_tokens(x, blend, blend.own_fraction(x.shape[1], g)) for x,g in zip(xs_t, grids_t or [None]*len(xs_t))]
         pooled = [[x.mean(1, keepdim=True) for x in xs] for xs in (xs_s, xs_t)]
         sample_positions(1, len(xs_s[0]), self.rank, self.max_rows)                  # refuses a batch that is too small
-        return [(list(range(len(xs_s))), *paired_rows(*pooled))]
+        return [(list(range(len(xs_s))), *_paired_rows(*pooled))]
     groups = _groups(xs_s, grids_s or [None]*len(xs_s))
     if self.solver == 'tracking' and len(groups) > 1:
         raise ValueError(f"solver='tracking' with points of {[x.shape[1] for x in xs_s]} tokens; "
                          "it follows points that share their places, so set solver='eigh'")
     places = (self.sample([x.shape[1] for x in xs_s], grids_s, len(xs_s[0]), device=xs_s[0].device) if places is None
               else places)
-    return [(points, *paired_rows([xs_s[p] for p in points], xs_t, place[1], grids_t, places[place], blend))
+    return [(points, *_paired_rows([xs_s[p] for p in points], xs_t, place[1], grids_t, places[place], blend))
             for place, points in groups.items()]
 
 # %% ../../nbs/geometry/11_selector.ipynb #07084ff1
@@ -365,7 +366,7 @@ def reconstruct(self:GrassmannSelector,
     rows_s:list,    # their rows, P' × (M, D_s)
     rows_t:list,    # teacher rows at the same places, L × (M, D_t)
 )->Tensor:          # ()
-    "Reconstruction loss of some student layers, with gradient to the common space alone"
+    "Reconstruction loss of some student layers, with gradient to the shared space alone"
     standard, w = self.normalize == 'standard', weights.detach()
     norm = (lambda x: F.layer_norm(x, x.shape[-1:])) if standard else (lambda x: x)
     with autocast_disabled(weights):

@@ -105,18 +105,18 @@ def sample(self:BASDFourier, progress:StepState, batch:int, device)->StepState:
 @patch
 def forward(self:BASDFourier, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
     "Loss, logits and metrics of one batch"
-    mix = self.selector(student.tokens, teacher.tokens, student.grid_sizes, teacher.grid_sizes, blend=target.mix)
+    selection = self.selector(student.tokens, teacher.tokens, student.grid_sizes, teacher.grid_sizes, blend=target.mix)
     images = (self.sample(progress, len(student.logits), student.logits.device) if progress.samples is None
               else progress).samples
-    ys, align = self.targets(mix.weights.detach(), student, teacher, images)
+    ys, align = self.targets(selection.weights.detach(), student, teacher, images)
     raw = mixed_loss(self.loss, Layers(student.tokens, student.grid_sizes), Layers(ys, student.grid_sizes), target.mix)
     parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.distill_weight*raw,
-                 selector=mix.regularizer, align=self.options.align_weight*align)
+                 selector=selection.regularizer, align=self.options.align_weight*align)
     health = {f'target/{k}': torch.stack([target_statistics(y)[k] for y in ys])
               for k in ('batch_std', 'effective_rank', 'cosine')} if progress.should_log else {}
     return method_output(student.logits, parts,
                    {'loss_unweighted/fourier': raw}
-                   | selection_metrics(mix, mix.weights.shape[1]) | health)
+                   | selection_metrics(selection, selection.weights.shape[1]) | health)
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #0549f261
 @patch

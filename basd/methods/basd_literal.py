@@ -76,9 +76,9 @@ def align(self:LiteralBASD,
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #f67b3f0a
 @patch
-def own_losses(self:LiteralBASD, mix, recon:Tensor|None)->dict:
+def own_losses(self:LiteralBASD, selection, recon:Tensor|None)->dict:
     "Losses of selector and aligner; live targets leave the aligner none"
-    return dict(selector=mix.regularizer) if self.live else BASD.own_losses(self, mix, recon)
+    return dict(selector=selection.regularizer) if self.live else BASD.own_losses(self, selection, recon)
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #8c635bf4
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resnet20_cifar', 'resnet32_cifar', 'resnet56_cifar', 'wrn_16_2_cifar', 'wrn_28_2_cifar', 'wrn_40_2_cifar',
-           'small_stem', 'resnet18_cifar', 'set_input_size', 'mlp_head', 'adaptive_cnn_cifar', 'adaptive_cnn_mnist',
-           'small_patch_stem', 'convnextv2_tiny_cifar', 'convnextv2_atto_cifar', 'SmallResNet']
+           'resnet18_cifar', 'adaptive_cnn_cifar', 'adaptive_cnn_mnist', 'convnextv2_tiny_cifar',
+           'convnextv2_atto_cifar', 'SmallResNet']
 
 # %% ../../nbs/models/43_cifar_models.ipynb #0c51ec1c
 from functools import partial
@@ -17,7 +17,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 # %% ../../nbs/models/43_cifar_models.ipynb #2af89cb9
-def small_stem(
+def _small_stem(
     model:ResNet,
     pool:nn.Module|None=None, # after the first convolution; None: none
 )->ResNet:                    # `model`, changed
@@ -45,10 +45,10 @@ def resnet18_cifar(
 )->ResNet:
     "ResNet-18 for images of about 32 pixels"
     _no_weights('resnet18_cifar', pretrained)
-    return set_input_size(small_stem(timm.create_model('resnet18', **kwargs)), 32)
+    return _set_input_size(_small_stem(timm.create_model('resnet18', **kwargs)), 32)
 
 # %% ../../nbs/models/43_cifar_models.ipynb #af7ce1a5
-def set_input_size(
+def _set_input_size(
     model:nn.Module,
     size:int,        # pixels
 )->nn.Module:        # `model`
@@ -59,7 +59,7 @@ def set_input_size(
     return model
 
 # %% ../../nbs/models/43_cifar_models.ipynb #fe067762
-def mlp_head(
+def _mlp_head(
     width:int,   # of the pooled features
     hidden:int,
     classes:int, # C
@@ -83,8 +83,8 @@ def adaptive_cnn_cifar(
     _no_weights('adaptive_cnn_cifar', pretrained)
     m = timm.create_model('resnet18', num_classes=num_classes,
                           **dict(layers=(2, 3, 3, 3), block_args=dict(attn_layer=_squeeze)) | kwargs)
-    if num_classes: m.fc = mlp_head(m.num_features, hidden, num_classes)
-    return set_input_size(small_stem(m), 32)
+    if num_classes: m.fc = _mlp_head(m.num_features, hidden, num_classes)
+    return _set_input_size(_small_stem(m), 32)
 
 # %% ../../nbs/models/43_cifar_models.ipynb #5496becc
 @register_model
@@ -100,11 +100,11 @@ def adaptive_cnn_mnist(
                           **dict(layers=(2, 2, 2), channels=(32, 64, 128),
                                  block_args=dict(attn_layer=_squeeze)) | kwargs)
     m.layer4 = nn.Identity()                        # the library's forward pass calls four stages
-    if num_classes: m.fc = mlp_head(m.num_features, hidden, num_classes)
-    return set_input_size(small_stem(m, nn.MaxPool2d(2)), 28)
+    if num_classes: m.fc = _mlp_head(m.num_features, hidden, num_classes)
+    return _set_input_size(_small_stem(m, nn.MaxPool2d(2)), 28)
 
 # %% ../../nbs/models/43_cifar_models.ipynb #f178c51b
-def small_patch_stem(
+def _small_patch_stem(
     model:nn.Module, # a ConvNeXt
     size:int=2,      # pixels of a patch
 )->nn.Module:        # `model`, changed
@@ -124,7 +124,7 @@ def convnextv2_tiny_cifar(
     **kwargs,              # of timm's `convnextv2_tiny`
 )->nn.Module:
     "ConvNeXt V2-Tiny for images of about 32 pixels"
-    return set_input_size(small_patch_stem(timm.create_model('convnextv2_tiny', pretrained, **kwargs)), 32)
+    return _set_input_size(_small_patch_stem(timm.create_model('convnextv2_tiny', pretrained, **kwargs)), 32)
 
 # %% ../../nbs/models/43_cifar_models.ipynb #185e4f64
 @register_model
@@ -133,7 +133,7 @@ def convnextv2_atto_cifar(
     **kwargs,              # of timm's `convnextv2_atto`
 )->nn.Module:
     "ConvNeXt V2-Atto for images of about 32 pixels"
-    return set_input_size(small_patch_stem(timm.create_model('convnextv2_atto', pretrained, **kwargs)), 32)
+    return _set_input_size(_small_patch_stem(timm.create_model('convnextv2_atto', pretrained, **kwargs)), 32)
 
 # %% ../../nbs/models/43_cifar_models.ipynb #fbe34e8a
 def _conv(i, o, size=3, stride=1): return nn.Conv2d(i, o, size, stride, size//2, bias=False)
@@ -175,7 +175,7 @@ class SmallResNet(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
         if wide and num_classes: nn.init.zeros_(self.fc.bias)
-        set_input_size(self, 32)
+        _set_input_size(self, 32)
 
     def forward_features(self, x):
         x = self.conv1(x)

@@ -244,7 +244,7 @@ def _check_arguments(
         raise ValueError(f"{model} with in_chans={kwargs['in_chans']}: images here have 3 channels, RGB; "
                          "leave it out, and give grayscale images as they are: they are shown as RGB")
     if model.startswith(('hf_hub:', 'hf-hub:')) and not pretrained:
-        raise ValueError(f"{model} is known to the hub alone, which is asked only where pretrained=true; "
+        raise ValueError(f"{model} is on the hub alone, which is read only where pretrained=true; "
                          "set it, or name a model of timm")
 
 # %% ../../nbs/models/41_teachers.ipynb #61a17125
@@ -280,7 +280,7 @@ def _transformers_model(model, pretrained, img_size=None, num_classes=None, **kw
     except ImportError: raise ValueError(f"{model} needs the package transformers; pip install transformers") from None
     place = model.removeprefix('hf:')
     if not ((here := Path(place).is_dir()) or pretrained):
-        raise ValueError(f"{model} is no folder here and so known to the hub alone, which is asked only where pretrained=true; set it")
+        raise ValueError(f"{model} is no folder here and so on the hub alone, which is read only where pretrained=true; set it")
     opened = dict(local_files_only=here, trust_remote_code=False)
     try:
         config = AutoConfig.from_pretrained(place, **opened)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'AverageMeter', 'NonFiniteTracker', 'MetricsLogger', 'read_metrics', 'Tracker', 'TensorBoard', 'Wandb',
-           'MLflow', 'flat_config', 'Trackio', 'check_trackers', 'Trackers']
+           'MLflow', 'Trackio', 'check_trackers', 'Trackers']
 
 # %% ../../nbs/runs/64_metrics.ipynb #f3395744
 import json
@@ -174,7 +174,7 @@ class MLflow(Tracker):
         if id is not None: self.id = id; self.client.update_run(id, 'RUNNING'); return id
         where = mlflow.set_experiment(os.environ.get('MLFLOW_EXPERIMENT_NAME', 'basd')).experiment_id
         self.id = self.client.create_run(where, run_name=run.name).info.run_id
-        params = [mlflow.entities.Param(k, str(v)[:500]) for k,v in flat_config(config).items()]
+        params = [mlflow.entities.Param(k, str(v)[:500]) for k,v in _flat_config(config).items()]
         for i in range(0, len(params), 100): self.client.log_batch(self.id, params=params[i:i + 100])   # its limit
         return self.id
 
@@ -185,13 +185,13 @@ class MLflow(Tracker):
     def close(self, ok): self.client.set_terminated(self.id, 'FINISHED' if ok else 'FAILED')
 
 # %% ../../nbs/runs/64_metrics.ipynb #7a1c0e07
-def flat_config(
+def _flat_config(
     config:dict,   # nested
     prefix:str='', # of the keys
 )->dict: # dotted key → value
     "A recipe with dotted keys, as the command line has them"
     out = {}
-    for k,v in config.items(): out |= flat_config(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v}
+    for k,v in config.items(): out |= _flat_config(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v}
     return out
 
 # %% ../../nbs/runs/64_metrics.ipynb #7a1c0e09
@@ -201,7 +201,7 @@ class Trackio(Tracker):
 
     def open(self, run, config, id, step):
         import trackio
-        new = id or f'{run.name}-{uuid.uuid4().hex[:6]}'   # it knows runs by their names
+        new = id or f'{run.name}-{uuid.uuid4().hex[:6]}'   # runs are identified by their names
         self.run = trackio.init(project=os.environ.get('TRACKIO_PROJECT', 'basd'), name=new, resume='allow',
                                 config=config, embed=False)   # a run that is opened again loses its config otherwise
         return new

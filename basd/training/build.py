@@ -72,7 +72,7 @@ class TrainingData:
     )->tuple: # images, labels, the teacher's images and records, as a task takes them
         "A batch on the device"
         here = lambda k: batch[k].to(self.device, non_blocking=self.device.type == 'cuda') if k in batch else None
-        return here('student'), here('label'), here('teacher'), (batch['asked'], batch.get('view')) if 'asked' in batch else None
+        return here('student'), here('label'), here('teacher'), (batch['requested'], batch.get('view')) if 'requested' in batch else None
 
     def skipped_images(self)->int: return len(self.images.skipped) + len(self.test.skipped)
 
@@ -82,20 +82,20 @@ class TrainingData:
 # %% ../../nbs/training/75_build.ipynb #9cc5e0ea
 @patch
 def hide_labels(self:TrainingData,
-    known:list, # training indices whose labels are used
+    labeled:list, # training indices whose labels are used
 ):
     "Select the labels that the run may read, and the factor of its cross-entropy"
-    self.labels, self.rarity, self.known, method = None, 1., len(known), self.recipe.method.name
-    if len(known) == len(self.fit): return
-    if not known: self.rarity = 0.; return self.refuse_without_labels()
+    self.labels, self.label_scale, self.labeled, method = None, 1., len(labeled), self.recipe.method.name
+    if len(labeled) == len(self.fit): return
+    if not labeled: self.label_scale = 0.; return self.refuse_without_labels()
     if self.requires.labels:
         raise ValueError(f"data.labeled={self.recipe.data.labeled:g}: method {method!r} with these options "
                          "reads the label of every image; leave data.labeled out, or take a method that compares with "
                          "labels by cross-entropy alone")
-    if not self.requires.teacher: self.fit = (known*-(-len(self.fit)//len(known)))[:len(self.fit)]; return
+    if not self.requires.teacher: self.fit = (labeled*-(-len(self.fit)//len(labeled)))[:len(self.fit)]; return
     self.labels = torch.full((len(self.images),), -1)
-    self.labels[known] = torch.as_tensor(self.images.labels)[known]
-    self.rarity = len(self.fit)/len(known)
+    self.labels[labeled] = torch.as_tensor(self.images.labels)[labeled]
+    self.label_scale = len(self.fit)/len(labeled)
 
 # %% ../../nbs/training/75_build.ipynb #4f17b359
 @patch
@@ -141,7 +141,7 @@ def logits(self:TrainingData,
     "Logits of both models on the clean training images, for a method that chooses among these"
     of = lambda model, size: predict_logits(model, self.images, self.fit, size, self.device, precision=task.precision)
     return dict(labels=torch.as_tensor(self.images.labels)[self.fit], student=of(task.student, self.size),
-                teacher=None if task.teacher is None else of(task.teach, input_size(task.teacher)))
+                teacher=None if task.teacher is None else of(task.teacher_fn, input_size(task.teacher)))
 
 # %% ../../nbs/training/75_build.ipynb #b63a8476
 @patch
@@ -149,7 +149,7 @@ def start_readers(self:TrainingData,
     size:int, # of the student's images, pixels
 ):
     "Register the data sets of the run with its readers"
-    clean = DualViewTransform(size, input_size(self.task.teacher) if not self.rarity else None, crop='center')
+    clean = DualViewTransform(size, input_size(self.task.teacher) if not self.label_scale else None, crop='center')
     self.size, self.clean, self.readers = size, clean, ReaderPool(
         dict(fit=ViewDataset(self.images, None, self.views, seed=self.seed, labels=self.labels),
              val=ViewDataset(self.images, None, clean, train=False), test=ViewDataset(self.test, None, clean, train=False)),
@@ -180,7 +180,7 @@ def evaluate(self:TrainingData,
 )->dict|None: # top1, top5, loss, n; of a run without labels distill_loss, n, and for labeled test images knn and k
     "`validate` of `runs.inference` with the readers of the run; None if stopped"
     images, which = (self.test, range(len(self.test))) if split == 'test' else (self.images, self.val)
-    if not self.rarity: return self.evaluate_unlabelled(model, split, images, list(which), stop)
+    if not self.label_scale: return self.evaluate_unlabelled(model, split, images, list(which), stop)
     read = lambda data, n: self.readers(split, data, DistributedBatchSampler(len(data), n, shuffle=False, drop_last=False))
     return validate(model, images, list(which), self.size, self.device, precision=precision, read=read, stop=stop)
 
@@ -216,7 +216,7 @@ def build_task(
     classes:int,            # C
     names:list|None,        # of the classes
     device='cpu',
-    rarity:float=1.,        # of labels, see `DistillationTask`
+    label_scale:float=1.,        # of labels, see `DistillationTask`
 )->DistillationTask:
     "Student, teacher and method of a recipe"
     t, v, method = recipe.train, recipe.views, METHODS.get(recipe.method.name)
@@ -229,7 +229,7 @@ def build_task(
     teacher = build_teacher(recipe, needs, names or None)
     return assemble_task(method, recipe.method.options, student, teacher, classes, seed=t.seed,
                          mixing=Mixing(v.mixup, v.cutmix, v.mix_prob, v.label_smoothing, v.mix_teacher_input),
-                         grad_accum_steps=t.grad_accum_steps, precision=t.precision, rarity=rarity)
+                         grad_accum_steps=t.grad_accum_steps, precision=t.precision, label_scale=label_scale)
 
 # %% ../../nbs/training/75_build.ipynb #7fb2dcda
 def _teacher_classes(
@@ -275,7 +275,7 @@ def loader_arguments(
     return dict(device=kind if kind != 'cuda' else f'cuda ({torch.cuda.get_device_name(data.device)})', ranks=world_size(),
                 precision=recipe.train.precision,
                 data=dict(source=recipe.data.source, training=len(data.fit),
-                          labeled=data.known if data.known < len(data.fit) else None, validation=len(data.val),
+                          labeled=data.labeled if data.labeled < len(data.fit) else None, validation=len(data.val),
                           test=len(data.test), classes=list(data.names)),
                 student=describe_teacher(task.student), teacher=describe_teacher(task.teacher), method=recipe.method.name,
                 epochs=recipe.train.epochs, steps_per_epoch=data.per_epoch, steps=data.total)
@@ -296,7 +296,7 @@ def in_lines(
             + f", {len(names)} classes ({', '.join(shown)})"*bool(names),
             f"student {model(made_of['student'])}",
             *[f"teacher {model(t)}" for t in (teachers if isinstance(teachers, list) else [teachers])],
-            *[f"no teacher, method {made_of['method']} asks none"]*(not teachers),
+            *[f"no teacher, method {made_of['method']} needs none"]*(not teachers),
             f"{made_of['epochs']} epochs of {made_of['steps_per_epoch']} steps, {made_of['steps']:,} in all"]
 
 # %% ../../nbs/training/75_build.ipynb #11f92bae
@@ -407,7 +407,7 @@ def build_trainer(
     made, fresh = [], []
     with explain_errors(run), _taken_back(run, lambda: any(fresh) and not (made and made[0].step)):
         data = TrainingData(recipe, run, METHODS.get(recipe.method.name).requires(recipe.method.options), device)
-        task = build_task(recipe, data.classes, data.names, device, data.rarity)
+        task = build_task(recipe, data.classes, data.names, device, data.label_scale)
         data.classes, data.names = task.classes, task.student.label_names or []
         _set_views(recipe, data, task)
         optimizer = create_optimizer(task, t)
@@ -454,7 +454,7 @@ def compile_model(
     if trainer.config.compile: task.compile()
     elif device.type == 'cpu': keep_freed_memory()
     # without labels nothing is computed from what follows the last tapped layer
-    if world_size() > 1: trainer.model = DistributedDataParallel(task, find_unused_parameters=not task.rarity)
+    if world_size() > 1: trainer.model = DistributedDataParallel(task, find_unused_parameters=not task.label_scale)
 
 # %% ../../nbs/training/75_build.ipynb #a76660eb
 def replay(
@@ -469,7 +469,7 @@ def replay(
     with trusting(trust, run, Path.cwd()): recipe = build_recipe(found['recipe'])
     recipe.foreign, recipe.teacher.cache = not trust, None
     try:
-        task = build_task(recipe, found['classes'], found['names'], device, found['rarity'])
+        task = build_task(recipe, found['classes'], found['names'], device, found['label_scale'])
         task.load_state_dict(found['task'])
         task.train()
         set_rng_state(found['rng'])

@@ -55,7 +55,7 @@ class CachedTeacher:
         if hasattr(teacher, 'members'): raise ValueError("several teachers have no cache yet; leave out teacher.cache")
         self.teacher, self.device = teacher, torch.device(device)
         self.images, self.indices, self.views, self.each = images, list(map(int, indices)), views, views.recorded or 1
-        features = self.ask([0])
+        features = self.compute([0])
         self.form = RecordSchema.from_features(features)
         self.layout = RecordLayout({k: v.shape[1:] for k,v in pack_features(features, self.form).items()}, dtype)
         # image → its first record
@@ -75,7 +75,7 @@ class CachedTeacher:
 # %% ../../nbs/training/71_cached_teacher.ipynb #980a4553
 @patch
 @torch.no_grad()
-def ask(self:CachedTeacher,
+def compute(self:CachedTeacher,
     records:list, # indices of records: K times the position among the training images, plus the view
 )->Features:
     "Teacher features of some views"
@@ -94,17 +94,17 @@ def build(self:CachedTeacher,
     progress=None, # wraps an iterable, as `fastprogress.progress_bar`
 ):
     "Compute missing records; ranks share the work and wait for each other"
-    self.cache.build(lambda records: pack_features(self.ask(records), self.form), batch, rank(), world_size(), progress)
+    self.cache.build(lambda records: pack_features(self.compute(records), self.form), batch, rank(), world_size(), progress)
     if world_size() > 1: torch.distributed.barrier()
 
 # %% ../../nbs/training/71_cached_teacher.ipynb #d10695af
 @patch
 def __call__(self:CachedTeacher,
-    asked:Tensor, # positions in `images`, as a batch of the loader has them, (B,)
+    positions:Tensor, # positions in `images`, as a batch of the loader has them, (B,)
     view:Tensor|None=None, # which of their recorded views, (B,); None: the first, the only one of a fixed view
     depth:int|None=None, # only the first so many tapped layers, without logits; None: everything stored
 )->Features:
     "Recorded features of these views"
-    rows = self.cache.read(self.rows[asked] + (0 if view is None else view), pin=self.device.type == 'cuda')
+    rows = self.cache.read(self.rows[positions] + (0 if view is None else view), pin=self.device.type == 'cuda')
     features = unpack_features(self.layout.unpack(rows.to(self.device, non_blocking=self.device.type == 'cuda')), self.form)
     return features if depth is None else features.first(depth)

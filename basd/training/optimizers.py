@@ -62,11 +62,11 @@ class DOTOptimizer(torch.optim.Optimizer):
     def one(self, p, g):
         "Update one parameter"
         y, s, d = getattr(p, 'of_labels', None), self.state[p], g['apart']
-        taught = p.grad if y is None else p.grad - y
+        teacher_grad = p.grad if y is None else p.grad - y
         memory = dict(taught=g['momentum'] + (0. if y is None else d),
                       labels=g['momentum'] - (0. if id(p) in self.lonely else d))
         new = {k: m*s[k] + v
-               for (k, m), v in zip(memory.items(), (taught, (0. if y is None else y) + g['weight_decay']*p))}
+               for (k, m), v in zip(memory.items(), (teacher_grad, (0. if y is None else y) + g['weight_decay']*p))}
         if self.found_inf is not None: new = {k: torch.where(self.found_inf > 0, s[k], v) for k,v in new.items()}
         move = g['lr']*(new['taught'] + new['labels'])
         p.sub_(move if self.found_inf is None else torch.where(self.found_inf > 0, 0., move))

@@ -51,20 +51,20 @@ class DistillationTask(nn.Module):
         seed:int=0,             # of all that is drawn in a step
         grad_accum_steps:int=1, # micro-batches of a step
         precision:str|None='float32', # "float32", "bf16" or "fp16"; None: that of the surrounding loop
-        # training images per image with a label, by which cross-entropy is multiplied; 0: no image has one, and there is
-        # no cross-entropy
-        rarity:float=1.,
+        # factor of cross-entropy: training images per labeled image; 0: no image has a label, and there is no
+        # cross-entropy
+        label_scale:float=1.,
         cache=None,             # `CachedTeacher`, used in the teacher's place
         total_steps:int|None=1, # of the run, for calls that do not give it; None: each call gives it, and its step
         normalized:bool=False,  # images are already normalized for the student, as timm's loaders make them
     ):
         super().__init__()
         self.student, self.method, self.mixing, self.cache = student, method, mixing, cache
-        self.__dict__['teacher'] = self.__dict__['teach'] = teacher
-        self.classes, self.seed, self.grad_accum_steps, self.precision, self.rarity = classes, seed, grad_accum_steps, precision, rarity
+        self.__dict__['teacher'] = self.__dict__['teacher_fn'] = teacher
+        self.classes, self.seed, self.grad_accum_steps, self.precision, self.label_scale = classes, seed, grad_accum_steps, precision, label_scale
         self.total_steps, self.normalized = total_steps, normalized
         self.updates = 0                                        # optimizer steps, counted by `after_update`
-        self.learn, self.depth = self.compare, None             # teacher layers that the last step read; None: all
+        self.compare_fn, self.depth = self.compare, None             # teacher layers that the last step read; None: all
 
     def _apply(self, fn, recurse=True):
         "Move the teacher along with the student"
@@ -73,18 +73,18 @@ class DistillationTask(nn.Module):
 
     def __getstate__(self):
         "State of a copy, which is not compiled"
-        return {k: v for k,v in self.__dict__.items() if k not in ('learn', 'teach')}
+        return {k: v for k,v in self.__dict__.items() if k not in ('compare_fn', 'teacher_fn')}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.learn, self.__dict__['teach'] = self.compare, self.teacher
+        self.compare_fn, self.__dict__['teacher_fn'] = self.compare, self.teacher
 
     def compare(self, images:Tensor, teacher_features, target:Target, progress:StepState)->dict:
-        "The method on both models' features; at steps that are logged, with the health of the student's"
+        "The method on both models' features; at logged steps, with statistics of the student's"
         features = self.student(images)
         if features.logits is None: features = replace(features, logits=target.labels[:, :0])
         out = self.method(features, teacher_features, target, progress)
-        if not self.rarity: out['losses'].pop('ce', None); out['metrics'].pop('loss_unweighted/ce', None)
+        if not self.label_scale: out['losses'].pop('ce', None); out['metrics'].pop('loss_unweighted/ce', None)
         if progress.should_log and features.tokens: out['metrics'] |= student_statistics(features.tokens)
         return out
 
@@ -109,7 +109,7 @@ def amp_context(self:DistillationTask, device):
     return nullcontext() if self.precision is None else autocast(device, self.precision)
 
 @patch
-def place(self:DistillationTask,
+def progress(self:DistillationTask,
     step:int|None,
     total_steps:int|None,
 )->tuple: # step, steps of the whole run
@@ -155,22 +155,22 @@ def prepare_batch(self:DistillationTask,
     mix:MixParams|None=None, # how to mix these images and labels; None: drawn by the task
 )->tuple: # images, the teacher's features, `Target` and `StepState`, as `compare` takes them
     "Inputs of `compare`: everything that is drawn on the host, and the teacher's features"
-    m, (step, total) = self.mixing, self.place(step, total_steps)
+    m, (step, total) = self.mixing, self.progress(step, total_steps)
     _check_size(images, self.student)
-    if labels is None and self.rarity: raise ValueError("this task learns from labels; give them with the images, or make it with labels=False")
+    if labels is None and self.label_scale: raise ValueError("this task learns from labels; give them with the images, or make it with labels=False")
     if mix is None: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(images), m.mixup, m.cutmix,
                                      m.prob, images.device)
     x = mix_images(self.scaled(images), mix)
-    y = mix_labels(labels, self.classes, mix, m.smoothing) if self.rarity else torch.zeros(len(images), self.classes, device=x.device)
-    if self.rarity != 1: y = self.rarity*y                              # those without a label have none of it
+    y = mix_labels(labels, self.classes, mix, m.smoothing) if self.label_scale else torch.zeros(len(images), self.classes, device=x.device)
+    if self.label_scale != 1: y = self.label_scale*y                              # those without a label have none of it
     target, features, self.depth = Target(y, None if m.teacher else mix), None, self.method.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
     with self.amp_context(images.device), record_function('step/teacher'):
         if self.cache is not None: features = self.cache(*records, **upto)
-        elif self.teach is not None:
+        elif self.teacher_fn is not None:
             clean = (_resized(self.scaled(images), self.teacher.input_size) if teacher_images is None
                      else self.scaled(teacher_images))
-            features = self.teach(mix_images(clean, mix) if m.teacher else clean, **upto)
+            features = self.teacher_fn(mix_images(clean, mix) if m.teacher else clean, **upto)
     with self.amp_context(images.device):
         return x, features, target, self.method.sample(StepState(step, total, self.seed, epoch, observe), len(y), images.device)
 
@@ -179,7 +179,7 @@ def prepare_batch(self:DistillationTask,
 def forward(self:DistillationTask, images, labels=None, teacher_images=None, records=None, **at)->dict:
     "loss (), output (B, C), losses {name: ()} that sum to the loss, metrics {name: detached tensor}; arguments as of `prepare_batch`"
     given = self.prepare_batch(images, labels, teacher_images, records, **at)
-    with self.amp_context(images.device), record_function('step/forward'): return self.learn(*given)
+    with self.amp_context(images.device), record_function('step/forward'): return self.compare_fn(*given)
 
 # %% ../../nbs/training/69_task.ipynb #4ce3d5d4
 @patch
@@ -210,8 +210,8 @@ def compile(self:DistillationTask,
     config, tapped = torch._dynamo.config, max((len(t.names) for t in members if t is not None), default=0)
     config.recompile_limit = max(config.recompile_limit, 8 + tapped)          # the teacher may stop after any of its layers
     for m in (self.student, self.teacher): m and m.install_hooks()
-    self.learn = torch.compile(self.compare, **kwargs)
-    self.__dict__['teach'] = self.teacher and torch.compile(self.teacher, **kwargs)
+    self.compare_fn = torch.compile(self.compare, **kwargs)
+    self.__dict__['teacher_fn'] = self.teacher and torch.compile(self.teacher, **kwargs)
     return self
 
 # %% ../../nbs/training/69_task.ipynb #e2438e18
@@ -249,7 +249,7 @@ def distill_losses(self:DistillationTask,
     "Losses of the teacher's features and logits on clean images, as at the end of a run"
     n, device = len(images), images.device
     with self.amp_context(device):
-        features, teacher_features = student(self.scaled(images)), self.teach(self.scaled(teacher_images))
+        features, teacher_features = student(self.scaled(images)), self.teacher_fn(self.scaled(teacher_images))
         target = Target(torch.zeros(n, self.classes, device=device))
         if features.logits is None: features = replace(features, logits=target.labels[:, :0])
         at = method.sample(StepState(total_steps, total_steps, self.seed, epochs), n, device)
@@ -307,11 +307,11 @@ def _outputs_of(
     if num_classes not in (None, has):
         raise ValueError(f"num_classes={num_classes}, and the student has {f'{has} logits' if has else 'no head'}; "
                          "give num_classes to create_student, or a module with a head for them")
-    why = (None if labels and has else 'labels=True' if labels else f'method {name!r} learns from labels alone' if not needs.teacher else
+    reason = (None if labels and has else 'labels=True' if labels else f'method {name!r} learns from labels alone' if not needs.teacher else
            f'method {name!r} with these options reads the label of every image' if needs.labels else
            f'method {name!r} compares logits' if needs.logits and not has else None)
-    if why:
-        raise ValueError(f"{'labels=False' if has else 'the student has no head'}, and {why}; give labels and a student with num_classes, "
+    if reason:
+        raise ValueError(f"{'labels=False' if has else 'the student has no head'}, and {reason}; give labels and a student with num_classes, "
                          "or take a method that compares tokens alone, as basd or match")
     return has, labels
 
@@ -360,7 +360,7 @@ def create_task(
     classes, labels = _outputs_of(student, num_classes, labels, name, needs)
     task = assemble_task(kind, options, student, _teacher_for(teacher, needs) if needs.teacher else None, classes, seed=seed,
                          mixing=Mixing(mixup, cutmix, mix_prob, label_smoothing, mix_teacher_input), precision=precision,
-                         total_steps=total_steps, normalized=normalized, rarity=float(labels))
+                         total_steps=total_steps, normalized=normalized, label_scale=float(labels))
     _refuse_alone(task.method, name, needs)
     return task.train()
 

@@ -95,7 +95,7 @@ class Trainer:
         with record_function('step/optimizer'):
             self.emit('before_clip')
             self.grad_norms, self.nonfinite = clip_grad_norms(self.groups, self.config.clip_grad)
-            self.fault = self.nonfinite                                         # counts as a bad step
+            self.fault = self.nonfinite                                         # is this step bad; a callback may decide otherwise
             self.emit('before_update')
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -115,7 +115,9 @@ class Trainer:
                           epoch=self.step/self.data.per_epoch, observe=observe)
 
     @property
-    def epoch_end(self)->int: return (self.epoch + 1)*self.data.per_epoch
+    def epoch_end(self)->int:
+        "Step at which the current epoch ends"
+        return (self.epoch + 1)*self.data.per_epoch
 
     def emit(self,
         event:str, # a method of `Callback`
