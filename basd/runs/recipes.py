@@ -142,6 +142,9 @@ class TeacherRecipe:
     # crops and flips of each image that are recorded, the same in every run; an epoch shows one of them, with color,
     # erasing and blending as ever; null: new crops and flips in every epoch, or a view that does not move
     cache_views:_PositiveInt|None = None
+    # divide its weights among the ranks (FSDP2), for a teacher that is too large to stay whole on each; the same features, for
+    # the time of sending each layer in each pass. One rank has nothing to divide
+    shard:bool = False
     # mean of each channel of images in [0, 1], as in its training; null: the model's own
     mean:_Channels|None = None
     std:_Channels|None = None             # standard deviation of each channel, by which images are divided
@@ -290,7 +293,7 @@ def _origin(
     "Where a model's weights come from; two places are refused"
     given = lambda k: getattr(m, k, None) not in (None, False, {}, '')
     if getattr(m, 'run', None) is not None:
-        second = [f.name for f in fields(m) if f.name not in ('run', 'cache', 'cache_views', 'extra_teachers') and given(f.name)]
+        second = [f.name for f in fields(m) if f.name not in ('run', 'cache', 'cache_views', 'shard', 'extra_teachers') and given(f.name)]
         if second: raise ValueError(_two(m, key, second))
         return 'run'
     weights = [k for k in ('checkpoint', 'pretrained', 'untrained') if given(k)]
@@ -337,6 +340,9 @@ def check_teachers(
 def _agree(recipe):
     "Refuse settings of which one would silently be ignored"
     d, t = recipe.data, recipe.train
+    for key,of in teachers_of(recipe).items():
+        if of.shard and recipe.teacher.cache is not None: raise ValueError(f"{key}.shard=true: outputs in teacher.cache are read in the teacher's place; leave out one of them")
+        if of.shard and t.compile: raise ValueError(f"{key}.shard=true and train.compile=true were not tried together; leave out one of them")
     if t.export == 'ema' and t.ema is None:
         raise ValueError("train.export=ema: no weights are averaged; set train.ema to their decay, as 0.999, "
                          "or choose best or last")

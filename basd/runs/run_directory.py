@@ -150,7 +150,7 @@ def set_rng_state(
 _may_change = ('name', 'about', 'paper',                                    # descriptions
               'data.source', 'data.root', 'data.download',                  # paths; images are compared by fingerprint
               'data.workers', 'data.in_memory', 'train.rank_timeout',       # how images are read, and the timeout
-              'teacher.cache', 'train.checkpoint_every', 'train.log')       # what is stored, when, and to which trackers
+              'teacher.cache', 'teacher.shard', 'train.checkpoint_every', 'train.log') # what is stored, when, and to which trackers
 
 # %% ../../nbs/runs/62_run_directory.ipynb #03eefccf
 def _changes(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingData', 'build_task', 'loader_arguments', 'in_lines', 'create_schedule', 'build_trainer', 'compile_model',
-           'replay']
+           'shard_teacher', 'replay']
 
 # %% ../../nbs/training/75_build.ipynb #99905cd3
 import copy
@@ -26,11 +26,12 @@ from ..core.distributed import all_reduce_mean, gather_objects, rank, world_size
 from ..core.processes import check_compiler, keep_freed_memory
 from ..core.registry import METHODS, is_given_name, trusting
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
+from ..models.layers import layer_names
 from ..runs.builders import (
     build_student, build_teacher, describe_teacher, input_size, labeled_positions, image_notes, build_datasets)
 from ..runs.inference import knn_among, pooled_features, predict_logits, validate
 from ..runs.metrics import check_trackers
-from ..runs.recipes import Recipe, build_recipe, to_dict
+from ..runs.recipes import Recipe, build_recipe, teachers_of, to_dict
 from ..runs.run_directory import (
     check_resume, lock_run_directory, load_checkpoint, rng_state, set_rng_state, create_run_directory)
 from .cached_teacher import CachedTeacher, check_static_teacher_view
@@ -421,6 +422,7 @@ def build_trainer(
         if task.cache is not None: _build_cache(recipe, task, bars)
         _begin(trainer, recipe, run, resume)
         data.start_readers(input_size(task.student))
+        shard_teacher(task, [*teachers_of(recipe).values()], device)
         compile_model(trainer, device)
     return trainer
 
@@ -455,6 +457,24 @@ def compile_model(
     elif device.type == 'cpu': keep_freed_memory()
     # without labels nothing is computed from what follows the last tapped layer
     if world_size() > 1: trainer.model = DistributedDataParallel(task, find_unused_parameters=not task.label_scale)
+
+# %% ../../nbs/training/75_build.ipynb #e4f20002
+def shard_teacher(
+    task:DistillationTask,
+    teachers:list, # `TeacherRecipe` of each teacher
+    device,
+):
+    "Divide the weights of the teachers that say so among the ranks"
+    chosen = [m for t,m in zip(teachers, getattr(task.teacher, 'members', [task.teacher])) if t.shard and m is not None]
+    if world_size() == 1 or not chosen: return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+    for m in chosen:
+        how = dict(mesh=mesh, ignored_params={p for p in m.model.parameters() if p.dim() == 0})
+        for name in sorted(layer_names(m.model), key=len, reverse=True): fully_shard(m.model.get_submodule(name), **how)
+        fully_shard(m.model, **how)
+    task.__dict__['teach'] = lambda images, **_: task.teacher(images)
 
 # %% ../../nbs/training/75_build.ipynb #a76660eb
 def replay(
