@@ -44,6 +44,6 @@ def test_two_ranks(tmp_path):
     assert found["layers"] == [1, 3] and max(found["features"]) == 0 and found["student"] == 0 and .45 < found["share"] < .55, found
 
 
-@pytest.mark.parametrize("words, said", [(["teacher.cache=there"], "outputs in teacher.cache are read"), (["train.compile=true"], "were not tried together")])
-def test_what_contradicts_it(words, said):
-    with pytest.raises(ValueError, match=said): load_recipe("basd_cifar10", ["teacher.shard=true", *words])
+@pytest.mark.parametrize("words, sentence", [(["teacher.cache=there"], "outputs in teacher.cache are read"), (["train.compile=true"], "were not tried together")])
+def test_what_contradicts_it(words, sentence):
+    with pytest.raises(ValueError, match=sentence): load_recipe("basd_cifar10", ["teacher.shard=true", *words])
