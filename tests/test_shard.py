@@ -16,7 +16,7 @@ def trained(shard):
     "Student after an epoch without validation; the teacher, its features and its early end"
     recipe = load_recipe("basd_cifar10", [*TINY, "train.epochs=1", "train.warmup_epochs=0", "data.train_size=128", f"teacher.shard={shard}"])[""]
     data = build.TrainingData(recipe, None, METHODS.get("basd").requires(recipe.method.options), "cpu")
-    task = build.build_task(recipe, data.classes, data.names, "cpu", data.rarity)
+    task = build.build_task(recipe, data.classes, data.names, "cpu", data.label_scale)
     build._set_views(recipe, data, task)
     trainer = Trainer(task, data, create_optimizer(task, recipe.train), recipe.train)
     build.shard_teacher(task, [*teachers_of(recipe).values()], "cpu")
