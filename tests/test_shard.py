@@ -22,7 +22,7 @@ def trained(shard):
     build.shard_teacher(task, [*teachers_of(recipe).values()], "cpu")
     build.compile_model(trainer, torch.device("cpu"))
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): f = task.teach(x, depth=1)
+    with torch.no_grad(): f = task.teacher_fn(x, depth=1)
     features = [(t.clone(), a.probs()) for t, a in zip(f.tokens, f.attention)]
     data.start_readers(16)
     trainer.fit()
