@@ -133,3 +133,8 @@ def test_two_ranks_equal_one(tmp_path):
     for k in parts1: assert_close(parts2[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
     for k in grads1: assert_close(grads2[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
     assert val1["n"] == val2["n"] == 48 and val1["distill_loss"] == pytest.approx(val2["distill_loss"], rel=1e-6)
+
+
+def test_sixty_pictures_are_enough_for_the_recipe():
+    "A fifth of them is the test split and a fifth of the rest the validation split; 38 are left"
+    assert load_recipe("unlabelled")[""].data.batch_size <= 38
