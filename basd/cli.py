@@ -183,7 +183,8 @@ def _of_stages(recipe, brought, sections):
 def _names_of(stages):
     "Names of models and data in the recipes of all stages"
     from basd.runs.recipes import teachers_of
-    return [n for r in stages.values() for n in (r.student.model, *(t.model for t in teachers_of(r).values()), r.data.source)]
+    return [n for r in stages.values() for n in (r.student.model, *(t.model for t in teachers_of(r).values()), r.data.source,
+                                                 r.data.knn_source or '')]
 
 # %% ../nbs/90_cli.ipynb #5baa2bf4
 @contextmanager
@@ -335,6 +336,7 @@ def _print_summary(
         value, what, form = _headline(found)
         rest = ', '.join(f"{k} {form.removesuffix(' %').format(_headline(v)[0])}" for k,v in r['test'].items() if k != r['exported'])
         near = f", k-NN {found['knn']:.2f} % among the {found['n']} test images" if 'knn' in found else ''
+        if 'val_knn' in r: near += f", best epoch {r['best_epoch']} by {r['best_by'].replace('_', ' ').replace('knn', 'k-NN')} (its val k-NN {r['val_knn']:.2f} %)"
         print(f"{run/stage}: {what} {form.format(value)} ({r['exported']} weights; {rest}){near}, {r['seconds']:.0f} s")
     if len(results) > 1 and all(r and 'top1' in r['test'][r['exported']] for r in results.values()):
         print('accuracy ' + ' · '.join(f"{k} {v['test'][v['exported']]['top1']:.2f} %" for k,v in results.items()))
@@ -468,7 +470,7 @@ _commands = {ours: words.split() for ours,words in dict(
 _options = {ours: words.split() for ours,words in {
     'train.lr': 'learning_rate base_lr', 'train.weight_decay': 'wd', 'data.batch_size': 'bs batch b', 'data.workers': 'num_workers j',
     'data.source': 'dataset data', 'data.root': 'data_dir data_path', 'student.model': 'arch student', 'teacher.model': 'teacher',
-    'method.T': 'temperature temp', 'train.optimizer': 'opt', 'train.precision': 'amp dtype fp16 bf16', 'train.epochs': 'num_epochs max_epochs',
+    'method.T': 'temperature temp', 'train.optimizer': 'opt', 'train.precision': 'amp dtype fp16 bf16', 'train.epochs': 'num_epochs max_epochs', 'train.eval_metric': 'metric_for_best_model monitor',
     'student.img_size': 'image_size input_size', 'train.warmup_epochs': 'warmup', 'method.name': 'method',
     'train.grad_accum_steps': 'gradient_accumulation_steps', 'train.clip_grad': 'max_grad_norm gradient_clip_val',
     '--run-dir': 'output out output_dir save_dir log_dir logdir', '--device': 'gpu cuda gpus', '--print': 'dry_run show_config'}.items()}

@@ -35,8 +35,9 @@ two_stage=370058c4 unlabelled=54e27b17 vrm=ddc014b1 wide_last=e61ea0f2
 
 
 # keys that are younger than the digests, with the defaults that leave a recipe what it was
-YOUNGER = dict(student=dict(grad_checkpointing=False), views=dict(crop_padding=None), train=dict(lr_steps=None, lr_decay=.1, nesterov=True, decay_all=False,
-               log=["jsonl"], callbacks=[]))
+YOUNGER = dict(data=dict(knn_source=None), student=dict(grad_checkpointing=False), teacher=dict(shard=False), views=dict(crop_padding=None),
+               train=dict(lr_steps=None, lr_decay=.1, nesterov=True, decay_all=False, log=["jsonl"], callbacks=[], knn_every=0,
+                          eval_metric="auto"))
 
 
 def digest(name):

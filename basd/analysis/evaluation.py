@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['eval_mode', 'predict', 'check_logits', 'wilson_interval', 'accuracy_summary', 'accuracy', 'confusion_matrix',
            'per_class_accuracy', 'name_ticks', 'plot_per_class', 'plot_confusion', 'calibration', 'plot_calibration',
-           'knn_predict', 'knn_accuracy', 'linear_probe', 'teacher_agreement', 'model_cost', 'evaluate_predictions',
+           'knn_accuracy', 'linear_probe', 'teacher_agreement', 'model_cost', 'evaluate_predictions',
            'teacher_predictions', 'plot_robustness', 'plot_report']
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #3a8f7c59
@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -27,6 +26,7 @@ from torchmetrics.functional import classification as counted
 
 from ..core.files import page_style, save_figure
 from ..data.views import ViewDataset, DualViewTransform
+from ..geometry.neighbors import check_features, knn_predict
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #65bd2234
 @contextmanager
@@ -237,36 +237,6 @@ def plot_calibration(
            title=f"ECE {data['ece']:.3f}, floor {data['floor']:.3f}")
     return ax
 
-# %% ../../nbs/analysis/76_evaluation.ipynb #ab4f3a5b
-def knn_predict(
-    train_features:Tensor, # (m, D)
-    train_labels:Tensor,   # (m,)
-    features:Tensor,       # (n, D)
-    k:int=20,              # neighbors that vote
-    temperature:float|None=.07, # T; None: all votes count alike
-)->Tensor:                 # classes, (n,)
-    "Classes predicted by a vote of the nearest training images, by cosine distance"
-    _check_features(train_features, features)
-    if not 1 <= k <= len(train_features):
-        raise ValueError(f"k={k} neighbours among {len(train_features)} training images; "
-                         f"give a number from 1 to {len(train_features)}")
-    weights = 'uniform' if temperature is None else lambda d: torch.as_tensor(-d/temperature).exp().numpy()
-    knn = KNeighborsClassifier(k, metric='cosine', weights=weights).fit(train_features.numpy(), train_labels.numpy())
-    return torch.as_tensor(knn.predict(features.numpy()))
-
-# %% ../../nbs/analysis/76_evaluation.ipynb #5d1e2974
-def _check_features(
-    *features, # (n, D) each
-):
-    "Raise an error for features that are missing or not finite"
-    for x in features:
-        if x is None:
-            raise ValueError("there are no features; tap a layer of the model (points=[-1]) "
-                             "and give training images, too")
-        if x.dim() != 2 or not x.isfinite().all():
-            raise ValueError(f"features of shape {tuple(x.shape)}, {int((~x.isfinite()).sum())} of their numbers "
-                             "not finite; give finite features of shape (n, D)")
-
 # %% ../../nbs/analysis/76_evaluation.ipynb #3793d304
 def knn_accuracy(
     train_features:Tensor, # (m, D)
@@ -290,7 +260,7 @@ def linear_probe(
     max_iter:int=1000,     # iterations of L-BFGS
 )->dict:                   # of `accuracy_summary`, with train_n and whether the optimizer converged
     "Accuracy of logistic regression on frozen, standardized features"
-    _check_features(train_features, features)
+    check_features(train_features, features)
     if len(train_labels.unique()) < 2:
         raise ValueError(f"all {len(train_labels)} training labels are of one class; a probe needs two")
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=max_iter))
@@ -444,7 +414,8 @@ def plot_report(
                            fontsize=7, transform=axs[name].transAxes)
         if c := result.get('cost'):
             fig.suptitle(f"{c['parameters']/1e6:.3g} M parameters, {c['flops']/1e9:.3g} GFLOPs an image, "
-                         f"{c['images_per_s']:.0f} images/s ({c['device']}, batch {c['batch']})", fontsize=8)
+                         f"{c['images_per_s']:.0f} images/s ({c['device']}, batch {c['batch']})"
+                         + (f"; best weights by {result['best_by']}" if 'best_by' in result else ''), fontsize=8)
         if path is not None: save_figure(fig, path)
         plt.close(fig)
     return fig

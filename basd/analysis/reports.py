@@ -22,7 +22,8 @@ from ..core.registry import METHODS, is_import_name, offering, require_given, tr
 from ..data.sources import ClassMismatch
 from ..runs.builders import (
     build_student, build_teacher, fetching, _granted_data, input_size, build_datasets, open_images, run_classes, take_objects)
-from ..runs.inference import knn_among, pooled_features, validate as measure
+from ..geometry.neighbors import knn_among
+from ..runs.inference import pooled_features, validate as measure
 from ..runs.run_directory import load_run_recipe, saved_weights, weights_path
 
 # %% ../../nbs/analysis/83_reports.ipynb #2a2465d5
@@ -210,6 +211,13 @@ def _teacher_outputs(
     headless = outputs['logits'] is None or outputs['logits'].shape[1] != len(test.among or test.classes)
     return outputs, predict(teacher, train, fit, size, device, among=test.among) if headless and train is not None else None, ''
 
+# %% ../../nbs/analysis/83_reports.ipynb #83aa0001
+def _best_by(run)->str|None:
+    "Measure by which a run chose its best epoch, where it recorded one"
+    try: by = json.loads((Path(run)/'result.json').read_text(encoding='utf-8')).get('best_by')
+    except (OSError, ValueError, AttributeError): return None
+    return dict(top1='top-1', distill_loss='distillation loss', knn='k-NN').get(by)
+
 # %% ../../nbs/analysis/83_reports.ipynb #dc1d1726
 def evaluate_run(
     run_dir:str,          # of a run
@@ -251,6 +259,7 @@ def evaluate_run(
         if corrupted and outputs['logits'] is not None:
             out['robustness'] = corruption_accuracy(student, test, subsample(range(len(test)), corrupted), size, device=here)
         out |= dict(cost=model_cost(student, size, device=here), run=run.name, weights=name, images=on or recipe.data.source)
+        if name == 'best' and (by := _best_by(run)): out['best_by'] = by
         if test.among is not None: out['among'] = f'{len(test.among)} of {len(classes)} classes'
     write_atomic(run/f'report{_suffix(on)}.json', lambda p: p.write_text(json.dumps(out, indent=1)))
     plot_report(out, run/f'report{_suffix(on)}.png')
@@ -262,7 +271,7 @@ def summary(
 )->str:
     "A few lines about a report"
     rate = lambda s: f"{s['top1']:.2f} % [{s['top1_ci'][0]:.2f}, {s['top1_ci'][1]:.2f}]"
-    lines = [f"{r['run']}: {r['weights']} weights on {r['images']}"
+    lines = [f"{r['run']}: {r['weights']} weights{' by ' + r['best_by'] if 'best_by' in r else ''} on {r['images']}"
              f"{', among ' + r['among'] if 'among' in r else ''}"]
     for part,label in dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe',
                            agreement='agreement with the teacher').items():

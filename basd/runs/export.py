@@ -248,7 +248,10 @@ def _metrics(result, report, weights):
     if 'knn' in found: rows['k-NN'] = f"{found['knn']:.2f} % of the test images, each among the others (k = {found['k']})"
     elif near and near.get('top1') is not None:
         rows['k-NN'] = f"{near['top1']:.2f} % of {near['n']:,} images among {near['train_n']:,}"
-    if weights == 'best' and result.get('best_epoch'): rows['epoch'] = f"{result['best_epoch']}, the best of the validation split"
+    if 'val_knn' in result: rows['validation k-NN'] = f"{result['val_knn']:.2f} % in the best epoch"
+    if weights == 'best' and result.get('best_epoch'):
+        by = dict(top1='top-1', distill_loss='distillation loss', knn='k-NN').get(result.get('best_by'))
+        rows['epoch'] = f"{result['best_epoch']}, the best of the validation split" + (f' by {by}' if by else '')
     return rows
 
 # %% ../../nbs/runs/68_export.ipynb #a1b0c3e0

@@ -107,6 +107,17 @@ def _named_above(ax):
                   borderaxespad=0)
     return ax
 
+# %% ../../nbs/runs/65_figures.ipynb #65aa0001
+def _mark_best(ax, epochs, by):
+    "Mark the epoch whose weights are the best by a measure, the later of equals; `by` false: none"
+    rows = [e for e in epochs if f'val_{by}' in e][::-1]
+    if not rows: return ax
+    best = (min if by == 'distill_loss' else max)(rows, key=lambda e: e[f'val_{by}'])
+    ax.axvline(best['step'], color='.6', ls='--', lw=1)
+    ax.annotate('best', (best['step'], 0), (-2, 2), xycoords=ax.get_xaxis_transform(), textcoords='offset points',
+                ha='right', fontsize=8)
+    return ax
+
 # %% ../../nbs/runs/65_figures.ipynb #e2a47c58
 def _panels_by_inches(
     n:int,        # panels
@@ -132,8 +143,8 @@ def plot_run(
     import matplotlib.pyplot as plt
     rows, epochs, findings = (read_metrics(run, kind) for kind in ('step', 'epoch', 'finding'))
     keys = dict.fromkeys(k for r in rows for k in r)
-    named = lambda prefix: {k: k.removeprefix(prefix) for k in keys if k.startswith(prefix)}
-    parts, shares, weights = map(named, ('loss/', 'grad_ratio/', 'loss_weight/'))
+    below = lambda prefix: {k: k.removeprefix(prefix) for k in keys if k.startswith(prefix)}
+    parts, shares, weights = map(below, ('loss/', 'grad_ratio/', 'loss_weight/'))
     losses = dict.fromkeys([*parts.values(), *shares.values()])
     colors = {l: f'C{i}' for i,l in enumerate(losses)} | dict(distill='.35')
     ranks = {k: label for k,label in {'target/effective_rank': 'targets', 'student/effective_rank': 'student'}.items()
@@ -141,10 +152,13 @@ def plot_run(
     curves = lambda ax, named, ylabel, *kinds, log=False: _mark(
         _named_above(plot_series(rows, named, ax, ylabel, log, colors)), findings, *kinds)
     metric = 'val_distill_loss' if any('val_distill_loss' in e for e in epochs) else 'val_top1'
-    panels = [lambda ax: _named_above(plot_series(epochs, {k: k.replace('_', ' ') for k in (metric, f'{metric}_ema')
-                                                          if any(k in e for e in epochs)}, ax,
-                                                  'validation top-1 (%)' if metric == 'val_top1' else 'validation loss')),
+    named = lambda key: {k: k.replace('_', ' ') for k in (key, f'{key}_ema') if any(k in e for e in epochs)}
+    knn, by = bool(named('val_knn')), next((r.get('best_by') for r in read_metrics(run, 'test')), None)
+    validated = lambda ax, key, ylabel: _mark_best(_named_above(plot_series(epochs, named(key), ax, ylabel)), epochs,
+                                                knn and key == f'val_{by}' and by)
+    panels = [lambda ax: validated(ax, metric, 'validation top-1 (%)' if metric == 'val_top1' else 'validation loss'),
               lambda ax: curves(ax, parts, 'term of the loss', *(() if shares else ('dead',)), log=True)]
+    if knn: panels.insert(1, lambda ax: validated(ax, 'val_knn', 'validation k-NN (%)'))
     if shares: panels.append(lambda ax: curves(ax, shares, 'gradient norm ÷ that of ce', 'dead', log=True))
     if weights:
         panels.append(lambda ax: curves(ax, weights, 'UW-SO weight', 'pinned').axhline(

@@ -95,7 +95,7 @@ def _at_home(
     return os.path.expanduser(path) if isinstance(path, str | os.PathLike) else path
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #9bcdadf0
-_homes = (('data', 'root'), ('data', 'source'))           # keys that hold paths, of which only the `~` is expanded
+_homes = (('data', 'root'), ('data', 'source'), ('data', 'knn_source'))           # keys that hold paths, of which only the `~` is expanded
 _paths = (('teacher', 'run'), ('teacher', 'checkpoint'), ('teacher', 'cache'), ('student', 'checkpoint')) # and all others
 
 def _mapped(tree, move, home=lambda p: p):

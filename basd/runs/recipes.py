@@ -76,6 +76,10 @@ class DataRecipe:
     labeled:Annotated[float, Field(gt=0)]|None = None
     # validation images, held out of the training images: a share below 1, a number of images from 1 on, 0: none
     val_size:_NonNegativeFloat = .1
+    # labeled images by which the student's features are judged in training (train.knn_every), in the words of `source`: their
+    # training split, of which a fifth of each class is classified by the rest; `source` itself: the run's own validation
+    # images, by its training images; null: these, in a run that reads labels
+    knn_source:str|None = None
     split_seed:_Seed = 42                 # seed of the draw of validation images; equal for runs that are compared
     batch_size:_PositiveInt = 256         # images in an optimizer step, over all ranks and accumulation steps
     workers:Annotated[_Int, Field(ge=0, le=1024)] = 2 # reader processes per rank; 0: the training process reads
@@ -190,6 +194,12 @@ class TrainRecipe:
     # measure at logged steps the gradient of each part of the loss on the student; not if compiled
     log_gradients:bool = True
     checkpoint_every:_PositiveInt|None = None # optimizer steps between checkpoints; null: at the end of each epoch
+    # epochs between k-NN evaluations of the student's features, and after the last: validation images by their nearest
+    # training images, at most 10,000 of each, or those of data.knn_source; 0: none
+    knn_every:Annotated[_Int, Field(ge=0, lt=2**31)] = 0
+    # by which the best epoch is chosen on the validation images: "auto": top-1 accuracy, or without labels the distillation
+    # loss; "knn": k-NN, among the epochs of `knn_every`
+    eval_metric:Literal['auto', 'knn'] = 'auto'
     max_nonfinite_steps:Annotated[_Int, Field(ge=0)] = 0 # steps of non-finite loss that may be skipped before the run stops
     # weights that are exported and named first; "best" (on the validation images) and "last" are the student's own
     export:Literal['best', 'last', 'ema'] = 'best'
@@ -359,6 +369,15 @@ def _agree(recipe):
     if d.labels == 'none' and t.optimizer == 'dot':
         raise ValueError("train.optimizer=dot gives cross-entropy a momentum of its own, and data.labels=none leaves "
                          "cross-entropy out; choose another optimizer")
+    if not t.knn_every and t.eval_metric == 'knn':
+        raise ValueError("train.eval_metric=knn chooses the best epoch by k-NN, and train.knn_every=0 measures none; set train.knn_every, "
+                         "as 1 for every epoch")
+    if not t.knn_every and d.knn_source is not None:
+        raise ValueError(f"data.knn_source={d.knn_source!r} is read for k-NN, and train.knn_every=0 measures none; set train.knn_every, "
+                         "or leave it out")
+    if t.knn_every and d.labels == 'none' and d.knn_source is None:
+        raise ValueError(f"train.knn_every={t.knn_every} classifies labeled images, and data.labels=none reads no label; name labeled images "
+                         "with data.knn_source, which may be data.source where that has labels")
     for key in ('val_size', 'labeled'):
         if (value := getattr(d, key) or 0) >= 1 and value % 1:
             raise ValueError(f"data.{key}={value:g}: should be a share below 1, or a whole number of images")
@@ -393,7 +412,9 @@ def build_recipe(
         if is_import_name(m.model) and not is_given_name(m.model): imported(m.model, f'{section}.model={m.model!r}')
         if str(m.model).startswith('hub:'): admit(m.model, f'{section}.model={m.model!r}')
     for key in ('student_layers', 'teacher_layers', 'layer_map'): _layers(f'method.{key}', getattr(options, key, None))
-    if is_import_name(s := recipe.data.source) and not is_given_name(s): imported(s, f'data.source={s!r}')
+    for key in ('source', 'knn_source'):
+        s = getattr(recipe.data, key)
+        if s and is_import_name(s) and not is_given_name(s): imported(s, f'data.{key}={s!r}')
     for c in recipe.train.callbacks:
         if not is_import_name(c): raise ValueError(f"train.callbacks={_short(c)}: should be written package.module:callable")
         if trusted(): imported(c, f'train.callbacks={c!r}')   # else only training refuses it: what reads a run needs none

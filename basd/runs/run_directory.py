@@ -148,7 +148,7 @@ def set_rng_state(
 
 # %% ../../nbs/runs/62_run_directory.ipynb #e62ed1f1
 _may_change = ('name', 'about', 'paper',                                    # descriptions
-              'data.source', 'data.root', 'data.download',                  # paths; images are compared by fingerprint
+              'data.source', 'data.root', 'data.knn_source', 'data.download', # paths; images are compared by fingerprint
               'data.workers', 'data.in_memory', 'train.rank_timeout',       # how images are read, and the timeout
               'teacher.cache', 'teacher.shard', 'train.checkpoint_every', 'train.log') # what is stored, when, and to which trackers
 
@@ -254,7 +254,7 @@ def _same_images(path, images):
             print(f"{path} was started by an earlier version, with fingerprints of 256 images; its {split} images are not compared")
         elif old != mark:
             times = mark.startswith('times-') and old.startswith('times-')
-            raise ValueError(f"{path} holds a run of other {dict(train='training').get(split, split)} images "
+            raise ValueError(f"{path} holds a run of other {dict(train='training', knn='k-NN').get(split, split)} images "
                              f"(fingerprint {old} there, {mark} here); put those back, "
                              f"{'delete environment.json there if they were only copied, ' if times else ''}or begin a new run")
     return path

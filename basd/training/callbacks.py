@@ -253,17 +253,15 @@ class StopRequests(Callback):
         if t.step < t.epoch_end: t.should_stop = t.agreed_to_stop()     # at the end of an epoch, validation does it
 
 # %% ../../nbs/training/73_callbacks.ipynb #4e28f355
-def _print_row(name, row, epochs):
-    "One line on standard output per epoch"
-    acc = ''.join(f", {k.replace('val_top1', 'val top-1').replace('_', ' ')} {v:.2f} %"
-                  for k,v in row.items() if k.startswith('val_top1'))
-    acc += ''.join(f", {k.replace('val_distill_loss', 'val distillation loss').replace('_', ' ')} {v:.4f}"
-                   for k,v in row.items() if k.startswith('val_distill_loss'))
-    print(f"{name}: epoch {row['epoch']}/{epochs}{acc}, {row['time/elapsed']:.0f} s", flush=True)
+def _in_words(row):
+    "Accuracies and losses of a validation"
+    named = lambda key, words: ((k.replace(key, words).replace('_', ' '), v) for k,v in row.items() if k.startswith(key))
+    return (''.join(f", {k} {v:.2f} %" for key in ('top1', 'knn') for k,v in named(f'val_{key}', f'val {dict(top1="top-1", knn="k-NN")[key]}'))
+            + ''.join(f", {k} {v:.4f}" for k,v in named('val_distill_loss', 'val distillation loss')))
 
 # %% ../../nbs/training/73_callbacks.ipynb #487db060
 class Validation(Callback):
-    "Validate after each epoch and keep the best epoch, by accuracy, or without labels by the distillation loss"
+    "Validate after each epoch and keep the best epoch, by accuracy, or without labels by the distillation loss, or by k-NN"
     order, kept = 80, ('best',)
     def __init__(self,
         name:str,      # of the run, for the line that is printed
@@ -278,15 +276,34 @@ class Validation(Callback):
         if world_size() > 1: distribute_bn(student, world_size(), reduce=True)
         row = dict(kind='epoch', step=t.step, epoch=t.epoch + 1, **{'time/elapsed': self.metrics.elapsed()})
         for suffix,model in ({'': student} | self.averages).items() if t.data.val else ():
-            found = t.data.evaluate(model, 'val', t.task.precision, t.agreed_to_stop)
+            found = self.evaluate(t, model)
             if found is None: t.should_stop = True; return
             row |= {f'val_{k}{suffix}': v for k,v in found.items() if k != 'n'}
         self.metrics.write(row)
-        if rank() == 0: _print_row(self.name, row, t.config.epochs)
-        by = 'distill_loss' if 'val_distill_loss' in row else 'top1'
-        found, before = row.get(f'val_{by}', 0.), self.best.get(by, float('inf'))
-        self.improved = found >= before if by == 'top1' else not found > before
-        if self.improved: self.best = {by: found, 'epoch': t.epoch + 1}
+        t.validated = _in_words(row)
+        if rank() == 0: print(f"{self.name}: epoch {row['epoch']}/{t.config.epochs}{t.validated}, {row['time/elapsed']:.0f} s", flush=True)
+        self.keep_best(row, 'knn' if t.config.eval_metric == 'knn' else 'distill_loss' if 'val_distill_loss' in row else 'top1')
+
+    def evaluate(self, t,
+        model,
+    )->dict|None: # None: stopped
+        "Validation of a student, with k-NN in every `knn_every`-th epoch and the last"
+        found, every = t.data.evaluate(model, 'val', t.task.precision, t.agreed_to_stop), t.config.knn_every
+        if found is None or not every or (t.epoch + 1) % every and t.epoch + 1 < t.config.epochs: return found
+        knn = t.data.evaluate_knn(model, t.agreed_to_stop)
+        return None if knn is None else found | knn
+
+    def keep_best(self,
+        row:dict, # of the log
+        by:str,   # "top1", "distill_loss" or "knn"
+    ):
+        "Note whether this epoch is the best so far, by a measure that it may lack"
+        lower = by == 'distill_loss'
+        found, before = row.get(f'val_{by}', 0. if by == 'top1' else None), self.best.get(by, float('inf') if lower else -1.)
+        self.improved = found is not None and (not found > before if lower else found >= before)
+        if not self.improved: return
+        of = {k: row[f'val_{k}'] for k in ('top1', 'distill_loss', 'knn') if f'val_{k}' in row}
+        self.best = (of or {by: found}) | dict(epoch=row['epoch'])
 
 # %% ../../nbs/training/73_callbacks.ipynb #41b284f2
 class Diagnostics(Callback):
@@ -415,12 +432,13 @@ class Test(Callback):
             if result[name] is None: break
         if None in result.values(): student.model.load_state_dict(last); return
         exported, best = self.export if self.export in weights else 'last', self.validation.best
-        t.result = dict(exported=exported, test=result, best_epoch=best['epoch'],
+        by = None if not t.data.val else 'knn' if t.config.eval_metric == 'knn' else 'distill_loss' if 'distill_loss' in best else 'top1'
+        t.result = dict(exported=exported, test=result, best_epoch=best['epoch'], best_by=by,
                         **{f'val_{k}': v for k,v in best.items() if k != 'epoch'}, seconds=self.metrics.elapsed(), skipped_images=t.data.skipped_images())
         if rank() == 0:
             student.model.load_state_dict(weights[exported])
             save_student(student, self.run)
-            self.metrics.write(dict(kind='test', step=t.step, exported=exported)
+            self.metrics.write(dict(kind='test', step=t.step, exported=exported, best_by=by)
                                | {f'test_{k}_{n}': v[k] for n,v in result.items()
                                   for k in ('top1', 'top5', 'loss', 'distill_loss', 'knn') if k in v})
             plot_run(self.run)
@@ -465,6 +483,7 @@ class Progress(Callback):
         if self.bars: self.master.child.comment = t.comment; next(self.steps, None)
 
     def after_epoch(self, t):
+        if self.bars: self.master.main_bar.comment = t.validated.removeprefix(', ')
         if t.epoch != self.first + 1 or rank(): return
         step, began = self.start
         left = (time.perf_counter() - began)/max(1, t.step - step)*(t.data.total - t.step)

@@ -45,7 +45,7 @@ class Trainer:
         teachers = getattr(task.teacher, 'members', [task.teacher])
         self.layers = max((len(t.names) for t in teachers if t is not None), default=0) # tapped, of the deepest teacher
         self.step, self.epoch, self.meter, self.result = 0, 0, AverageMeter(), None
-        self.skipped, self.comment = torch.zeros((), dtype=torch.long), ''
+        self.skipped, self.comment, self.validated = torch.zeros((), dtype=torch.long), '', ''
         self.stopping = self.should_stop = False                                # requested here; agreed by all ranks
         self.scale = None                                                       # of all gradients until `before_clip`, or None
 
