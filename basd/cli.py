@@ -464,7 +464,7 @@ def _changes(
 # %% ../nbs/90_cli.ipynb #08235cc6
 # words of other tools → ours
 _commands = {ours: words.split() for ours,words in dict(
-    train='fit run distill start launch finetune', resume='continue restart', evaluate='eval test validate score', analyze='analyse plot report',
+    train='fit run distill start launch finetune', resume='continue restart', evaluate='eval test validate score', analyze='analyze plot report',
     export='save convert push publish', compare='race sweep versus', bench='benchmark profile speed',
     keys='options config schema explain settings', recipes='list ls show models methods').items()}
 _options = {ours: words.split() for ours,words in {
@@ -644,7 +644,7 @@ def dispatch(
                                   device=args.device, trust=args.trust), args.output_dir)
         for line in done: print(line)
         for line in left: print(f'basd: {line}', file=sys.stderr)
-        if not done: raise ValueError("nothing could be analysed; the lines above say why")
+        if not done: raise ValueError("nothing could be analyzed; the lines above say why")
     elif args.command == 'export': _export_command(args)
     elif args.command == 'compare':
         from basd.benchmark.compare import compare

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import NO_MODEL, TINY
 from forks import on_ranks, state_of
-from test_unlabelled import BARE, PHOTOS, photos
+from test_unlabeled import BARE, PHOTOS, photos
 
 import basd as package
 from basd.analysis.evaluation import knn_accuracy, predict
@@ -55,14 +55,14 @@ def made_of(student):
 
 
 def test_best_by_labeled_images(tmp_path, monkeypatch, capsys):
-    "Unlabelled images, a labeled folder besides: its k-NN chooses the best epoch, also of a run that was stopped; all say so"
+    "Unlabeled images, a labeled folder besides: its k-NN chooses the best epoch, also of a run that was stopped; all say so"
     monkeypatch.chdir(photos(tmp_path, classes=False))
     (tmp_path/"photos").rename(tmp_path/"bare")
     photos(tmp_path)
     (tmp_path/"photos").rename(tmp_path/"labeled")
     words = [*(w for w in PHOTOS if w not in ("data.source=photos", "train.epochs=3")), "data.source=bare", "train.epochs=5",
              "data.knn_source=labeled", "train.knn_every=2", "train.eval_metric=knn"]
-    result = package.train("unlabelled", words, run_dir="whole", bars=False)[""]
+    result = package.train("unlabeled", words, run_dir="whole", bars=False)[""]
     printed, epochs = capsys.readouterr().out, read_metrics("whole", "epoch")
     assert "k-NN every 2 epochs: 10 images held out of labeled/train, by 38 of its others, k = 6\n" in printed
     assert "labeled has no folders of splits: a fifth of its 60 images" in printed
@@ -73,7 +73,7 @@ def test_best_by_labeled_images(tmp_path, monkeypatch, capsys):
     assert result["val_distill_loss"] == best["val_distill_loss"] and load_checkpoint("whole/best.pt")["epoch"] == best["epoch"]
     assert f"best epoch {best['epoch']} by knn (its val k-NN {top:.2f} %)".replace("by knn", "by k-NN") in printed
     assert _card_rows("whole", "best")["epoch"] == f"{best['epoch']}, the best of the validation split by k-NN"
-    recipe = load_recipe("unlabelled", words)[""]
+    recipe = load_recipe("unlabeled", words)[""]
     half = build_trainer(recipe, "half", bars=False)
     half.agreed_to_stop = lambda: half.step >= 5
     assert half.fit() is None and half.find(package.training.callbacks.Validation).best["epoch"] == 2

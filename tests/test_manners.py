@@ -19,6 +19,7 @@ WRONG = {
     "--verison": "did you mean '--version'?", "kd train.epochs=3": "did you mean 'basd train kd train.epochs=3'?",
     "train": "as in basd train quickstart", "train epochs=3": "as in basd train quickstart epochs=3",
     "compare train.epochs=3": "as in basd compare quickstart train.epochs=3",
+    "train distill data.source=photos": "did you mean 'unlabeled'?", "train unlabelled": "did you mean 'unlabeled'?",
     "train " + "x"*300: "unknown recipe", "train kd about=" + "x"*300 + " train.epoch=3": "did you mean 'epochs'?",
     "train kd --on cifra10": "did you mean 'cifar10'?", "train kd@cifra10": "did you mean 'cifar10'?",
     "train kd --on cifar10 --epochs 3": "did you mean 'train.epochs=3'?", "train quikstart": "did you mean 'quickstart'?", "train hinton": "it is now 'kd'", "train KD": "did you mean 'kd'?",

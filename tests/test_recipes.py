@@ -28,7 +28,7 @@ def test_names_are_found_by_folder_or_alone():
     frames = [p for p in files if p.parent.name == "frames"]
     assert recipe_names() == sorted(p.stem for p in files if p.stem != "_frame" and p not in frames) and len({*recipe_names()}) == len(recipe_names())
     assert frame_names() == sorted(p.stem for p in frames if p.stem[0] != "_")
-    assert sorted(p.name for p in RECIPES_DIR.glob("*.yaml")) == ["quickstart.yaml", "unlabelled.yaml"]
+    assert sorted(p.name for p in RECIPES_DIR.glob("*.yaml")) == ["quickstart.yaml", "unlabeled.yaml"]
     for p in files:
         if p in frames: continue
         folder, written = p.parent.relative_to(RECIPES_DIR).as_posix(), yaml.safe_load(p.read_text())

@@ -168,7 +168,7 @@ def plot_attention(
                 plot_heads(results[name][key], ax, .07*(i - (len(names) - 1)/2),
                            marker='o', ms=3, color=f'C{i}', label=name)
             for name,r in base.items():
-                colour, label = (f'C{names.index(name)}' if name in names else '.3',
+                color, label = (f'C{names.index(name)}' if name in names else '.3',
                                  'untrained' if name is None else f'{name}, untrained')
                 plot_heads(r[key], ax, heads=False, lw=5, alpha=.3, zorder=1, color=colour, label=label)
             ax.axhline(line, color='k', lw=1, ls=':', label='uniform attention')

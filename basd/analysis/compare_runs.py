@@ -149,7 +149,7 @@ def analyze(
     trust:bool=False,             # the runs' recipes may import code of their own and fetch what they name
 )->dict: # metric → run → result, or {skipped: why}; problems: sentences about runs and metrics that do not exist
     "Measure runs and draw them side by side"
-    if not run_dirs: raise ValueError("there are no runs to analyse; name at least one run directory")
+    if not run_dirs: raise ValueError("there are no runs to analyze; name at least one run directory")
     out, folder = dict(problems=[]), Path(output_dir)
     for name in [m for m in metrics or [] if m not in METRICS]:
         out['problems'].append(f"metric {name!r} does not exist; known: {', '.join(METRICS)}")

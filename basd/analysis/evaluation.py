@@ -285,7 +285,7 @@ def teacher_agreement(
                          "run both on the same images")
     if soft and teacher.shape != logits.shape:
         raise ValueError(f"{logits.shape[1]} classes of the student and {teacher.shape[1]} of the teacher are not "
-                         "the same classes; give the votes of the teacher's neighbours (`knn_predict`)")
+                         "the same classes; give the votes of the teacher's neighbors (`knn_predict`)")
     a, b = logits.argmax(1), teacher.argmax(1) if soft else teacher
     kappa = counted.multiclass_cohen_kappa(a, b, logits.shape[1]).item()
     kl = F.kl_div(logits.double().log_softmax(-1), teacher.double().log_softmax(-1),

@@ -78,7 +78,7 @@ def cka(
                          "size must agree")
     if road not in (None, 'channels', 'gram'): raise ValueError(f"road={road!r}; choose 'channels', 'gram' or None")
     if debias and not center:
-        raise ValueError("debias=True with center=False; only the centred form has a debiased one, so drop either")
+        raise ValueError("debias=True with center=False; only the centered form has a debiased one, so drop either")
     (n, p), q = x.shape[-2:], y.shape[-1]
     road = road or ('channels' if world_size() > 1 or p*p + p*q + q*q <= n*(p + q) else 'gram')
     rows = n if road == 'gram' else n*world_size()
@@ -109,7 +109,7 @@ class CKALoss(FeatureLoss):
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
         if debias and not center:
-            raise ValueError("debias=True with center=False; only the centred form has a debiased one, so drop either")
+            raise ValueError("debias=True with center=False; only the centered form has a debiased one, so drop either")
         if rows != 'token' and max_rows is not None: refuse_unread(CKALoss, "rows='token'", repr(rows), max_rows=max_rows)
         self.rows, self.debias, self.log, self.max_rows, self.center = rows, debias, log, max_rows, center
 

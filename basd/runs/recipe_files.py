@@ -247,7 +247,8 @@ def packaged_file(
     if name in known: return known[name]
     if os.path.isfile(os.path.join(name, 'recipe.yaml')):
         raise ValueError(f"{name} is a run, not a recipe; basd resume {name} goes on with it, and {name}/recipe.yaml is its recipe")
-    raise ValueError(f"unknown recipe {name!r}{suggestion(name, known)}; basd recipes lists them, and the name of a file ends in .yaml")
+    meant = 'unlabeled' if name == 'distill' else name    # what others call a run on images alone
+    raise ValueError(f"unknown recipe {name!r}{suggestion(meant, known)}; basd recipes lists them, and the name of a file ends in .yaml")
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #e183c57f
 def _check_stages(

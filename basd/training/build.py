@@ -231,13 +231,13 @@ def evaluate(self:TrainingData,
 )->dict|None: # top1, top5, loss, n; of a run without labels distill_loss, n, and for labeled test images knn and k
     "`validate` of `runs.inference` with the readers of the run; None if stopped"
     images, which = (self.test, range(len(self.test))) if split == 'test' else (self.images, self.val)
-    if not self.label_scale: return self.evaluate_unlabelled(model, split, images, list(which), stop)
+    if not self.label_scale: return self.evaluate_unlabeled(model, split, images, list(which), stop)
     read = lambda data, n: self.readers(split, data, DistributedBatchSampler(len(data), n, shuffle=False, drop_last=False))
     return validate(model, images, list(which), self.size, self.device, precision=precision, read=read, stop=stop)
 
 # %% ../../nbs/training/75_build.ipynb #9e0a8e05
 @patch
-def evaluate_unlabelled(self:TrainingData,
+def evaluate_unlabeled(self:TrainingData,
     model,
     split:str,   # "val" or "test"
     images,      # `ImageDataset`

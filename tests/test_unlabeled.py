@@ -40,7 +40,7 @@ def made(folder, *words, recipe="basd_cifar10"):
 def test_sixty_photos(tmp_path, monkeypatch, capsys):
     "Five lines: a student without a head, k-NN where folders are classes, a sheet; and nothing depends on the labels"
     monkeypatch.chdir(photos(tmp_path))
-    result = package.train("unlabelled", PHOTOS, run_dir="runs/photos", bars=False)[""]
+    result = package.train("unlabeled", PHOTOS, run_dir="runs/photos", bars=False)[""]
     output, run = capsys.readouterr().out, tmp_path/"runs/photos"
     assert "38 training (no label is read), 10 validation, 12 test images\n" in output
     assert output.count("photos has no folders of splits: a fifth of its 60 images, the same share of each class, is drawn") == 1
@@ -60,7 +60,7 @@ def test_sixty_photos(tmp_path, monkeypatch, capsys):
 def test_any_depth(tmp_path, monkeypatch):
     "Images at several depths have no classes, are all used, and are refused where labels would be needed"
     monkeypatch.chdir(photos(tmp_path, classes=False))
-    result = package.train("unlabelled", PHOTOS, run_dir="run", bars=False)[""]
+    result = package.train("unlabeled", PHOTOS, run_dir="run", bars=False)[""]
     assert result["test"]["best"].keys() == {"distill_loss", "n"} and result["test"]["best"]["n"] == 12
     with pytest.raises(ValueError, match="run was trained without labels, and photos/test has none"): evaluate_student("run")
 
@@ -137,4 +137,4 @@ def test_two_ranks_equal_one(tmp_path):
 
 def test_sixty_pictures_are_enough_for_the_recipe():
     "A fifth of them is the test split and a fifth of the rest the validation split; 38 are left"
-    assert load_recipe("unlabelled")[""].data.batch_size <= 38
+    assert load_recipe("unlabeled")[""].data.batch_size <= 38
