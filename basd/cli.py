@@ -464,7 +464,7 @@ def _changes(
 # %% ../nbs/90_cli.ipynb #08235cc6
 # words of other tools → ours
 _commands = {ours: words.split() for ours,words in dict(
-    train='fit run distill start launch finetune', resume='continue restart', evaluate='eval test validate score', analyze='analyze plot report',
+    train='fit run distill start launch finetune', resume='continue restart', evaluate='eval test validate score', analyze='analyse plot report',
     export='save convert push publish', compare='race sweep versus', bench='benchmark profile speed',
     keys='options config schema explain settings', recipes='list ls show models methods').items()}
 _options = {ours: words.split() for ours,words in {

@@ -36,7 +36,7 @@ WRONG = {
     "train kd views.crop=centre": "did you mean 'center'?", "train kd train.clip=1": "it is now 'clip_grad'",
     "train kd method.t=4": "did you mean 'method.T'?", "train kd stages.teachr.train.lr=1": "did you mean 'teacher'?",
     "train basd_cifar10 method.name=bsad": "did you mean 'basd'?", "train basd_cifar10 method.losses.rds={}": "did you mean 'rsd'?",
-    "train basd_cifar10 method.selector.name=neerest": "did you mean 'nearest'?", "train kd --device gpu": "choose cpu or cuda",
+    "train basd_cifar10 method.selector.name=neerest": "did you mean 'nearest'?", "train kd --device gpu": "choose cpu, cuda or mps",
     "evaluate runs/kd-2": "did you mean 'runs/kd-1'?", "train runs/kd-1": "basd resume runs/kd-1", "runs/kd-1": "basd resume runs/kd-1",
     "resume runs/kd-1 train.epoch=3": "did you mean 'epochs'?", "evaluate runs/kd-1 --weights bset": "did you mean 'best'?",
     "analyze runs/kd-1 --metrics atention": "did you mean 'attention'?", "keys trian": "did you mean 'train'?", "keys train.epoch": "did you mean 'train.epochs'?", "recipes quikstart": "did you mean 'quickstart'?"}

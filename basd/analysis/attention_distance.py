@@ -170,7 +170,7 @@ def plot_attention(
             for name,r in base.items():
                 color, label = (f'C{names.index(name)}' if name in names else '.3',
                                  'untrained' if name is None else f'{name}, untrained')
-                plot_heads(r[key], ax, heads=False, lw=5, alpha=.3, zorder=1, color=colour, label=label)
+                plot_heads(r[key], ax, heads=False, lw=5, alpha=.3, zorder=1, color=color, label=label)
             ax.axhline(line, color='k', lw=1, ls=':', label='uniform attention')
             ax.set(xlabel='layer',
                    ylim=(0, 1.1*max(line, *(v for r in results.values() for row in r[key] for v in row))),
