@@ -127,7 +127,7 @@ def built(tmp_path_factory):
         done = subprocess.run([sys.executable, "-c", build, kind, str(out)], cwd=folder, capture_output=True, text=True, check=True)
         return out/done.stdout.split()[-1]
     with tarfile.open(run("build_sdist", source)) as tar:
-        tar.extractall(out, filter="data")
+        tar.extractall(out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))     # from Python 3.10.12 and 3.11.4
         inside = {n.partition("/")[2] for n in tar.getnames()}
     return inside, set(ZipFile(run("build_wheel", next(p for p in out.iterdir() if p.is_dir()))).namelist())
 

@@ -14,7 +14,7 @@ nbdev_export && nbdev_clean
 
 # five lanes at once: tests of processes mostly wait for starts and stops, pages differ much in length, and so no core idles
 processes="tests/test_kill.py tests/test_labeled.py tests/test_ranks.py tests/test_shell.py tests/test_sizes.py tests/test_unlabeled.py"
-numbers="tests/test_options.py tests/test_properties.py tests/test_selectors.py"
+numbers="tests/test_bad_input.py tests/test_frames.py tests/test_options.py tests/test_properties.py tests/test_selectors.py"
 said=$(mktemp -d)
 lanes=()
 trap 'for p in "${lanes[@]:-}"; do kill "$p" 2> /dev/null || true; done' EXIT
