@@ -349,10 +349,12 @@ def _all_keys(x):
 
 def _notify_replaced(stages, overrides, notify):
     "Name the stages in which a change replaces a value that the stage has of its own, and how one stage is changed"
-    for text in overrides:
-        for path in _all_keys(parse_override(text)):
+    given = [parse_override(text) for text in overrides]
+    staged = lambda s, path: any(_at(g, ['stages', s, *path]) is not _at for g in given)       # which has the last word
+    for text,g in zip(overrides, given):
+        for path in _all_keys(g):
             if path[0] in ('stages', 'method'): continue
-            own = {s: v for s,over in stages.items() if (v := _at(over, path)) is not _at}
+            own = {s: v for s,over in stages.items() if (v := _at(over, path)) is not _at and not staged(s, path)}
             if own: notify(f"{text} replaces {', '.join(f'{v} of stage {s}' for s,v in own.items())}; "
                         f"stages.NAME.{text} changes one stage")
 
