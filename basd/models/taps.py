@@ -296,6 +296,7 @@ class TappedModel(nn.Module):
         for name,v in dict(mean=mean, std=std).items():
             self.register_buffer(name, None if v is None else torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1),
                                  persistent=False)
+        self.stops = True        # a pass with a `depth` ends there; False: the model runs whole, as one of sharded weights has to
         self.taps = None         # hooks that stay, after `install_hooks`
         self.made = None         # what was worked out for the latest pass: modules and settings, readings, `Taps`
         self.widths = self.tokens = self.grid_sizes = self.heads = None # one entry per layer, after `infer_shapes`
@@ -314,6 +315,7 @@ class TappedModel(nn.Module):
         if depth is not None and not 1 <= depth <= len(self.names):
             raise ValueError(f"depth={depth} of {len(self.names)} tapped layers; give 1 to {len(self.names)}, or None for the "
                              "whole model")
+        if depth is not None and not self.stops: return self(x, *args, **kwargs).first(depth)
         if self.readings is None and not torch.compiler.is_compiling(): self.settle(x, *args, **kwargs)
         z = self.normalize(x)
         if self.taps is not None: return self._features(self.taps.pop_features, z, self.taps.run(depth, z, *args, **kwargs), depth)
