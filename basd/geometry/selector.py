@@ -122,6 +122,34 @@ def selection_metrics(
     if 'distance' in metrics: metrics['distance'] = F.pad(metrics['distance'], more, value=1.)
     return {f'selector/{k}': v for k,v in metrics.items()}
 
+# %% ../../nbs/geometry/11_selector.ipynb #1529cdf8
+def _check_options(
+    s,         # `GrassmannSelector` with its options as attributes
+    dim:int,   # of the shared space
+    tau:float, # first temperature
+):
+    "Raise an error for options that contradict each other or their range"
+    for name, given, allowed in (('space', s.space, ('sample', 'channel')), ('rows', s.rows, ('token', 'image')),
+                                 ('normalize', s.normalize, ('standard', 'none')), ('recon_form', s.recon_form, ('tokens', 'mean')),
+                                 ('solver', s.solver, ('eigh', 'tracking'))):
+        if given not in allowed: raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(allowed)}")
+    for name, given, usual in (('ema_decay', s.ema_decay, .99), ('warmup_steps', s.warmup_steps, 50)):
+        if s.solver != 'tracking' and given != usual:
+            raise ValueError(f"{name}={given} belongs to solver='tracking', not to {s.solver!r}; leave one of them out")
+    if s.band is not None and not s.band > 0:
+        raise ValueError(f"band={s.band} of the selector; give a positive share of the teacher's depth, or None for no band")
+    if not (s.max_rows > 0 and 0 <= s.ema_decay < 1):
+        raise ValueError(f"max_rows={s.max_rows}, ema_decay={s.ema_decay} of the selector; compare at least one row, and remember a "
+                         "share below 1")
+    if not 0 < s.rank < dim:
+        raise ValueError(f"rank={s.rank} directions in a shared space of dim={dim}; rank must be between 1 and dim-1={dim-1}")
+    narrowest = min(*s.widths_s, *s.widths_t)
+    if s.rank > narrowest: raise ValueError(f"rank={s.rank} directions of layers that are {narrowest} wide; lower rank")
+    if s.procrustes and s.space != 'channel':
+        raise ValueError("procrustes=True with space='sample', which needs no rotation; set space='channel' or procrustes=False")
+    if not (.05 < tau < 10 if s.normalize == 'standard' else tau > 0):
+        raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or normalize='none'")
+
 # %% ../../nbs/geometry/11_selector.ipynb #1529cdf9
 @SELECTORS.register('nearest')
 class GrassmannSelector(nn.Module):
@@ -153,35 +181,12 @@ class GrassmannSelector(nn.Module):
         warmup_steps:int=50, # first steps, in which solver='tracking' decomposes too
     ):
         super().__init__()
-        for name, given, allowed in (('space', space, ('sample', 'channel')), ('rows', rows, ('token', 'image')),
-                                     ('normalize', normalize, ('standard', 'none')),
-                                     ('recon_form', recon_form, ('tokens', 'mean')),
-                                     ('solver', solver, ('eigh', 'tracking'))):
-            if given not in allowed:
-                raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(allowed)}")
-        for name, given, usual in (('ema_decay', ema_decay, .99), ('warmup_steps', warmup_steps, 50)):
-            if solver != 'tracking' and given != usual:
-                raise ValueError(f"{name}={given} belongs to solver='tracking', not to {solver!r}; leave one of them out")
-        if band is not None and not band > 0:
-            raise ValueError(f"band={band} of the selector; give a positive share of the teacher's depth, or None for no band")
-        if not (max_rows > 0 and 0 <= ema_decay < 1):
-            raise ValueError(f"max_rows={max_rows}, ema_decay={ema_decay} of the selector; compare at least one row, and remember a "
-                             "share below 1")
-        if not 0 < rank < dim:
-            raise ValueError(f"rank={rank} directions in a shared space of dim={dim}; "
-                             f"rank must be between 1 and dim-1={dim-1}")
-        if rank > min(*widths_s, *widths_t):
-            raise ValueError(f"rank={rank} directions of layers that are {min(*widths_s, *widths_t)} wide; lower rank")
-        if procrustes and space != 'channel':
-            raise ValueError("procrustes=True with space='sample', which needs no rotation; "
-                             "set space='channel' or procrustes=False")
-        if not (.05 < tau < 10 if normalize == 'standard' else tau > 0):
-            raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or normalize='none'")
         self.widths_s, self.widths_t, self.rank, self.space, self.procrustes = (
             list(widths_s), list(widths_t), rank, space, procrustes)
         self.rows, self.normalize, self.orth, self.recon = rows, normalize, orth, recon
         self.recon_form, self.max_rows, self.solver, self.ema_decay, self.warmup_steps, self.band = (
             recon_form, max_rows, solver, ema_decay, warmup_steps, band)
+        _check_options(self, dim, tau)
         self.common = SharedProjection(widths_s, widths_t, dim, mode)
         share = math.log(tau/.05) / math.log(10/.05)
         self.rho = nn.Parameter(torch.full((len(widths_s),), math.log(share/(1 - share)) if normalize == 'standard'
