@@ -13,12 +13,14 @@ import sys
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot  # noqa: F401  what most pages import is imported once, before the fork
 import timm  # noqa: F401
 import torch  # noqa: F401
 import torchvision  # noqa: F401
 import basd.cli  # noqa: F401
+import basd.core.distributed
 import basd.training.build  # noqa: F401
 import basd.training.callbacks
 from nbdev.config import get_config
@@ -26,8 +28,25 @@ from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
 
+class Rank:
+    "What `subprocess.Popen` starts with `python -c`, as a fork of this process, which has imported the package already"
+    def __init__(self, command, env=None):
+        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=command[2:])
+        self.process.start()
+        self.kill, self.wait = self.process.kill, self.process.join
+
+    @staticmethod
+    def run(code, *args):
+        sys.argv = ["-c", *args]
+        exec(code, {"__name__": "__main__"})
+
+    def poll(self): return self.process.exitcode
+
+
 def test_page(path, skip, flags):
-    "Test the page at `path` and end this process with status 1 if it fails; runs draw their figure where the page shows it"
+    ("Test the page at `path` and end this process with status 1 if it fails. Runs draw their figure where the page shows it; "
+     "ranks of `run_on_ranks` are forks, but on its own page")
+    basd.core.distributed.subprocess = SimpleNamespace(Popen=Rank)
     if "figures/run.png" not in path.read_text(): basd.training.callbacks.plot_run = lambda run: None
     os.chdir(get_config().nbs_path)
     passed, _ = test_nb(path, skip_flags=skip, force_flags=flags, basepath=get_config().config_path)
