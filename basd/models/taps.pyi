@@ -48,6 +48,7 @@ class TappedModel(nn.Module):
     grid: tuple[Any, ...] | None
     logits: Any
     readings: Any
+    stops: bool
     taps: Any
     made: Any
     widths: Any
