@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import sklearn.datasets  # noqa: F401 (imported for the children, as are the next: the digits need it)
 import torch
 
-import basd.cli  # noqa: F401 (imported for the children)
+import basd.cli  # noqa: F401
 import basd.training.build  # noqa: F401
 import basd.training.callbacks
 from basd.core.distributed import rank, world_size

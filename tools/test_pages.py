@@ -16,8 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot  # noqa: F401  what most pages import is imported once, before the fork
+import sklearn.datasets  # noqa: F401  with its pandas and scipy the slowest of all
 import timm  # noqa: F401
 import torch  # noqa: F401
+import torchmetrics  # noqa: F401
 import torchvision  # noqa: F401
 import basd.cli  # noqa: F401
 import basd.core.distributed
