@@ -124,6 +124,7 @@ def _verdict(
     return ' '.join(out)
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #b2d531c3
+_methods = ('leap', 'lift', 'wide_last', 'last_layer')   # with losses of their own
 _titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_8='CIFAR-10 at 8 epochs', digits='digits',
               digits_redundant='digits with a redundant teacher', digits_deeper='digits with a student deeper than its teacher',
               digits_cnn='digits with a CNN as teacher') # of frames
@@ -158,7 +159,12 @@ def first_words(
     if over_ramp: out.append(f"A ramp that depends on the step only is significantly worse than a selector in {len(over)} of {len(over_ramp)} frames"
                          f"{f' ({where(over)})' if over else ''}.")
     if timed: out.append(f"The ramp is the best of the entries that are significantly better than the uniform map on {where(timed)}.")
-    if not wins and not timed: out.append("Use the uniform map, `method.layer_map: uniform`: it costs nothing, and no entry is shown to be better.")
+    if not wins and not timed:
+        out.append("Use the uniform map, `method.layer_map: uniform`: it costs nothing, and no other choice of layers is shown to be better.")
+    ahead = {n: m for n in tests if (m := [r['name'] for r in choices(frames[n]) if r['name'] in _methods and r['holm'] is not None
+                                           and r['holm'] < .05 and r['difference'] > 0])}
+    if ahead: out.append("Of the other methods, which have losses of their own, significantly better than BASD with the uniform map: "
+                         + '; '.join(f"{named(m)} on {frame(n)}" for n,m in ahead.items()) + '.')
     return ' '.join(out)
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #9661d98b
