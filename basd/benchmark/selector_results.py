@@ -70,12 +70,17 @@ def _significant(
     return rows, [r['name'] for r in found if r['difference'] > 0], [r['name'] for r in found if r['difference'] < 0]
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #f056432f
+def _better(
+    results:dict, # of a frame
+)->dict:          # name → row of `choices`
+    "Entries that are significantly better than the uniform map, after correction"
+    return {r['name']: r for r in choices(results) if r['holm'] is not None and r['holm'] < .05 and r['difference'] > 0}
+
 def _to_use(
     results:dict, # of a frame
 )->str:           # an entry
     "The recommended entry of a frame: the uniform map, unless another one is significantly better"
-    better = [r for r in choices(results) if r['holm'] is not None and r['holm'] < .05 and r['difference'] > 0
-              and r['name'] in (*_measured, 'ramp', 'first', 'final', 'first_to_last', 'mean')]
+    better = [r for n,r in _better(results).items() if n in (*_measured, 'ramp', 'first', 'final', 'first_to_last', 'mean')]
     return max(better, key=lambda r: r['difference'])['name'] if better else 'uniform'
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #c4851bc6
@@ -159,12 +164,13 @@ def first_words(
     if over_ramp: out.append(f"A ramp that depends on the step only is significantly worse than a selector in {len(over)} of {len(over_ramp)} frames"
                          f"{f' ({where(over)})' if over else ''}.")
     if timed: out.append(f"The ramp is the best of the entries that are significantly better than the uniform map on {where(timed)}.")
-    if not wins and not timed:
+    better = {n: [*_better(frames[n])] for n in tests}
+    if not {e for b in better.values() for e in b}.difference(_methods):
         out.append("Use the uniform map, `method.layer_map: uniform`: it costs nothing, and no other choice of layers is shown to be better.")
-    ahead = {n: m for n in tests if (m := [r['name'] for r in choices(frames[n]) if r['name'] in _methods and r['holm'] is not None
-                                           and r['holm'] < .05 and r['difference'] > 0])}
-    if ahead: out.append("Of the other methods, which have losses of their own, significantly better than BASD with the uniform map: "
-                         + '; '.join(f"{named(m)} on {frame(n)}" for n,m in ahead.items()) + '.')
+    for kind, members in (('other choices of layers', lambda e: e not in (*_methods, *_measured, 'ramp')),
+                          ('other methods, which have losses of their own', lambda e: e in _methods)):
+        ahead = [f"{named(m)} on {frame(n)}" for n,b in better.items() if (m := [*filter(members, b)])]
+        if ahead: out.append(f"Of the {kind}, significantly better than BASD with the uniform map: {'; '.join(ahead)}.")
     return ' '.join(out)
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #9661d98b
