@@ -20,7 +20,7 @@ from basd.core.processes import process_group
 from basd.runs.run_directory import checksum, load_checkpoint
 
 METHODS.load()      # imports all methods, so that all children are of one state of the code
-LIMIT = 120                 # seconds; a process that takes longer is a failure
+LIMIT = 300                 # seconds; a process that takes longer hangs, on the slowest machine too
 TESTS = Path(__file__).parent
 ENVIRONMENT = dict(         # of every child: this checkout first on the path, one thread
     OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
@@ -80,7 +80,7 @@ def start(f, *args, out, ranks=1, together=False):
 
 
 def end(started, after=None, limit=LIMIT):
-    "Exit statuses of the ranks, which are killed `after` seconds if given"
+    "Exit statuses of the ranks, which are killed `after` seconds if given; None of one that had to be killed after `limit` seconds"
     if after is not None:
         started[0].join(after)
         for p in started: p.kill()
@@ -88,15 +88,14 @@ def end(started, after=None, limit=LIMIT):
     for p in started: p.join(max(1, limit - time.time() + began))
     late = [p for p in started if p.exitcode is None]
     for p in late: p.kill(); p.join()
-    if late: raise TimeoutError(f"a process did not end within {limit} s")
-    return [p.exitcode for p in started]
+    return [None if p in late else p.exitcode for p in started]
 
 
 def on_ranks(f, *args, ranks, folder):
     "What `f(*args)` returns on rank 0 of a job, by way of `torch.save`"
     found, output = folder/f"found_{ranks}.pt", folder/f"output_{ranks}.txt"
     status = end(start(_saved, f, args, found, out=output, ranks=ranks))
-    assert not any(status), output.read_text()
+    assert status == [0]*ranks, output.read_text()
     return torch.load(found)
 
 

@@ -136,7 +136,7 @@ def stop_all(processes, number, after):
     with suppress(ProcessLookupError): os.killpg(group, number)
     status, began = end(processes), time.time()
     while alive(group):
-        if time.time() - began > 15: raise TimeoutError("reader processes outlive their trainer")
+        if time.time() - began > 60: raise TimeoutError("reader processes outlive their trainer")
         time.sleep(.05)
     return status
 

@@ -2,12 +2,11 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
+import torch.distributed.run
 from conftest import TINY
-from forks import ENVIRONMENT, child, end, server, start, state_of
+from forks import child, end, server, start, state_of
 from torch.testing import assert_close
 
 from basd.cli import main
@@ -32,19 +31,19 @@ def on_one_node(tmp_path_factory):
     return state_of(folder/"run")
 
 
+def agent(words):
+    "A node's agent of torchrun, which starts its rank as a Python of its own"
+    torch.distributed.run.main(words)
+    return 0
+
+
 def test_two_agents_are_one(on_one_node, tmp_path):
     "Two nodes of one rank, each with an agent of its own, end with the state of one node of two ranks, bit for bit"
-    run, port, agents = tmp_path/"run", free_port(), []
-    for node in range(2):
-        with open(tmp_path/f"out_{node}.txt", "w") as out:
-            agents.append(subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
-                 "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "basd", *TRAIN, "--run-dir", str(run)],
-                stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}))
-    try: status = [a.wait(120) for a in agents]
-    finally:
-        for a in agents: a.kill()
-    assert status == [0, 0], "".join((tmp_path/f"out_{n}.txt").read_text() for n in range(2))
+    output, run = tmp_path/"out.txt", tmp_path/"run"
+    words = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    agents = [start(agent, [*words, f"--node-rank={node}", "-m", "basd", *TRAIN, "--run-dir", str(run)], out=output)[0] for node in range(2)]
+    status = end(agents)
+    assert status == [0, 0], output.read_text()
     assert state_of(run) == on_one_node
 
 
