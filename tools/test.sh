@@ -5,6 +5,8 @@ set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
 python -m pip check
+unset PYTHONDONTWRITEBYTECODE           # a hundred processes import the same modules, which are compiled once, before the lanes start
+python -c "import basd.cli, basd.training.build, matplotlib.pyplot, pytest, sklearn.datasets, timm, torchmetrics, torchvision"
 
 before=$(git status --porcelain)
 nbdev_export && nbdev_clean
