@@ -12,7 +12,7 @@ TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.trai
         "teacher.untrained=true", "teacher.img_size=32",
         "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}",
         "method.student_layers=[0, 1]", "method.selector.dim=24", "method.selector.rank=4", "train.epochs=3",
-        "train.warmup_epochs=1", "train.log_every=4", "train.ema=0.9"]
+        "train.warmup_epochs=1", "train.log_every=4", "train.ema=0.9", "train.precision=float32"]
 NO_MODEL = ["teacher.model=null", "teacher.untrained=false", "teacher.img_size=null", "teacher.kwargs=null"] # of TINY's
 
 

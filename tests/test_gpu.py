@@ -114,7 +114,7 @@ def test_numbers_are_those_of_a_cpu(name, blend, tmp_path, record_property):
 def test_a_run_from_the_shell(words, basd, tmp_path):
     "Train, evaluate; every logged number is finite"
     run, words = tmp_path/"run", [w.replace("CACHE", str(tmp_path/"cache")) for w in words]
-    basd("train", "basd_cifar10", *TINY, "train.precision=float32", *words, "--run-dir", run)
+    basd("train", "basd_cifar10", *TINY, *words, "--run-dir", run)
     rows = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in rows if r["kind"] == "epoch"] == [1, 2, 3]
     assert all(v == v and abs(v) < 1e9 for r in rows for v in r.values() if isinstance(v, float))

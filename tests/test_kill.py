@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY
 
 TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=2",
-         "train.checkpoint_every=3", "train.precision=float32"]
+         "train.checkpoint_every=3"]
 ALONE, HELPED = TRAIN, [*TRAIN, "train.grad_accum_steps=2", "data.workers=1"]
 CACHED = [*TRAIN, "data.train_size=1100", "data.batch_size=256", "views.crop=center", "views.flip=0",
           "train.epochs=1"]  # three shards

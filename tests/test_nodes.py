@@ -15,7 +15,7 @@ from basd.runs.recipes import load_recipe
 from basd.runs.run_directory import load_checkpoint
 from basd.training.build import build_trainer
 
-TRAIN = ["train", "basd_cifar10", *TINY, "train.precision=float32", "train.epochs=1", "train.warmup_epochs=0"]
+TRAIN = ["train", "basd_cifar10", *TINY, "train.epochs=1", "train.warmup_epochs=0"]
 
 
 def free_port():

@@ -83,7 +83,7 @@ def test_ranks_agree(tmp_path):
 
 def stored(folder, *words):
     "Weights after three steps with drop-path, and bytes that the forward pass of the first stores for the backward pass"
-    t = build_trainer(load_recipe("basd_cifar10", [*TINY, "train.precision=float32", "student.depth=6", *words])[""], folder,
+    t = build_trainer(load_recipe("basd_cifar10", [*TINY, "student.depth=6", *words])[""], folder,
                       "cpu", bars=False)
     t.task.train()
     seen = {}
