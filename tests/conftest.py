@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from forks import ENVIRONMENT, no_figures
+from forks import ENVIRONMENT, begin_server, no_figures
 
 TINY = ["data.source=digits", "data.batch_size=32", "data.workers=0", "data.train_size=256", "data.val_size=50",
         "views.flip=0", "student.img_size=16", "student.patch_size=4", "student.depth=2", "student.width=32",
@@ -20,6 +20,7 @@ def pytest_addoption(parser): parser.addoption("--slow", action="store_true", he
 
 
 def pytest_configure(config):
+    begin_server()
     config.addinivalue_line("markers", "figures: runs in this test draw their figure")
     config.addinivalue_line("markers", "slow: takes long for what it adds; runs with --slow, in a weekly job")
 

@@ -1,12 +1,15 @@
 """Processes, alone or as the ranks of one job, forked from a process that has imported the package already: an import
 takes seconds, a fork does not. `test_torchrun_starts_it_again` and the notebook of the trainer use a real launcher."""
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import socket
 import sys
+import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import sklearn.datasets  # noqa: F401 (imported for the children, as are the next: the digits need it)
 import torch
@@ -37,12 +40,28 @@ def state_of(run, file="last.pt"):
     return checksum(state | dict(callbacks={k: v for k, v in state["callbacks"].items() if k != "MetricsLog"}))
 
 
-def server():
-    "The process from which children are forked"
-    context = multiprocessing.get_context("forkserver")
-    os.environ.update(ENVIRONMENT)
-    context.set_forkserver_preload(["forks"])
-    return context
+def fork_server(path, args, files):
+    "What multiprocessing starts its fork server by, as a fork of this process in place of a Python that imports everything again"
+    if pid := os.fork(): return pid
+    try:
+        kept = sorted([0, 1, 2, *files, os.sysconf("SC_OPEN_MAX")])
+        for a, b in zip(kept, kept[1:]): os.closerange(a + 1, b)        # or the server would not see this process end
+        forkserver._forkserver._lock = threading.Lock()                 # as it is, it is held
+        torch.set_num_threads(1)
+        exec(args[-1], {})
+    finally: os._exit(0)
+
+
+def begin_server():
+    "Start the process from which children are forked, before this one has computed anything; once"
+    multiprocessing.set_forkserver_preload(["forks"])
+    with mock.patch.dict(os.environ, ENVIRONMENT), mock.patch.object(multiprocessing.util, "spawnv_passfds", fork_server):
+        forkserver.ensure_running()
+
+
+def process(*args):
+    "A process of `child(*args)`, not yet started"
+    return multiprocessing.get_context("forkserver").Process(target=child, args=args)
 
 
 def child(f, args, env, out, group):
@@ -74,7 +93,7 @@ def start(f, *args, out, ranks=1, together=False):
     started = []
     for env in group:
         of = None if not together else started[0].pid if started else 0
-        started.append(server().Process(target=child, args=(f, args, env, str(out), of)))
+        started.append(process(f, args, env, str(out), of))
         started[-1].start()
     return started
 

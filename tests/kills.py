@@ -31,7 +31,7 @@ from basd.cli import main
 from basd.runs.run_directory import load_checkpoint
 from basd.runs.metrics import MetricsLogger, read_metrics
 from basd.training.trainer import Trainer
-from forks import ENVIRONMENT, LIMIT, end, no_figures, start, state_of    # noqa: F401 (`end` for those who import this)
+from forks import ENVIRONMENT, LIMIT, begin_server, end, no_figures, start, state_of    # noqa: F401 (some for those who import this)
 
 
 def die(number=signal.SIGKILL):

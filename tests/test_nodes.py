@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch.distributed.run
 from conftest import TINY
-from forks import child, end, server, start, state_of
+from forks import end, process, start, state_of
 from torch.testing import assert_close
 
 from basd.cli import main
@@ -51,7 +51,7 @@ def under_srun(f, *args, out, nodes=2):
     "Exit statuses of `f(*args)` on each of `nodes` nodes with one rank, in the environment that srun gives"
     launcher = dict(SLURM_STEP_NUM_TASKS=str(nodes), SLURM_NTASKS=str(nodes), SLURM_LOCALID="0", SLURM_JOB_ID="7", MASTER_PORT=str(free_port()),
                 SLURM_STEP_NODELIST="localhost")
-    ranks = [server().Process(target=child, args=(f, args, launcher | dict(SLURM_PROCID=str(r)), str(out), None)) for r in range(nodes)]
+    ranks = [process(f, args, launcher | dict(SLURM_PROCID=str(r)), str(out), None) for r in range(nodes)]
     for p in ranks: p.start()
     return end(ranks)
 

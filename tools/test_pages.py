@@ -73,6 +73,13 @@ def test_pages(pages, flags, workers):
     return seconds, failed
 
 
+def report(seconds, failed):
+    "Print the slowest pages and those that failed; whether there are any"
+    print("slowest pages:", *(f"{t:6.1f} s  {p.name}" for p, t in sorted(seconds.items(), key=lambda o: -o[1])[:15]), sep="\n")
+    print(f"{len(seconds)} pages, {len(failed)} failed", *(p.name for p in failed), sep="\n    ", flush=True)
+    return bool(failed)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, help="notebooks; all of `nbs` if none is given")
@@ -80,7 +87,4 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     pages = [p.absolute() for p in sorted(args.pages or nbglob(as_path=True))]
-    seconds, failed = test_pages(pages, args.flags.split(), args.workers)
-    print("slowest pages:", *(f"{t:6.1f} s  {p.name}" for p, t in sorted(seconds.items(), key=lambda o: -o[1])[:15]), sep="\n")
-    print(f"{len(pages)} pages, {len(failed)} failed", *(p.name for p in failed), sep="\n    ")
-    sys.exit(1 if failed else 0)
+    sys.exit(report(*test_pages(pages, args.flags.split(), args.workers)))
