@@ -163,10 +163,13 @@ def first_words(
     over = [n for n,t in over_ramp.items() if t]
     if over_ramp: out.append(f"A ramp that depends on the step only is significantly worse than a selector in {len(over)} of {len(over_ramp)} frames"
                          f"{f' ({where(over)})' if over else ''}.")
-    if timed: out.append(f"The ramp is the best of the entries that are significantly better than the uniform map on {where(timed)}.")
+    if timed: out.append(f"The ramp, `method.selector.name: ramp`, is significantly better than the uniform map on {where(timed)}; of the entries that are, its lead is the largest.")
     better = {n: [*_better(frames[n])] for n in tests}
-    if not {e for b in better.values() for e in b}.difference(_methods):
-        out.append("Use the uniform map, `method.layer_map: uniform`: it costs nothing, and no other choice of layers is shown to be better.")
+    plain = [n for n,b in better.items() if not {*b}.difference(_methods)]
+    if plain:
+        some = len(plain) < len(better)
+        out.append((f"On {where(plain)} use" if some else "Use") + " the uniform map, `method.layer_map: uniform`: it costs nothing, "
+                   f"and no other choice of layers is shown to be better{' there'*some}.")
     for kind, members in (('other choices of layers', lambda e: e not in (*_methods, *_measured, 'ramp')),
                           ('other methods, which have losses of their own', lambda e: e in _methods)):
         ahead = [f"{named(m)} on {frame(n)}" for n,b in better.items() if (m := [*filter(members, b)])]
