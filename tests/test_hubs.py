@@ -9,12 +9,13 @@ import timm
 import torch
 from PIL import Image
 from basd.cli import main
+from basd.core import registry
 from basd.core.registry import trusting
 from basd.data.sources import ImageDataset, open_source
 from basd.models.students import create_student, load_student
 from basd.models.teachers import create_teacher
 from forks import state_of
-from test_doors import forget, here as with_models    # noqa: F401 (a fixture)
+from test_doors import MODULE, here as with_models     # noqa: F401 (a fixture)
 
 HUBCONF = '''
 dependencies = ["torch", "timm"]
@@ -33,7 +34,7 @@ def own_net(pretrained=False, **kwargs):
     return build_model_with_cfg(cnn, "own_net", pretrained, kwargs_filter=("in_chans",), **kwargs)
 '''
 TRAIN = ["data.source=digits", "data.train_size=96", "data.val_size=48", "data.batch_size=24", "data.workers=0", "views.flip=0",
-         "student.model=own_doors:own_net", "student.img_size=8", "student.patch_size=null", "student.drop_path=0", "teacher.img_size=16", "teacher.untrained=true", "teacher.pretrained=false",
+         "student.model=own_net_of_hubs:own_net", "student.img_size=8", "student.patch_size=null", "student.drop_path=0", "teacher.img_size=16", "teacher.untrained=true", "teacher.pretrained=false",
          "train.epochs=2", "train.warmup_epochs=0", "method.name=match", "method.losses={cka: {}}", "method.student_layers=[0, 2]"]
 GRAY = ["teacher.mean=[0, 0, 0]", "teacher.std=[1, 1, 1]"]
 
@@ -42,8 +43,10 @@ GRAY = ["teacher.mean=[0, 0, 0]", "teacher.std=[1, 1, 1]"]
 def here(with_models):
     (with_models/"hub").mkdir()
     (with_models/"hub"/"hubconf.py").write_text(HUBCONF)
-    with (with_models/"own_doors.py").open("a") as f: f.write(REGISTERED)
-    return with_models
+    (with_models/"own_net_of_hubs.py").write_text(MODULE + REGISTERED)
+    importlib.invalidate_caches()
+    yield with_models
+    sys.modules.pop("own_net_of_hubs", None)
 
 
 def timm_is_right(folder, images, top1):
@@ -55,6 +58,11 @@ def timm_is_right(folder, images, top1):
     with torch.no_grad(): right = (model(x).argmax(1) == torch.tensor([int(label) for _, label in pairs])).float().mean().item()
     assert round(100*right, 4) == round(top1, 4)
     return model
+
+
+def forget(monkeypatch):
+    monkeypatch.setattr(registry, "_admitted", set())
+    sys.modules.pop("own_net_of_hubs", None)
 
 
 def story(words, run, capsys, monkeypatch):
@@ -76,13 +84,13 @@ def story(words, run, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["evaluate", f"{run}/whole", "--quick"]) == 2 and "would import code" in capsys.readouterr().err
     assert main(["evaluate", f"{run}/whole", "--quick", "--trust"]) == 0
-    with trusting(["own_doors:own_net"]): student = load_student(run/"whole", layers=[]).eval()
+    with trusting(["own_net_of_hubs:own_net"]): student = load_student(run/"whole", layers=[]).eval()
     onnx = ["--onnx"] if all(importlib.util.find_spec(p) for p in ("onnx", "onnxscript", "onnxruntime")) else []
     assert main(["export", f"{run}/whole", "--to", f"{run}/out", "--trust", *onnx]) == 0
     output = capsys.readouterr().out
     assert "not for timm" not in output and ("ONNX opset" in output) == bool(onnx)
     forget(monkeypatch)
-    importlib.import_module("own_doors")            # as a process that opens the folder does
+    importlib.import_module("own_net_of_hubs")            # as a process that opens the folder does
     result, x = json.loads((run/"whole"/"result.json").read_text()), torch.rand(2, 3, 8, 8)
     opened = timm_is_right(run/"out", ImageDataset(open_source("digits", "test")), result["test"][result["exported"]]["top1"])
     with torch.no_grad(): assert (opened(x) == student.model(x)).all()

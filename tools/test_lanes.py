@@ -29,6 +29,7 @@ def lane(files, log):
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1); os.dup2(output, 2)
     sys.path.pop(0)                     # this folder, in which the tests do not lie
+    sys.dont_write_bytecode = True      # a module that tests write twice within a second would be read as it was
     sys.exit(pytest.main(["-q", "--durations=10", *files]))
 
 
