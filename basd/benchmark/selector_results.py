@@ -153,7 +153,7 @@ def first_words(
     wins, frame = {n: t[1] for n,t in tests.items() if t[1]}, lambda n: _titles.get(n, n)
     where = lambda names: named(map(frame, names), '{}')
     over_ramp = {n: t[1] for n in tests if (t := _significant(frames[n], 'ramp'))[0]}
-    timed = [n for n in tests if _to_use(frames[n]) == 'ramp']
+    timed = [n for n in tests if 'ramp' in _better(frames[n])]
     out = ([f"**Choosing teacher layers by measured distances helps in {len(wins)} of {len(tests)} frames**: "
             + '; '.join(f"{named(w)} {'is' if len(w) == 1 else 'are'} significantly better than the uniform map on {frame(n)}" for n,w in wins.items())
             + " (paired over seeds, p < 0.05 after correction for the number of selectors)."] if wins else
@@ -163,7 +163,7 @@ def first_words(
     over = [n for n,t in over_ramp.items() if t]
     if over_ramp: out.append(f"A ramp that depends on the step only is significantly worse than a selector in {len(over)} of {len(over_ramp)} frames"
                          f"{f' ({where(over)})' if over else ''}.")
-    if timed: out.append(f"The ramp, `method.selector.name: ramp`, is significantly better than the uniform map on {where(timed)}; of the entries that are, its lead is the largest.")
+    if timed: out.append(f"The ramp, `method.selector.name: ramp`, is significantly better than the uniform map on {where(timed)}.")
     better = {n: [*_better(frames[n])] for n in tests}
     plain = [n for n,b in better.items() if not {*b}.difference(_methods)]
     if plain:
