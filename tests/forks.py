@@ -47,6 +47,8 @@ def fork_server(path, args, files):
         kept = sorted([0, 1, 2, *files, os.sysconf("SC_OPEN_MAX")])
         for a, b in zip(kept, kept[1:]): os.closerange(a + 1, b)        # or the server would not see this process end
         forkserver._forkserver._lock = threading.Lock()                 # as it is, it is held
+        # pytest's reader of modules would compile a test's module anew in every child
+        sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_pytest.")]
         torch.set_num_threads(1)
         exec(args[-1], {})
     finally: os._exit(0)

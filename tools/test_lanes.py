@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis  # noqa: F401  its pytest plugin imports it at the end of each lane
 import pytest
 from nbdev.doclinks import nbglob
-from test_pages import report, test_pages
+from test_pages import prepare, report, test_pages
 
 LANES = dict(
     processes=["kill", "labeled", "ranks", "shell", "sizes", "unlabeled"],
@@ -52,6 +53,7 @@ def status_of(process):
 
 def main():
     folder = Path(tempfile.mkdtemp())
+    prepare()
     lanes = start_lanes(folder)
     try:
         failed = report(*test_pages([p.absolute() for p in sorted(nbglob(as_path=True))], [], 2))

@@ -25,9 +25,21 @@ import basd.cli  # noqa: F401
 import basd.core.distributed
 import basd.training.build  # noqa: F401
 import basd.training.callbacks
+from basd.data.sources import open_source
+from basd.runs.recipe_files import recipe_names
+from basd.runs.recipes import load_recipe
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
+
+
+def prepare():
+    "Do what most tests and pages begin with, before the fork: read the digits, compile the options of the packaged recipes"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)            # a pool of threads would not survive the fork
+    for split in ("train", "test"): open_source("digits", split)
+    for name in recipe_names(): load_recipe(name)
+    torch.set_num_threads(threads)
 
 
 class Rank:
@@ -86,5 +98,6 @@ if __name__ == "__main__":
     parser.add_argument("--flags", default="", help="run the cells with these flags too")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
+    prepare()
     pages = [p.absolute() for p in sorted(args.pages or nbglob(as_path=True))]
     sys.exit(report(*test_pages(pages, args.flags.split(), args.workers)))

@@ -130,7 +130,7 @@ def _verdict(
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #b2d531c3
 _methods = ('leap', 'lift', 'wide_last', 'last_layer')   # with losses of their own
-_titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_8='CIFAR-10 at 8 epochs', digits='digits',
+_titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_8_sampled='CIFAR-10 at 8 epochs', digits='digits',
               digits_redundant='digits with a redundant teacher', digits_deeper='digits with a student deeper than its teacher',
               digits_cnn='digits with a CNN as teacher') # of frames
 
@@ -266,7 +266,7 @@ def readme_lines(
     frames:dict, # name → results
 )->str:
     "Up to three list items about selectors, in Markdown"
-    photos = next((n for n in ('cifar10_34', 'cifar10_8') if n in frames and _significant(frames[n], 'uniform')[0]), None)
+    photos = next((n for n in ('cifar10_34', 'cifar10_8_sampled') if n in frames and _significant(frames[n], 'uniform')[0]), None)
     others = [n for n in frames if n.startswith('digits_') and _significant(frames[n], 'uniform')[0]]
     lines = [first_words(frames)]
     if photos: lines.append(_verdict(frames[photos]))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RENAMED', 'METHODS', 'LOSSES', 'SELECTORS', 'DIFFICULTIES', 'suggestion', 'validation_hint', 'trusting', 'trusted',
            'is_import_name', 'is_given_name', 'offering', 'offered', 'require_given', 'admit', 'imported',
-           'call_imported', 'Registry', 'options_dataclass', 'pickled_by', 'options_from', 'refuse_unread']
+           'call_imported', 'Registry', 'options_dataclass', 'options_adapter', 'pickled_by', 'options_from',
+           'refuse_unread']
 
 # %% ../../nbs/core/06_registry.ipynb #f3e41eaf
 import difflib
@@ -17,7 +18,7 @@ import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, make_dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 # %% ../../nbs/core/06_registry.ipynb #5e7a11d0
@@ -229,6 +230,15 @@ def options_dataclass(
     cls.__pydantic_config__ = dict(extra='forbid')
     return dataclass(cls)
 
+# %% ../../nbs/core/06_registry.ipynb #bc4189fe
+@cache
+def options_adapter(
+    cls, # an `options_dataclass`
+):       # pydantic's `TypeAdapter`
+    "What fills `cls` from a recipe by `validate_python`; the same for the same class"
+    from pydantic import TypeAdapter            # `import basd` does without it
+    return TypeAdapter(cls)
+
 # %% ../../nbs/core/06_registry.ipynb #82a9546e
 def _blank(make, args, kwargs): return object.__new__(make(*args, **kwargs))
 
@@ -266,6 +276,7 @@ def refuse_unread(
     **given,  # names → values
 ):
     "Raise an error for options that are set but not used here"
+    takes = inspect.signature(of).parameters
     for name,v in given.items():
-        if v != inspect.signature(of).parameters[name].default:
+        if v != takes[name].default:
             raise ValueError(f"{name}={v!r} belongs to {to}, not to {here}; leave one of them out")

@@ -151,6 +151,7 @@ class Source(Dataset):
 
     def encoded_images(self, start:int, stop:int)->list:
         "Images `start` to `stop - 1` in a form for `decode_picture`; a hook for readers that are faster in bulk"
+        if type(self.dataset) is TensorDataset: return [*self.dataset.tensors[0][start:stop]]
         return [lambda i=i: self.dataset[i][0] for i in range(start, stop)]
 
     def describe_item(self, i:int)->str:
@@ -222,18 +223,22 @@ def _check_split(source, split, allowed):
         raise ValueError(f"{source} has no split {split!r}; it has {', '.join(map(repr, allowed))}")
 
 # %% ../../nbs/data/46_sources.ipynb #ac8919c1
-def _open_digits(
-    split:str='train', # "train" or "test"
-)->Source:
-    "scikit-learn's handwritten digits, enlarged to 32 × 32; the test split is a fifth of each class"
+@cache                          # reading them takes as long as a short run
+def _digits(split):
     from sklearn.datasets import load_digits        # scikit-learn takes a second to import, and few runs need it
-    _check_split('digits', split, ['train', 'test'])
     data = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32)[:, None] * (255/16)                          # (1797, 1, 8, 8)
     x = F.resize(x, [32, 32], antialias=True).round().to(torch.uint8)                               # (1797, 1, 32, 32)
     keep = stratified_split(len(x), data.target, .2)[split == 'test']
-    y = torch.tensor(data.target)[keep]
-    return Source(TensorDataset(x[keep], y), y, data.target_names, f"digits/{split}")
+    return TensorDataset(x[keep], torch.tensor(data.target)[keep]), data.target_names
+
+def _open_digits(
+    split:str='train', # "train" or "test"
+)->Source:
+    "scikit-learn's handwritten digits, enlarged to 32 × 32; the test split is a fifth of each class"
+    _check_split('digits', split, ['train', 'test'])
+    dataset, names = _digits(split)
+    return Source(dataset, dataset.tensors[1], names, f"digits/{split}")
 
 # %% ../../nbs/data/46_sources.ipynb #3efb4a9c
 _train = ('train', 'training')
@@ -787,7 +792,8 @@ def feed(self:Source,
     if isinstance(files, list) and len(files) == len(self):
         return _feed_files(h, [str(f[0]) for f in files], str(getattr(self.dataset, 'root', '')), most)
     if not isinstance(self.dataset, (list, tuple, TensorDataset)): return 'sample'
-    return 'content' if all([_feed_raw(h, x) for x,_ in self.dataset]) else 'sample'
+    images = self.dataset.tensors[0] if type(self.dataset) is TensorDataset else (x for x,_ in self.dataset)
+    return 'content' if all([_feed_raw(h, x) for x in images]) else 'sample'
 
 # %% ../../nbs/data/46_sources.ipynb #57dfccbb
 @patch

@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 from fastcore.basics import patch
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ValidationError
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..core.chunking import chunk_size, chunked_mean
 from ..core.features import Features
-from basd.core.registry import (
-    LOSSES, METHODS, SELECTORS, options_dataclass, options_from, pickled_by, refuse_unread, suggestion,
-    validation_hint)
+from ..core.registry import (
+    LOSSES, METHODS, SELECTORS, options_adapter, options_dataclass, options_from, pickled_by, refuse_unread,
+    suggestion, validation_hint)
 from ..core.sampling import sample_images, step_generator
 from ..geometry.alignment import InterpolationAligner, TokenAligner, target_statistics
 from ..geometry.layer_maps import FixedSelector, layer_pairs
@@ -87,7 +87,7 @@ def _checked_losses(
     if not more: return given
     for n in more:
         if not isinstance(n, str) or n not in LOSSES: raise ValueError(f"unknown loss {n!r}{suggestion(n, LOSSES)}; allowed: {', '.join(LOSSES)}")
-    try: return TypeAdapter(_loss_section(more)).validate_python(given)
+    try: return options_adapter(_loss_section(more)).validate_python(given)
     except ValidationError as e:
         first = e.errors()[0]
         raise ValueError(f"losses.{'.'.join(map(str, first['loc'][:2]))}: {first['msg'].lower()}{validation_hint(first)}") from None
@@ -123,7 +123,7 @@ def _checked_selector(
     name = given.get('name', _default_selector)
     try: kind = selector_options(name)
     except ValueError as e: raise ValueError(f"selector.name: {e}") from None
-    try: return TypeAdapter(kind).validate_python(given)
+    try: return options_adapter(kind).validate_python(given)
     except ValidationError as e:
         first, own = e.errors()[0], [f.name for f in fields(kind)]
         raise ValueError(f"selector.{'.'.join(map(str, first['loc'][:1]))}: {first['msg'].lower()}{validation_hint(first, own)}; options of {name!r}: "

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import torch
 from fastcore.basics import patch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from ..core.features import Features
-from ..core.registry import LOSSES, METHODS, options_dataclass, options_from, validation_hint
+from ..core.registry import LOSSES, METHODS, options_adapter, options_dataclass, options_from, validation_hint
 from ..core.sampling import step_generator
 from ..geometry.layer_maps import layer_map, layer_pairs
 from ..losses.balance import cosine_ramp
@@ -53,7 +53,7 @@ def _checked_loss(
         raise ValueError(f"losses.{name}={options!r}; give its options, as in {{weight: 0.5}}")
     shared, own = kinds[0].__dataclass_fields__, kinds[1].__dataclass_fields__
     sides = [{k: v for k,v in options.items() if (k in shared) == here} for here in (True, False)]
-    try: return tuple(TypeAdapter(kind).validate_python(side) for kind,side in zip(kinds, sides))
+    try: return tuple(options_adapter(kind).validate_python(side) for kind,side in zip(kinds, sides))
     except ValidationError as e:
         first = e.errors()[0]
         raise ValueError(f"losses.{name}.{first['loc'][0]}: {first['msg'].lower()}{validation_hint(first, [*shared, *own])}; "

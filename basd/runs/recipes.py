@@ -18,10 +18,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
-from ..core.registry import (
-    LOSSES, METHODS, SELECTORS, admit, imported, is_given_name, is_import_name, options_dataclass, refuse_unread)
+from basd.core.registry import (
+    LOSSES, METHODS, SELECTORS, admit, imported, is_given_name, is_import_name, options_adapter, options_dataclass,
+    refuse_unread)
 from ..core.registry import suggestion, trusted, trusting, validation_hint
 from ..data.pictures import MAX_PIXELS
 from ..methods.base import Method
@@ -275,13 +276,10 @@ def validate_tree(
         raise ValueError(f"{prefix.rstrip('.') or 'recipe'}={_short(tree)}: should be a section")
     odd = [k for k in tree if not isinstance(k, str)]
     if odd: raise ValueError(f"unknown key {prefix}{odd[0]!r}; allowed: {', '.join(f.name for f in fields(cls))}")
-    try: filled = _adapter(cls).validate_python(tree)
+    try: filled = options_adapter(cls).validate_python(tree)
     except ValidationError as e: raise ValueError(_message(e, cls, prefix)) from None
     _finite(filled, prefix.rstrip('.').split('.') if prefix else [])
     return filled
-
-# %% ../../nbs/runs/61_recipes.ipynb #32e36f6c
-_adapter = cache(TypeAdapter)     # making one takes longer than using it
 
 # %% ../../nbs/runs/61_recipes.ipynb #ab6d1644
 def _finite(x, path, default=None):
