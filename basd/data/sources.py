@@ -151,8 +151,13 @@ class Source(Dataset):
 
     def encoded_images(self, start:int, stop:int)->list:
         "Images `start` to `stop - 1` in a form for `decode_picture`; a hook for readers that are faster in bulk"
-        if type(self.dataset) is TensorDataset: return [*self.dataset.tensors[0][start:stop]]
         return [lambda i=i: self.dataset[i][0] for i in range(start, stop)]
+
+    def stacked_images(self)->Tensor|None: # uint8 (n, 1 or 3, h, w)
+        "All images at once, where the data set is a `TensorDataset` of such; None: they are read one by one"
+        if type(self) is not Source or type(self.dataset) is not TensorDataset: return None     # others may read in their own way
+        x = self.dataset.tensors[0]
+        return x if x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1] in (1, 3) else None
 
     def describe_item(self, i:int)->str:
         "How a message names image `i`"
@@ -747,6 +752,9 @@ def _estimate(self:ImageDataset, samples=16):
 @patch
 def _load(self:ImageDataset, step=1000):
     "Decode everything; one tensor if sizes agree, a list if not"
+    if (x := self.source.stacked_images()) is not None:
+        self.pixels = x.expand(-1, 3, -1, -1).clone(memory_format=torch.contiguous_format)
+        return
     n, pixels = len(self.source), []
     for start in range(0, n, step):
         for i,raw in enumerate(self.source.encoded_images(start, min(start + step, n)), start):
@@ -792,8 +800,9 @@ def feed(self:Source,
     if isinstance(files, list) and len(files) == len(self):
         return _feed_files(h, [str(f[0]) for f in files], str(getattr(self.dataset, 'root', '')), most)
     if not isinstance(self.dataset, (list, tuple, TensorDataset)): return 'sample'
-    images = self.dataset.tensors[0] if type(self.dataset) is TensorDataset else (x for x,_ in self.dataset)
-    return 'content' if all([_feed_raw(h, x) for x in images]) else 'sample'
+    if (x := self.stacked_images()) is None: return 'content' if all([_feed_raw(h, x) for x,_ in self.dataset]) else 'sample'
+    for row in x.numpy(): h.update(f'{x.dtype}{tuple(x.shape[1:])}'.encode() + row.tobytes())       # as image by image
+    return 'content'
 
 # %% ../../nbs/data/46_sources.ipynb #57dfccbb
 @patch
@@ -834,5 +843,6 @@ def shared(self:ImageDataset,
 )->int|None: # None: not both in memory
     "How many of these images are, to the last pixel, among the others"
     if self.pixels is None or other.pixels is None: return None
-    marks = lambda images: [hash((tuple(x.shape), x.numpy().tobytes())) for x in images.pixels]
+    arrays = lambda p: p.numpy() if isinstance(p, Tensor) else (x.numpy() for x in p)
+    marks = lambda images: [hash((x.shape, x.tobytes())) for x in arrays(images.pixels)]
     return sum(m in there for there in [set(marks(other))] for m in marks(self))
