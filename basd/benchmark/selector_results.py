@@ -200,7 +200,8 @@ def _remarks_on(
            seeds > 1 and f"with {seeds} seeds p < 0.05 needs a mean difference of {stats.t.ppf(.975, seeds - 1)/seeds**.5:.1f} "
            "standard deviations of the differences, and more after correction"]
     if runs and 'images' in runs[0]: out.append(f"one test image is {100/runs[0]['images']:.2f} points")
-    if runs: out.append(f"steps are timed with {max(r.get('jobs', 1) for r in runs)} runs at a time, beside other load of the machine")
+    jobs = max((r.get('jobs', 1) for r in runs), default=1)
+    if runs: out.append(f"steps are timed with {jobs} run{'s'*(jobs > 1)} at a time, beside other load of the machine")
     if results.get('cached'): out.append("teacher outputs come from a cache, so step times do not include the teacher's forward pass")
     accuracies = sorted(t for t in (results.get('teacher') or {}).values() if t)
     if accuracies: out.append(f"teacher: {accuracies[0]:.1f} %" + (f" to {accuracies[-1]:.1f} %" if accuracies[-1] - accuracies[0] > .05 else ''))
