@@ -43,12 +43,15 @@ def seconds(f):
     return time.process_time() - start
 
 
-def write(teacher, steps):
-    "Medians and quartiles of all rounds but the first"
-    def quartiles(x): return dict(zip(("low", "ratio", "high"), (round(q, 4) for q in statistics.quantiles(x[1:], n=4))))
-    found = dict(rounds=len(teacher[1]) - 1, layers=12, teacher={n: quartiles(x) for n,x in teacher.items()},
-                 step={n: quartiles(x) for n,x in steps.items()}, date=time.strftime("%Y-%m-%d"), environment=environment())
-    write_atomic(RESULTS, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
+def quartiles(ratios):
+    "Name → median and quartiles of the ratios of all rounds but the first"
+    return {n: dict(zip(("low", "ratio", "high"), (round(q, 4) for q in statistics.quantiles(x[1:], n=4)))) for n,x in ratios.items()}
+
+
+def write(path, found):
+    "Write what has been measured so far, with its date and environment"
+    found = found | dict(date=time.strftime("%Y-%m-%d"), environment=environment())
+    write_atomic(path, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
 
 
 def main():
@@ -67,7 +70,7 @@ def main():
             before = seconds(b.full)
             b.whole = False
             steps[n].append(seconds(b.full)/before)
-        if i > 1: write(teacher, steps)     # what has been measured so far
+        if i > 1: write(RESULTS, dict(rounds=i, layers=12, teacher=quartiles(teacher), step=quartiles(steps)))
     found = json.loads(RESULTS.read_text())
     for what in ("teacher", "step"): print(what, {n: v["ratio"] for n,v in found[what].items()})
 

@@ -11,18 +11,14 @@ anew.
 """
 import argparse
 import json
-import statistics
-import time
 from pathlib import Path
 
 import torch
 
 from basd.benchmark.step_cost import StepCost
-from basd.core.files import write_atomic
 from basd.core.registry import SELECTORS
 from basd.runs.recipes import build_recipe
-from basd.runs.run_directory import environment
-from early_stop import seconds
+from early_stop import quartiles, seconds, write
 
 RESULTS = Path(__file__).parent/"results"/"selector_cost.json"
 
@@ -41,14 +37,6 @@ def bench(selector, cached):
     return made
 
 
-def write(ratios):
-    "Quartiles of all rounds but the first"
-    def quartiles(x): return dict(zip(("low", "ratio", "high"), (round(q, 4) for q in statistics.quantiles(x[1:], n=4))))
-    found = {how: {n: quartiles(x) for n,x in of.items()} for how,of in ratios.items()}
-    found |= dict(rounds=len(ratios["full"]["nearest"]) - 1, date=time.strftime("%Y-%m-%d"), environment=environment())
-    write_atomic(RESULTS, lambda p: p.write_text(json.dumps(found, indent=1) + "\n"))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -60,7 +48,7 @@ def main():
         for how,of in benches.items():
             plain = seconds(of[None].full)
             for n in SELECTORS: ratios[how][n].append(seconds(of[n].full)/plain)
-        if i > 1: write(ratios)             # what has been measured so far
+        if i > 1: write(RESULTS, dict(rounds=i) | {how: quartiles(of) for how,of in ratios.items()})
     found = json.loads(RESULTS.read_text())
     for how in benches: print(how, {n: v["ratio"] for n,v in found[how].items()})
 

@@ -801,7 +801,8 @@ def feed(self:Source,
         return _feed_files(h, [str(f[0]) for f in files], str(getattr(self.dataset, 'root', '')), most)
     if not isinstance(self.dataset, (list, tuple, TensorDataset)): return 'sample'
     if (x := self.stacked_images()) is None: return 'content' if all([_feed_raw(h, x) for x,_ in self.dataset]) else 'sample'
-    for row in x.numpy(): h.update(f'{x.dtype}{tuple(x.shape[1:])}'.encode() + row.tobytes())       # as image by image
+    head = f'{x.dtype}{tuple(x.shape[1:])}'.encode()
+    for row in x.numpy(): h.update(head + row.tobytes())                                # as image by image
     return 'content'
 
 # %% ../../nbs/data/46_sources.ipynb #57dfccbb

@@ -20,10 +20,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
-from basd.core.registry import (
-    LOSSES, METHODS, SELECTORS, admit, imported, is_given_name, is_import_name, options_adapter, options_dataclass,
-    refuse_unread)
-from ..core.registry import suggestion, trusted, trusting, validation_hint
+from ..core.registry import (
+    LOSSES, METHODS, SELECTORS, admit, imported, is_given_name, is_import_name, options_dataclass, refuse_unread)
+from ..core.registry import options_adapter, suggestion, trusted, trusting, validation_hint
 from ..data.pictures import MAX_PIXELS
 from ..methods.base import Method
 from basd.runs.recipe_files import (
