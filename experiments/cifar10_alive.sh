@@ -14,7 +14,7 @@ for recipe in basd_cifar10 basd_literal; do
   torchrun --nproc_per_node=2 -m basd train "$recipe" "data.source=hfds/$1" "data.root=$3/cache" data.download=false data.val_size=2000 \
     data.train_size=5120 data.batch_size=128 data.workers=1 \
     teacher.model=vit_tiny_patch16_224 teacher.pretrained=false "teacher.checkpoint=$2" teacher.img_size=128 \
-    student.depth=6 student.width=96 student.heads=3 student.drop_path=0 'method.student_layers=[1, 2, 4, 5]' method.losses.spectral.samples=null method.balance.fraction=0.3 \
+    student.depth=6 student.width=96 student.heads=3 student.drop_path=0 'method.student_layers=[1, 2, 4, 5]' method.selector.name=nearest method.losses.spectral.samples=null method.balance.fraction=0.3 \
     train.epochs=5 train.warmup_epochs=1 train.precision=float32 train.ema=0.99 train.log_every=10 --run-dir "$3/$recipe" "${resume[@]}"
   python -m basd evaluate "$3/$recipe"
 done

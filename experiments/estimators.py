@@ -14,10 +14,11 @@ from basd.runs.run_directory import environment
 from basd.cli import train
 from basd.runs.recipes import load_recipe, write_recipe
 
-BOUND = "method.balance.u_max=2"           # the default when the results were made
+# the defaults when the results were made
+FORMER = ["method.balance.u_max=2", "method.selector={name: nearest, dim: 48, rank: 8, max_rows: 1024}"]
 FORMS = {
-    "exact": [BOUND],
-    "sampled": [BOUND, "method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9",
+    "exact": FORMER,
+    "sampled": [*FORMER, "method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9",
                 "method.losses.spectral.samples=16", "method.aligner.samples=16"],
 }
 

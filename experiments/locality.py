@@ -24,7 +24,7 @@ REDUCED = ["data.download=false", "data.val_size=2000", "data.train_size=5000", 
 STUDENT = ["student.depth=6", "student.width=96", "student.heads=3", "student.drop_path=0"]
 CNN = ["student.kwargs={channels: [16, 32, 64, 128]}", "views.mixup=0", "views.cutmix=0"]
 VIT = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teacher.img_size=128"]
-SAMPLED = ["method.distill_weight=0.3", "method.selector.max_rows=1024", "method.losses.rsd.max_rows=1024",
+SAMPLED = ["method.distill_weight=0.3", "method.selector.name=nearest", "method.selector.max_rows=1024", "method.losses.rsd.max_rows=1024",
            "method.losses.attn.rows=16", "method.losses.spectral.samples=32", "method.aligner.samples=32"]
 ROWS = {
     "cnn": ("resnet18_cifar", CNN),

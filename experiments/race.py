@@ -28,13 +28,14 @@ PHOTOS = ["data.download=false", "views.flip=0.5", "student.img_size=32", "stude
 TEACHER = ["student.model=vit_tiny_patch16_224", "student.patch_size=16", "student.depth=12", "student.width=192",
            "train.lr=2e-4"]
 POINTS = ["basd", "basd_map_uniform", "cka", "rsd"]          # stages that compare several layers
+NEAREST = [f"stages.basd.method.selector.{o}" for o in ("name=nearest", "dim=48")]      # the default when photographs were run
 RACES = {
     "cifar10": dict(
         jobs=2, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=96", "train.epochs=3"],
         frame=[*PHOTOS, "data.val_size=1000", "data.train_size=4000", "data.batch_size=64", "student.depth=4",
                "student.width=96", "student.heads=3", "train.epochs=8", "train.warmup_epochs=1"],
         stages=["stages.fitnets.method.teacher_layers=[5]",
-                *(f"stages.{s}.method.teacher_layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "basd_map_uniform"))],
+                *NEAREST, *(f"stages.{s}.method.teacher_layers=[1, 3, 5, 7, 9, 11]" for s in ("basd", "basd_map_uniform"))],
         controls_only=["stages.ce_as_long.train.epochs=34", "stages.basd_longer.train.epochs=34",
                        "stages.ce_longest.train.epochs=150", "stages.basd_longer.method.teacher_layers=[1, 3, 5, 7, 9, 11]"]),
     "cifar10_gpu": dict(
@@ -44,8 +45,7 @@ RACES = {
                "train.lr=1e-3", "train.precision=bf16"],
         stages=["stages.fitnets.method.student_layers=[2]", "stages.fitnets.method.teacher_layers=[5]",
                 *(f"stages.{s}.method.student_layers=[1, 2, 4, 5]" for s in POINTS),
-                *(f"stages.{s}.method.selector.{o}" for s in ("basd", "basd_map_uniform")
-                  for o in ("dim=96", "rank=16", "max_rows=4096"))]),
+                *NEAREST, *(f"stages.basd.method.selector.{o}" for o in ("dim=96", "rank=16", "max_rows=4096"))]),
 }
 
 

@@ -18,8 +18,9 @@ from basd.benchmark.step_cost import StepCost, overhead, last_stage
 from basd.runs.recipes import load_recipe
 
 ALL = "method.losses.spectral.samples=null"                             # spectra of all images
-LARGE = ["basd_imagenet", "data.batch_size=16", "data.workers=2", ALL]  # 224 px, patch 16; teacher 224 px
-SMALL = ["basd_cifar10", "data.batch_size=64", "data.workers=2", "teacher.img_size=98",
+NEAREST = "method.selector.name=nearest"                                # which measures in every step
+LARGE = ["basd_imagenet", NEAREST, "data.batch_size=16", "data.workers=2", ALL]  # 224 px, patch 16; teacher 224 px
+SMALL = ["basd_cifar10", NEAREST, "data.batch_size=64", "data.workers=2", "teacher.img_size=98",
          "student.drop_path=0", ALL]                                    # 32 px, patch 4; teacher 98 px
 SAMPLED = ["method.selector.max_rows=1024", "method.losses.rsd.max_rows=1024", "method.losses.attn.rows=16",
            "method.losses.spectral.samples=2", "method.aligner.samples=4"]
@@ -42,11 +43,11 @@ CPU = {
 LENT = ["data.batch_size=256", BF16]
 FOLLOWED = ["method.selector.solver=tracking", "method.losses.spectral.form=moments", ALL]
 GPU = {
-    "gpu all spectra eager": ["basd_imagenet", *LENT, ALL],
-    "gpu eager": ["basd_imagenet", *LENT],
-    "gpu sampled": ["basd_imagenet_fast", *LENT, "train.compile=true"],
-    "gpu exact": ["basd_imagenet", *LENT, "train.compile=true", *FOLLOWED],
-    "gpu exact eager": ["basd_imagenet", *LENT, *FOLLOWED],
+    "gpu all spectra eager": ["basd_imagenet", NEAREST, *LENT, ALL],
+    "gpu eager": ["basd_imagenet", NEAREST, *LENT],
+    "gpu sampled": ["basd_imagenet_fast", "method.selector={name: nearest, solver: tracking, max_rows: 4096}", *LENT, "train.compile=true"],
+    "gpu exact": ["basd_imagenet", NEAREST, *LENT, "train.compile=true", *FOLLOWED],
+    "gpu exact eager": ["basd_imagenet", NEAREST, *LENT, *FOLLOWED],
 }
 
 

@@ -30,7 +30,7 @@ def recipe(*options):
     r = RACES["cifar10"]
     changes = [*r["frame"], *(f"stages.teacher.{t}" for t in r["teacher"]),
                *(s for s in r["stages"] if s.startswith("stages.basd.")), *(f"stages.basd.method.{o}" for o in options)]
-    return last_stage(load_recipe("quickstart", changes))[1]
+    return last_stage(load_recipe("digits", changes))[1]
 
 
 def cost(reps, *options):

@@ -25,7 +25,8 @@ if __name__ == "__main__":
                  f"data.train_size={64*steps}", "data.batch_size=64", "data.workers=0",
                  "teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", f"teacher.checkpoint={weights}",
                  "teacher.img_size=128", "student.depth=6", "student.width=96", "student.heads=3",
-                 "student.drop_path=0", "method.student_layers=[1, 2, 4, 5]", "method.selector.solver=tracking", "train.epochs=1",
+                 "student.drop_path=0", "method.student_layers=[1, 2, 4, 5]", "method.selector.name=nearest",
+                 "method.selector.solver=tracking", "train.epochs=1",
                  "train.warmup_epochs=0.1", "train.precision=float32", "train.ema=null", "train.log_gradients=false"]
     trainer = build_trainer(load_recipe("basd_cifar10", overrides)[""], tempfile.mkdtemp() + "/run", bars=False)
     selector, rows, after = trainer.task.method.selector, [], trainer.task.method.after_update

@@ -38,7 +38,6 @@ def changes_of(name, *words):
         at = f"stages.{stage}."*bool(stage)
         words += [f"{at}student.{w}" for w in small(r.student.model, "student", r.student.depth or 4)]
         if r.teacher.model: words += [f"{at}teacher.{w}" for w in small(r.teacher.model, "teacher")]
-        if getattr(r.method.options, "layer_map", None) == "learned": words += [f"{at}method.selector.{w}" for w in ("dim=24", "rank=4")]
     return words
 
 

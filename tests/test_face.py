@@ -20,7 +20,7 @@ from basd.core.distributed import rank, world_size
 NAMES = ("create_teacher create_student create_task tap TappedModel METHODS LOSSES train resume evaluate export compare load_recipe "
          "Recipe").split()
 VIT = dict(img_size=16, patch_size=4, depth=3)
-SMALL = dict(selector=dict(dim=12, rank=4))
+SMALL = dict(selector=dict(rank=4))
 AT = dict(step=20, total_steps=40)
 
 

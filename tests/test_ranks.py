@@ -176,7 +176,7 @@ FRAME = [w for w in TINY if not w.startswith(("method.", "teacher.kwargs"))] + [
     "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}", "student.drop_path=0"]
 LOSSES = ["hidden_states", "at", "cka", "gram", "token_cosine", "batch_similarity", "fourier", "rkd", "crd", "rsd", "attention_scores", "qkv_relations",
           "trajectory"]
-BASD = ["method.name=basd", "method.student_layers=[0, 1]", "method.selector={dim: 24, rank: 4}"]
+BASD = ["method.name=basd", "method.student_layers=[0, 1]", "method.selector={name: nearest, dim: 24, rank: 4}"]
 OWN = {"cka": "debias: true", "qkv_relations": "heads: 4", "rkd": "images: 8"}
 METHODS = {
     "match": ["method.name=match", "method.student_layers=[0, 1]", "method.logits={weight: 1.0, temperature: {kind: sample}}",

@@ -36,7 +36,7 @@ MODEL = ["teacher.model=vit_tiny_patch16_224", "teacher.pretrained=false", "teac
          "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3}"]
 LOGITS = [*MODEL[:-1], "teacher.kwargs={patch_size: 8, depth: 3, embed_dim: 48, num_heads: 3, num_classes: 10}"]
 TEACHER = ["method.student_layers=[0, 1]", *MODEL]
-SMALL = ["method.selector.dim=24", "method.selector.rank=4"]
+SMALL = ["method.selector.name=nearest", "method.selector.dim=24", "method.selector.rank=4"]
 BASD = ("basd_cifar10", [*FRAME, *TEACHER, *SMALL])
 STEPS = 8
 

@@ -28,6 +28,8 @@ import basd.training.callbacks
 from basd.data.sources import open_source
 from basd.runs.recipe_files import recipe_names
 from basd.runs.recipes import load_recipe
+import nbdev.test
+from execnb.shell import CaptureShell
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
@@ -57,14 +59,31 @@ class Rank:
     def poll(self): return self.process.exitcode
 
 
+def watch_draws(found):
+    """Have pages run in a shell that puts into `found` the first cell after which torch's generator has moved and was not seeded: its
+    first state differs from process to process, and with it what the page shows and asserts"""
+    start = torch.get_rng_state()
+
+    def watched(path):
+        shell = CaptureShell(path)
+        def look(result):
+            if not found and torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), start):
+                found.append(result.info.raw_cell)
+        shell.events.register("post_run_cell", look)
+        return shell
+    seed, nbdev.test.CaptureShell = torch.initial_seed(), watched
+
+
 def test_page(path, skip, flags):
-    ("Test the page at `path` and end this process with status 1 if it fails. Runs draw their figure where the page shows it; "
-     "ranks of `run_on_ranks` are forks, but on its own page")
+    ("Test the page at `path` and end this process with status 1 if it fails or draws without a seed. Runs draw their figure where "
+     "the page shows it; ranks of `run_on_ranks` are forks, but on its own page")
+    watch_draws(unseeded := [])
     basd.core.distributed.subprocess = SimpleNamespace(Popen=Rank)
     if "figures/run.png" not in path.read_text(): basd.training.callbacks.plot_run = lambda run: None
     os.chdir(get_config().nbs_path)
     passed, _ = test_nb(path, skip_flags=skip, force_flags=flags, basepath=get_config().config_path)
-    sys.exit(0 if passed else 1)
+    if unseeded: print(f"{path}: a cell draws from torch's generator, which nothing has seeded:\n{unseeded[0]}", file=sys.stderr)
+    sys.exit(0 if passed and not unseeded else 1)
 
 
 def test_pages(pages, flags, workers):

@@ -524,7 +524,7 @@ def _check(x, node, path, defs):
     if path == ['method'] and isinstance(x, dict): node = _named(x, 'method', 'ce', path, defs)
     branches = _branches(node, defs) if node else [{}]
     if path == ['method', 'selector'] and isinstance(x, dict) and 'allOf' in branches[0]:
-        branches = [_named(x, 'selector', 'nearest', path, defs) or {}]
+        branches = [_named(x, 'selector', 'complementary', path, defs) or {}]
     if isinstance(x, dict):
         section = next((b for b in branches if 'properties' in b), None)
         if not section or not all(isinstance(k, str) for k in x): return
