@@ -12,25 +12,26 @@ from basd.training.optimizers import create_optimizer
 from basd.runs.recipe_files import frame_names, method_names, read_frame, read_recipe
 from basd.runs.recipes import load_recipe, to_dict
 
-# name → first digits of the digest of its resolved recipe at commit b4e7274, before there were frames
+# name → first digits of the digest of its resolved recipe at commit b4e7274, before there were frames; where BASD has its
+# default selector, when that became `complementary`
 FORMER = dict(item.split("=") for item in """
-alp=e705ff51 amtml=1bb6cc5b assistant=b3c22ede at=82a59dd3 basd_cifar10=bf196933 basd_cifar100=74473bcc
-basd_cifar10_fast=33e6ffec basd_equal_weights=bc42c4cf basd_fourier=de2d0964 basd_imagenet=9ed8530a
-basd_imagenet_fast=946b07f4 basd_literal=d4bd9eb4 basd_map_final=b376ba64 basd_map_first=7ab82dfc
-basd_map_first_to_last=0b13f5a9 basd_map_mean=72c16f89 basd_map_random=34f4cd88 basd_map_reversed=e7e9434d
-basd_map_uniform=ab25aba0 basd_select_arc_length=5381df3d basd_select_complementary=66bd9f58
+alp=e705ff51 amtml=1bb6cc5b assistant=b3c22ede at=82a59dd3 basd_cifar10=623aec49 basd_cifar100=601db378
+basd_cifar10_fast=dd3d62c4 basd_equal_weights=2ef5a772 basd_fourier=de2d0964 basd_imagenet=15ccae6b
+basd_imagenet_fast=ed755daf basd_literal=d4bd9eb4 basd_map_final=f44b6bf2 basd_map_first=412b1228
+basd_map_first_to_last=67513a02 basd_map_mean=f97505f3 basd_map_random=3e2ace75 basd_map_reversed=08f53b7d
+basd_map_uniform=bbac3006 basd_select_arc_length=5381df3d basd_select_complementary=66bd9f58
 basd_select_leap_basd=4b021fbe basd_select_learning_progress=49f97024 basd_select_nearest=0d830ec5
 basd_select_nearest_band=7bba4cd5 basd_select_progressive=31fc33d0 basd_select_ramp=fd00a245
-basd_study=66e2eba3 basd_without_attn=be4b409a basd_without_rel=b61a517b basd_without_rsd=b894952e
-basd_without_spectral=b6b76158 byot=186b0883 cifar_improved=4b8514bc cka=e77a9da8 convnext_v2_cifar=d327f9d3
+basd_study=d6527a8a basd_without_attn=39bf4c59 basd_without_rel=b5bfac9e basd_without_rsd=219e6871
+basd_without_spectral=5529150b byot=186b0883 cifar_improved=4b8514bc cka=e77a9da8 convnext_v2_cifar=d327f9d3
 crd=e571daee ctkd=7fcf7d67 deit_cifar=0b3d5d28 deit_cifar_distill=fa33714a deit_cifar_distill_token=e14ea78b
 deit_ss_distill_cifar_ablation_ce_only=bde27a0c deit_ss_distill_cka_cifar=83d0a31f
-deit_ss_distill_gram_ablation=c577dda8 digits=1d8c7924 distilbert=f6fee0d1 diverse=b4f9086f dkd=be899ab8
+deit_ss_distill_gram_ablation=c577dda8 digits=ca647ec3 distilbert=f6fee0d1 diverse=b4f9086f dkd=be899ab8
 dot=0c39c5ef dual_head=15b9ef04 fdd=aa82a203 fitnets=9e0258ca fourier=bba7edba gram=acbf392a kd=9e872a11
 lad=180ae252 last_layer=0e924bb0 leap=79be8bd0 lift=8a74511b minilm=23bfaa19 mnist_improved=12c5a535
 ofa=d214d22b patient_kd=87ed8b9c pkd=4fbf786b pocl=3eeda3c2 quickstart=15f6fce5 resnet18_cifar=7106dd90
 reverse_kl=19b2ffce rkd=78e7801b rsd=0f942876 spectralkd=a9f9b650 tinybert=1f3a3a8f token_cosine=cd74d9ad
-two_stage=370058c4 unlabeled=3a82b457 vrm=ddc014b1 wide_last=e61ea0f2
+two_stage=370058c4 unlabeled=8dad3a8e vrm=ddc014b1 wide_last=e61ea0f2
 """.split())
 
 
