@@ -205,9 +205,9 @@ def every_method(words, run):
     return {name: one(name, own) for name, own in METHODS.items()}
 
 
-@pytest.mark.parametrize("blend", ["views.mixup=0", "views.cutmix=0"]) # CutMix alone, MixUp alone
-def test_every_method_on_several_ranks(blend, tmp_path, record_property):
-    several = 2, 4
+@pytest.mark.parametrize("blend, several", [("views.mixup=0", (2, 4)), ("views.cutmix=0", (2,))],     # CutMix alone, MixUp alone
+                         ids=["views.mixup=0", "views.cutmix=0"])
+def test_every_method_on_several_ranks(blend, several, tmp_path, record_property):
     found = {ranks: on_ranks(every_method, [*FRAME, blend], tmp_path/str(ranks), ranks=ranks, folder=tmp_path)
              for ranks in (1, *several)}
     far = lambda a, b: max((((a[k] - b[k]).abs()/b[k].abs().clamp(min=1e-2)).max().item() for k in b if b[k].numel()),

@@ -7,6 +7,7 @@
 Prints the slowest pages; status 1 if a page fails, after its traceback.
 """
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -30,18 +31,21 @@ from basd.runs.recipe_files import recipe_names
 from basd.runs.recipes import load_recipe
 import nbdev.test
 from execnb.shell import CaptureShell
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
 
 def prepare():
-    "Do what most tests and pages begin with, before the fork: read the digits, compile the options of the packaged recipes"
+    """Do what most tests and pages begin with, before the fork: read the digits, compile the options of the packaged recipes. The
+    collector leaves alone what there is then: it would look through all modules again in each fork, and copy their memory"""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)            # a pool of threads would not survive the fork
     for split in ("train", "test"): open_source("digits", split)
     for name in recipe_names(): load_recipe(name)
     torch.set_num_threads(threads)
+    gc.collect(); gc.freeze()
 
 
 class Rank:
@@ -61,11 +65,12 @@ class Rank:
 
 def watch_draws(found):
     """Have pages run in a shell that puts into `found` the first cell after which torch's generator has moved and was not seeded: its
-    first state differs from process to process, and with it what the page shows and asserts"""
+    first state differs from process to process, and with it what the page shows and asserts. Figures are drawn once and small"""
     start = torch.get_rng_state()
 
     def watched(path):
         shell = CaptureShell(path)
+        set_matplotlib_formats("png", bbox_inches=None)
         def look(result):
             if not found and torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), start):
                 found.append(result.info.raw_cell)
