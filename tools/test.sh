@@ -4,11 +4,12 @@
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
-python -m pip check
+python -m pip check & check=$!
 unset PYTHONDONTWRITEBYTECODE           # or each process that imports torch would compile it
 
 before=$(git status --porcelain)
 nbdev_export && nbdev_clean
+wait "$check"
 [ "$(git status --porcelain)" = "$before" ] || {
   git status --short; echo "notebooks and package are out of step: run nbdev_export and nbdev_clean, and commit"; exit 1
 }

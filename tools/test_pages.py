@@ -17,7 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot  # noqa: F401  what most pages import is imported once, before the fork
+import scipy.stats  # noqa: F401
 import sklearn.datasets  # noqa: F401  with its pandas and scipy the slowest of all
+import sklearn.linear_model  # noqa: F401
 import timm  # noqa: F401
 import torch  # noqa: F401
 import torchmetrics  # noqa: F401

@@ -15,9 +15,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -260,6 +257,9 @@ def linear_probe(
     max_iter:int=1000,     # iterations of L-BFGS
 )->dict:                   # of `accuracy_summary`, with train_n and whether the optimizer converged
     "Accuracy of logistic regression on frozen, standardized features"
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
     check_features(train_features, features)
     if len(train_labels.unique()) < 2:
         raise ValueError(f"all {len(train_labels)} training labels are of one class; a probe needs two")

@@ -14,8 +14,6 @@ import math
 import statistics
 from pathlib import Path
 
-from scipy import stats
-
 from .entries import Comparison, dependencies
 from ..core.files import page_style, save_figure, write_atomic
 from ..runs.metrics import read_metrics
@@ -32,6 +30,7 @@ def paired_t_test(
     if n: out['difference'] = statistics.fmean(d)
     if n < 2: return out
     spread = statistics.stdev(d)
+    from scipy import stats             # takes a second to import, and a worker of `compare` does without
     out['half'] = float(stats.t.ppf(.975, n - 1))*spread/math.sqrt(n)
     if spread > 1e-9:
         out['p'] = float(stats.ttest_rel([mine[s] for s in sorted(mine.keys() & base.keys())],
@@ -175,6 +174,7 @@ def footnotes(
     results:dict, # of `collect`
 )->list: # sentences
     "Sentences that qualify the table"
+    from scipy import stats
     n, base = len(results['seeds']), results['baseline']
     spread = ("mean ± standard deviation over seeds (weights, order and augmentation; the split is fixed)" if n > 1
               else "one seed: no spread, no test")

@@ -10,8 +10,6 @@ __all__ = ['plot_weights', 'choices', 'named', 'recorded', 'first_words', 'plot_
 import json
 from pathlib import Path
 
-from scipy import stats
-
 from .results import against_baseline, markdown_table
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #6aea2a6a
@@ -194,6 +192,7 @@ def _remarks_on(
     results:dict, # of a frame
 )->list: # sentences
     "Sentences that qualify the table of a frame"
+    from scipy import stats
     runs = [r for r in results['runs'] if 'top1' in r]
     cpus, seeds = {r['cpu'] for r in runs}, len({r['seed'] for r in runs})
     out = [f"processor{'s' if len(cpus) > 1 else ''}: {'; '.join(sorted(cpus))}; runs on different processors are not paired"*bool(runs),
