@@ -1,6 +1,7 @@
 "Pages are numbered in import order, rooms import one way, and no room holds most of the code"
 import ast
 import json
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -168,3 +169,16 @@ def test_a_long_page_has_a_reason():
     long = {name(p): n for p in ROOT.glob("nbs/*/*.ipynb") if ".ipynb_checkpoints" not in p.parts
             and (n := len(json.loads(p.read_text())["cells"])) > 70}
     assert long.keys() == LONG.keys(), "shorten it, split it, or say above why it is one page"
+
+
+@pytest.mark.parametrize("cell, status", [("import torch; torch.rand(1)", 1), ("import torch; torch.manual_seed(0); torch.rand(1)", 0)])
+def test_a_page_seeds_before_it_draws(cell, status, tmp_path, monkeypatch, capfd):
+    "Torch's generator starts anywhere, in each process, so a page that does not seed it shows and asserts other numbers each time"
+    monkeypatch.syspath_prepend(ROOT/"tools")
+    from test_pages import test_page
+    page = tmp_path/"page.ipynb"
+    page.write_text(json.dumps(dict(cells=[dict(cell_type="code", execution_count=None, id="1", metadata={}, outputs=[], source=[cell])],
+                                    metadata={}, nbformat=4, nbformat_minor=5)))
+    process = multiprocessing.get_context("fork").Process(target=test_page, args=(page, [], []))
+    process.start(); process.join()
+    assert process.exitcode == status and ("which nothing has seeded" in capfd.readouterr().err) == bool(status)

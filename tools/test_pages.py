@@ -68,7 +68,7 @@ class Rank:
 def watch_draws(found):
     """Have pages run in a shell that puts into `found` the first cell after which torch's generator has moved and was not seeded: its
     first state differs from process to process, and with it what the page shows and asserts. Figures are drawn once and small"""
-    start = torch.get_rng_state()
+    seed, start = torch.seed(), torch.get_rng_state()           # no page's own
 
     def watched(path):
         shell = CaptureShell(path)
@@ -78,7 +78,7 @@ def watch_draws(found):
                 found.append(result.info.raw_cell)
         shell.events.register("post_run_cell", look)
         return shell
-    seed, nbdev.test.CaptureShell = torch.initial_seed(), watched
+    nbdev.test.CaptureShell = watched
 
 
 def test_page(path, skip, flags):
