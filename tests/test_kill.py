@@ -10,6 +10,9 @@ import time
 import kills
 import pytest
 from conftest import TINY
+from test_selectors import arguments
+
+from basd.core.registry import SELECTORS
 
 TRAIN = ["train", "basd_cifar10", *TINY, "data.train_size=128", "data.val_size=32", "train.epochs=2",
          "train.checkpoint_every=3"]
@@ -74,6 +77,16 @@ def test_sigkill_at_any_time(run, undisturbed):
         kills.wait_for_training(processes, run)
         kills.end(processes, after=chance.uniform(0, .4))
     ends_equal(HELPED, run, undisturbed(HELPED))
+
+
+@pytest.mark.slow           # test_selectors.py stops a run with each selector at each push
+@pytest.mark.parametrize("name", SELECTORS)
+def test_sigkill_with_each_selector(name, run, undisturbed):
+    words = ["train", "basd_cifar10", *arguments(name), "train.checkpoint_every=3"]
+    for kill in (("step: weights new, average old", 5), ("checkpoint: half written", 2), ("step: between gradients and optimizer", 4)):
+        status, output = go(words, run, kill)
+        assert status == [-signal.SIGKILL], f"{kill} never came: {output}"
+    ends_equal(words, run, undisturbed(words))
 
 
 def test_sigkill_inside_a_cache_build(run, tmp_path):
