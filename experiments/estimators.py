@@ -15,7 +15,7 @@ from basd.cli import train
 from basd.runs.recipes import load_recipe, write_recipe
 
 # the defaults when the results were made
-FORMER = ["method.balance.u_max=2", "method.selector={name: nearest, dim: 48, rank: 8, max_rows: 1024}"]
+FORMER = ["method.balance.u_max=2", "method.selector=null", "method.selector={name: nearest, dim: 48, rank: 8, max_rows: 1024}"]
 FORMS = {
     "exact": FORMER,
     "sampled": [*FORMER, "method.selector.max_rows=256", "method.losses.rsd.max_rows=512", "method.losses.attn.rows=9",

@@ -28,7 +28,7 @@ PHOTOS = ["data.download=false", "views.flip=0.5", "student.img_size=32", "stude
 TEACHER = ["student.model=vit_tiny_patch16_224", "student.patch_size=16", "student.depth=12", "student.width=192",
            "train.lr=2e-4"]
 POINTS = ["basd", "basd_map_uniform", "cka", "rsd"]          # stages that compare several layers
-NEAREST = [f"stages.basd.method.selector.{o}" for o in ("name=nearest", "dim=48")]      # the default when photographs were run
+NEAREST = [f"stages.basd.method.selector.{o}" for o in ("name=nearest", "dim=48")]      # the default when these were run
 RACES = {
     "cifar10": dict(
         jobs=2, recipes=RIVALS, teacher=[*TEACHER, "student.img_size=96", "train.epochs=3"],
@@ -80,7 +80,7 @@ if __name__ == "__main__":
     os.chdir(ROOT)
     name, *rest = sys.argv[1:]
     if name == "digits":
-        race(name, on_digits(), [], Path(rest[0] if rest else "runs/race_digits"))
+        race(name, on_digits(), NEAREST, Path(rest[0] if rest else "runs/race_digits"))
     else:
         data, weights, *rest = rest
         r, folder = RACES[name], Path(rest[0] if rest else f"runs/race_{name}").resolve()

@@ -105,7 +105,6 @@ def entries():
     for n in (n for n in names if n.startswith("basd_select_")):         # another method's rule as BASD's selector keeps its long name
         found[n.removeprefix("basd_") if n.removeprefix("basd_select_") in found else n.removeprefix("basd_select_")] = n
     found |= {"ce_as_long": None}
-    found.setdefault("nearest", "digits")
     found |= {n: recipe for n, (recipe, _) in VARIANTS.items()}
     return dict(sorted(found.items(), key=lambda e: FIRST.index(e[0]) if e[0] in FIRST else len(FIRST)))
 

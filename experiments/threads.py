@@ -4,7 +4,7 @@ before it sleeps.
 GNU's OpenMP, which torch's own builds use, reads GOMP_SPINCOUNT before torch is imported; the package sets it to the number
 below (`basd/__init__.py`). Settings take turns, each in a process of its own; times are medians over rounds. Needs a machine
 on which nothing else runs. `--whole` trains all of the recipe
-`digits` instead, idle and beside the busy processes; that recipe was the quickstart when this was measured.
+`digits` instead, idle and beside the busy processes; that recipe was the quickstart when this was measured, and its selector `nearest`.
 
     python experiments/threads.py [--rounds 3] [--out experiments/results/threads.json]     # about five minutes
     python experiments/threads.py --whole           # some ten minutes

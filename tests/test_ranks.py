@@ -191,7 +191,7 @@ METHODS = {
     "dual_head": ["method.name=dual_head", "method.student_layers=[0, 1]"],
     "basd_fourier": ["method.name=basd_fourier", "method.student_layers=[0, 1]"],
     "amtml": ["method.name=amtml", "method.student_layers=[0, 1]"], "diverse": ["method.name=diverse", "method.student_layers=[0, 1]"],
-    "basd": BASD, "uniform": [*BASD, "method.selector=null", "method.layer_map=uniform"], "pocl": ["method.name=pocl"],
+    "default": ["method.name=basd", "method.student_layers=[0, 1]", "method.selector={rank: 4}"], "basd": BASD, "uniform": [*BASD, "method.selector=null", "method.layer_map=uniform"], "pocl": ["method.name=pocl"],
     "sampled": [*BASD, "method.selector.max_rows=128",
                 "method.losses={rsd: {max_rows: 128}, attn: {rows: 4}, spectral: {samples: 16}}",
                 "method.aligner={samples: 16}"],

@@ -8,8 +8,9 @@ python -m pip check & check=$!
 unset PYTHONDONTWRITEBYTECODE           # or each process that imports torch would compile it
 
 before=$(git status --porcelain)
-nbdev_export && nbdev_clean
-wait "$check"
+nbdev_export
+nbdev_clean
+wait "$check" || { echo "pip check has found what does not fit together, see above"; exit 1; }
 [ "$(git status --porcelain)" = "$before" ] || {
   git status --short; echo "notebooks and package are out of step: run nbdev_export and nbdev_clean, and commit"; exit 1
 }

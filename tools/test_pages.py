@@ -66,12 +66,13 @@ class Rank:
 
 
 def watch_draws(found):
-    """Have pages run in a shell that puts into `found` the first cell after which torch's generator has moved and was not seeded: its
-    first state differs from process to process, and with it what the page shows and asserts. Figures are drawn once and small"""
+    """Have pages run in a shell that puts into `found` the first cell after which torch's own generator has moved and was not seeded:
+    its first state differs from process to process, and with it what the page shows and asserts. (A cell that draws and then seeds
+    is not noticed.) Figures are drawn once and small"""
     seed, start = torch.seed(), torch.get_rng_state()           # no page's own
 
-    def watched(path):
-        shell = CaptureShell(path)
+    def watched(*args, **kwargs):
+        shell = CaptureShell(*args, **kwargs)
         set_matplotlib_formats("png", bbox_inches=None)
         def look(result):
             if not found and torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), start):

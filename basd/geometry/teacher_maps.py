@@ -7,6 +7,7 @@ __all__ = ['medoids', 'TeacherMap', 'ComplementarySelector', 'ArcLengthSelector'
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #6122ff44
 import math
+from itertools import combinations, combinations_with_replacement
 
 import torch
 from fastcore.basics import patch
@@ -35,13 +36,12 @@ def _layer_sets(
     L:int,          # teacher layers
     P:int,          # student layers
     last:bool=True, # only those that hold the last layer
-)->Tensor:          # indices in increasing order, (sets, P)
+)->Tensor|None:     # indices in increasing order, (sets, P); None if there are too many to try
     "All sets of P teacher layers, with repetition if P > L"
-    if math.comb(max(L, L + P - 1 if P > L else L), P) > 100_000:
-        raise ValueError(f"{P} of {L} teacher layers can be chosen in {math.comb(L, P)} ways, too many to try; "
-                         "give fewer in method.teacher_layers, for instance every second one")
-    sets = torch.combinations(torch.arange(L), P, with_replacement=P > L)
-    return sets[sets[:, -1] == L - 1] if last else sets
+    again, pool, free = P > L, L if P > L else L - last, P - last
+    if math.comb(pool + free - 1 if again else pool, free) > 100_000: return None
+    sets = torch.tensor(list((combinations_with_replacement if again else combinations)(range(pool), free)), dtype=torch.long)
+    return torch.cat([sets, sets.new_full((len(sets), 1), L - 1)], 1) if last else sets
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #fd328d47
 def medoids(
@@ -51,6 +51,30 @@ def medoids(
     "The set with the least sum of distances from all layers to its nearest member"
     cost = dist[:, sets].amin(-1).sum(0)
     return sets.index_select(0, cost.argmin()[None])[0]
+
+# %% ../../nbs/geometry/18_teacher_maps.ipynb #3ebc9222
+def _medoids_of_neighbors(
+    dist:Tensor,    # distances of teacher layers, (L, L)
+    P:int,          # how many, up to L
+    last:bool=True, # the last layer is one of them
+)->Tensor:          # indices in increasing order, (P,)
+    "`medoids` of which each stands for a run of neighboring layers; does not wait for the device"
+    L, i = len(dist), torch.arange(len(dist), device=dist.device)
+    below = torch.cat([dist.new_zeros(1, L), dist.cumsum(0)])
+    spread = below[1:] - below[:-1, None]                           # of layers i to j around m, (i, j, m)
+    spread = spread.masked_fill((i < i[:, None, None]) | (i > i[:, None]), torch.inf)
+    if last: spread[:, -1, :-1] = torch.inf
+    cost, member = spread.min(-1)
+    best, ends = cost[0], []                                        # of layers 0 to j by one member
+    for _ in range(P - 1):
+        best, end = (best[:-1, None] + cost[1:]).min(0)             # where the run before the last one ends
+        ends.append(end)
+    j, chosen = i[-1:], []
+    for end in reversed(ends):
+        before = end.index_select(0, j)
+        chosen.append(member.flatten().index_select(0, (before + 1)*L + j))
+        j = before
+    return torch.cat([*chosen, member[0].index_select(0, j)][::-1][:P]).sort().values
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #ad613444
 def _equal_arc_layers(
@@ -143,9 +167,13 @@ class ComplementarySelector(TeacherMap):
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, rank, dim, batches, max_rows)
+        self.last = last
         self.register_buffer('sets', _layer_sets(len(self.widths_t), len(self.widths_s), last), persistent=False)
 
-    def choose(self, gram:Tensor)->Tensor: return medoids(1 - gram, self.sets)
+    def choose(self, gram:Tensor)->Tensor:
+        if self.sets is not None: return medoids(1 - gram, self.sets)
+        P, L = len(self.widths_s), len(self.widths_t)
+        return self.chosen if P > L else _medoids_of_neighbors(1 - gram, P, self.last)     # more points than layers: each layer
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #f2ccdfb2
 @SELECTORS.register('arc_length')

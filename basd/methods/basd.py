@@ -159,7 +159,7 @@ class BASDOptions:
             raise ValueError(f"ramp_starts names {min(wrong)!r}, which is no loss; the losses are {', '.join(names)}")
         self.selector = _checked_selector(self.selector)
         if self.layer_map is not None:
-            usual = _checked_selector(None)
+            usual = _checked_selector(dict(name='nearest') if self.selector.name == 'nearest' else None)    # of earlier recipes
             for name in ('name', *vars(self.selector)):
                 if (given := getattr(self.selector, name)) != getattr(usual, name, None):
                     raise ValueError(f"selector.{name}={given!r} belongs to a selector, not to layer_map={self.layer_map!r}; leave "

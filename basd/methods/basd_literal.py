@@ -29,6 +29,7 @@ class LiteralBASDOptions(BASDOptions):
     spectrum_of:Literal['aligned', 'mixed'] = 'aligned'
 
     def __post_init__(self):
+        if self.selector is None or isinstance(self.selector, dict): self.selector = dict(name='nearest') | (self.selector or {})
         super().__post_init__()
         if self.targets == 'live':
             refuse_unread(LiteralBASDOptions, "targets='constant'", "'live'", align_weight=self.align_weight)

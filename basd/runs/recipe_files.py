@@ -534,13 +534,20 @@ def _check(x, node, path, defs):
             elif not any(re.search(p, k) for p in section.get('patternProperties', ())):
                 if path == ['method', 'losses']:
                     raise ValueError(f"method.losses: unknown loss {k!r}{suggestion(k, keys)}; allowed: {', '.join(keys)}")
-                raise ValueError(f"unknown key {'.'.join([*path, k])}{_meant(k, keys, defs)}; allowed: {', '.join(keys) or 'none'}")
+                raise ValueError(f"unknown key {'.'.join([*path, k])}{_meant(k, keys, defs)}; allowed"
+                                 + _of_selector(k, x, defs)*(path == ['method', 'selector']) + f": {', '.join(keys) or 'none'}")
     elif isinstance(x, list):
         for v in x if (items := next((b['items'] for b in branches if 'items' in b), None)) else (): _check(v, items, path, defs)
     elif isinstance(x, str) and all('enum' in b or b.get('type') == 'null' for b in branches):
         if x not in (words := choices_of(dict(anyOf=branches))):
             *first, last = map(repr, words)
             raise ValueError(f"{'.'.join(path)}={x!r}: input should be {', '.join(first)} or {last}{suggestion(x, words)}")
+
+def _of_selector(key, given, defs):
+    "For which selector a key is not allowed, and which have it"
+    takers = [d.partition('.')[2] for d in defs if d.startswith('selector.') and key in defs[d]['properties']]
+    return (f" for {given['name']!r}" if 'name' in given else " for 'complementary', which is meant where no name stands") + (
+        f" ({key} is an option of {', '.join(takers)}: give method.selector.name)" if takers else '')
 
 def _meant(key, keys, defs):
     "The same key of another section, or the closest of those that are allowed here"
