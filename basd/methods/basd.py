@@ -10,7 +10,7 @@ __all__ = ['RSDOptions', 'RelationalOptions', 'AttentionOptions', 'SpectralOptio
 import warnings
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import cache, partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from fastcore.basics import patch
@@ -108,18 +108,16 @@ def selector_options(
     "Options dataclass of a selector"
     return _selector_options(SELECTORS.get(name), name)
 
-# %% ../../nbs/methods/51_basd.ipynb #74e97c7d
-_default_selector = 'complementary' # of BASD, where a recipe names none
-
 # %% ../../nbs/methods/51_basd.ipynb #ea53f189
 def _checked_selector(
-    given, # options with `name`, None for the default selector, or an options dataclass
-):         # of `selector_options`
+    given,       # options with `name`, None for the default selector, or an options dataclass
+    default:str, # name of the selector where none is given
+):               # of `selector_options`
     "Options of a selector with defaults filled in; an error names the key that is wrong"
     if is_dataclass(given) and hasattr(given, 'name'): given = vars(given)
     given = {} if given is None else given
     if not isinstance(given, dict): raise ValueError(f"selector={given!r}; give its name and options, as in {{name: progressive}}")
-    name = given.get('name', _default_selector)
+    name = given.get('name', default)
     try: kind = selector_options(name)
     except ValueError as e: raise ValueError(f"selector.name: {e}") from None
     try: return options_adapter(kind).validate_python(given)
@@ -133,6 +131,7 @@ def _checked_selector(
 @options_dataclass
 class BASDOptions:
     "Options of BASD"
+    default_selector:ClassVar[str] = 'complementary'
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
     student_layers:Any = 'default'
     teacher_layers:Any = 'all'              # teacher layers that are mixed: "all", or a list of indices or names
@@ -157,9 +156,9 @@ class BASDOptions:
         names = [f.name for f in fields(self.losses)]
         if wrong := set(self.ramp_starts) - set(names):
             raise ValueError(f"ramp_starts names {min(wrong)!r}, which is no loss; the losses are {', '.join(names)}")
-        self.selector = _checked_selector(self.selector)
+        self.selector = _checked_selector(self.selector, self.default_selector)
         if self.layer_map is not None:
-            usual = _checked_selector(dict(name='nearest') if self.selector.name == 'nearest' else None)    # of earlier recipes
+            usual = _checked_selector(None, 'nearest' if self.selector.name == 'nearest' else self.default_selector)    # of earlier recipes
             for name in ('name', *vars(self.selector)):
                 if (given := getattr(self.selector, name)) != getattr(usual, name, None):
                     raise ValueError(f"selector.{name}={given!r} belongs to a selector, not to layer_map={self.layer_map!r}; leave "

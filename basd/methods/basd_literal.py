@@ -6,7 +6,7 @@
 __all__ = ['LiteralBASDOptions', 'LiteralBASD']
 
 # %% ../../nbs/methods/52_basd_literal.ipynb #fbc2511a
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .base import FeatureShapes
 @options_dataclass
 class LiteralBASDOptions(BASDOptions):
     "Options of BASD's literal form"
+    default_selector:ClassVar[str] = 'nearest'
     # "live": the losses also train aligner and temperatures; "constant": they train neither
     targets:Literal['live', 'constant'] = 'live'
     # token targets and the selector's teacher rows under MixUp and CutMix: those of the unmixed image, mixed to match, or
@@ -29,7 +30,6 @@ class LiteralBASDOptions(BASDOptions):
     spectrum_of:Literal['aligned', 'mixed'] = 'aligned'
 
     def __post_init__(self):
-        if self.selector is None or isinstance(self.selector, dict): self.selector = dict(name='nearest') | (self.selector or {})
         super().__post_init__()
         if self.targets == 'live':
             refuse_unread(LiteralBASDOptions, "targets='constant'", "'live'", align_weight=self.align_weight)

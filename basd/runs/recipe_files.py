@@ -522,9 +522,9 @@ def _named(x, kind, default, path, defs):
 
 def _check(x, node, path, defs):
     if path == ['method'] and isinstance(x, dict): node = _named(x, 'method', 'ce', path, defs)
-    branches = _branches(node, defs) if node else [{}]
+    branches, usual = _branches(node, defs) if node else [{}], None
     if path == ['method', 'selector'] and isinstance(x, dict) and 'allOf' in branches[0]:
-        branches = [_named(x, 'selector', 'complementary', path, defs) or {}]
+        branches = [_named(x, 'selector', usual := branches[0]['properties']['name']['default'], path, defs) or {}]
     if isinstance(x, dict):
         section = next((b for b in branches if 'properties' in b), None)
         if not section or not all(isinstance(k, str) for k in x): return
@@ -535,7 +535,7 @@ def _check(x, node, path, defs):
                 if path == ['method', 'losses']:
                     raise ValueError(f"method.losses: unknown loss {k!r}{suggestion(k, keys)}; allowed: {', '.join(keys)}")
                 raise ValueError(f"unknown key {'.'.join([*path, k])}{_meant(k, keys, defs)}; allowed"
-                                 + _of_selector(k, x, defs)*(path == ['method', 'selector']) + f": {', '.join(keys) or 'none'}")
+                                 + (_of_selector(k, x, usual, defs) if usual else '') + f": {', '.join(keys) or 'none'}")
     elif isinstance(x, list):
         for v in x if (items := next((b['items'] for b in branches if 'items' in b), None)) else (): _check(v, items, path, defs)
     elif isinstance(x, str) and all('enum' in b or b.get('type') == 'null' for b in branches):
@@ -543,10 +543,10 @@ def _check(x, node, path, defs):
             *first, last = map(repr, words)
             raise ValueError(f"{'.'.join(path)}={x!r}: input should be {', '.join(first)} or {last}{suggestion(x, words)}")
 
-def _of_selector(key, given, defs):
+def _of_selector(key, given, usual, defs):
     "For which selector a key is not allowed, and which have it"
     takers = [d.partition('.')[2] for d in defs if d.startswith('selector.') and key in defs[d]['properties']]
-    return (f" for {given['name']!r}" if 'name' in given else " for 'complementary', which is meant where no name stands") + (
+    return (f" for {given['name']!r}" if 'name' in given else f" for {usual!r}, which is meant where no name stands") + (
         f" ({key} is an option of {', '.join(takers)}: give method.selector.name)" if takers else '')
 
 def _meant(key, keys, defs):

@@ -648,7 +648,7 @@ def _method_schema(n):
         keys['losses'] |= dict(properties={l: _or_null(f'loss.{l}') for l in LOSSES}, patternProperties={':': {}},
                                additionalProperties=False)
     if 'selector' in keys and 'properties' not in keys['selector']:
-        keys['selector'] |= dict(anyOf=[_chosen('selector', SELECTORS, 'Selector and its options'), dict(type='null')])
+        keys['selector'] |= dict(anyOf=[_chosen('selector', SELECTORS, 'Selector and its options', default=METHODS.get(n).Options.default_selector), dict(type='null')])
     return schema
 
 # %% ../../nbs/runs/61_recipes.ipynb #e84a8f46
