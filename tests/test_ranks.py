@@ -1,4 +1,5 @@
 "Two ranks with half of the batch each are one rank with the whole of it: same loss, same gradients"
+import copy
 import math
 import os
 import sys
@@ -198,19 +199,36 @@ METHODS = {
                 "method.aligner={samples: 16}"],
 }
 def every_method(words, run):
+    "Of each method under CutMix alone and under MixUp alone, from the same state: its losses and gradients"
     def one(name, own):
         trainer = in_double(load_recipe("deit_cifar", [*words, *own])[""], run/name)
-        found = parts_and_gradients(trainer, next(iter(trainer.data.read(0, 0, 1))))
-        assert (trainer.task.depth == 1) == (name == "stops early")
-        return found
+        task, batch = trainer.task, next(iter(trainer.data.read(0, 0, 1)))
+        start, mixing = copy.deepcopy(task.state_dict()), task.mixing
+        assert mixing.mixup and mixing.cutmix
+        def under(**none):
+            task.load_state_dict(start)
+            task.zero_grad()
+            task.mixing = mixing._replace(**none)
+            found = copy.deepcopy(parts_and_gradients(trainer, batch))
+            assert (task.depth == 1) == (name == "stops early")
+            return found
+        return {blend: under(**none) for blend, none in BLENDS.items()}
     return {name: one(name, own) for name, own in METHODS.items()}
 
 
-@pytest.mark.parametrize("blend", ["views.mixup=0", "views.cutmix=0"]) # CutMix alone, MixUp alone
-def test_every_method_on_several_ranks(blend, tmp_path, record_property):
+BLENDS = {"CutMix": dict(mixup=0.), "MixUp": dict(cutmix=0.)}
+
+
+@pytest.fixture(scope="module")
+def on_each_number_of_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return {ranks: on_ranks(every_method, FRAME, folder/str(ranks), ranks=ranks, folder=folder) for ranks in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+def test_every_method_on_several_ranks(blend, on_each_number_of_ranks, record_property):
     several = 2, 4
-    found = {ranks: on_ranks(every_method, [*FRAME, blend], tmp_path/str(ranks), ranks=ranks, folder=tmp_path)
-             for ranks in (1, *several)}
+    found = {ranks: {name: of[blend] for name, of in every.items()} for ranks, every in on_each_number_of_ranks.items()}
     far = lambda a, b: max((((a[k] - b[k]).abs()/b[k].abs().clamp(min=1e-2)).max().item() for k in b if b[k].numel()),
                            default=0.)
     for i, what in enumerate(("parts", "gradients")):
@@ -226,6 +244,13 @@ def test_every_method_on_several_ranks(blend, tmp_path, record_property):
                                           msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
             for k in grads1: assert_close(grads[k], grads1[k], rtol=1e-6, atol=1e-9,
                                           msg=lambda m, k=k: f"{name} on {ranks} ranks, {k}: {m}")
+
+
+def test_the_blends_differ(on_each_number_of_ranks):
+    "Each method that is blended at all has other losses under CutMix than under MixUp: the two cases above are two"
+    for name, of in on_each_number_of_ranks[1].items():
+        parts = [of[blend][0] for blend in BLENDS]
+        assert any(not torch.equal(parts[0][k], parts[1][k]) for k in parts[0]), name
 
 
 def cached_method(words, run):

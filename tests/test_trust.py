@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 from conftest import NO_MODEL, TINY
-from forks import ENVIRONMENT
+from forks import ENVIRONMENT, end, start
 
 from basd.core import registry
 from basd.runs.run_directory import load_checkpoint, save_checkpoint
@@ -117,14 +117,21 @@ def test_replay(finished, here):
     assert (here/"mark").exists()
 
 
+def in_folder(folder, words):
+    "The command in `folder`, which is not on the import path, as `basd` is started there"
+    os.chdir(folder)
+    return main(words)
+
+
 def test_the_shell(finished, here):
     "`python -m basd` in the directory where the module lies; with --trust the mark is there"
     hostile(finished, here, HOSTILE["method"])
-    go = lambda *more: subprocess.run([sys.executable, "-m", "basd", "evaluate", RUN, "--quick", *more],
-                                      capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
-    done = go()
+    words = ["evaluate", RUN, "--quick"]
+    done = subprocess.run([sys.executable, "-m", "basd", *words], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     assert done.returncode == 2 and "would import code" in done.stderr and not (here/"mark").exists(), done.stderr
-    assert go("--trust").returncode == 0 and (here/"mark").exists()
+    for more, status in (([], [2]), (["--trust"], [0])):            # as quickly without a Python of its own, and with the same end
+        assert end(start(in_folder, here, [*words, *more], out=here/"out.txt")) == status, (here/"out.txt").read_text()
+        assert (here/"mark").exists() == bool(more)
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import weakref
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -294,17 +296,19 @@ def environment()->dict:
                 system=platform.system(), machine=platform.machine(),
                 cpus=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, ranks=world_size(), git=_git())
 
+@cache
 def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None
 
 def _git():
     "Commit of the package's checkout and whether it is clean; None outside of a checkout"
-    run = lambda *a: subprocess.run(['git', '-C', str(Path(basd.__file__).parent), *a],
-                                    capture_output=True, text=True, timeout=10)
-    try: commit, dirty = run('rev-parse', 'HEAD'), run('status', '--porcelain')
+    status = ['git', '-C', str(Path(basd.__file__).parent), 'status', '--porcelain=v2', '--branch']
+    try: found = subprocess.run(status, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired): return None
-    return dict(commit=commit.stdout.strip(), clean=not dirty.stdout) if commit.returncode == 0 else None
+    of, changes = re.match(r'# branch\.oid (\w+)', found.stdout), re.findall('^[^#]', found.stdout, re.M)
+    return dict(commit=of[1], clean=not changes) if of else None
+
 
 # %% ../../nbs/runs/62_run_directory.ipynb #e202903d
 def check_resume(
