@@ -74,12 +74,19 @@ def keys_text(
     if any(name in names for names in kinds.values()): return _entries(recipe_keys(name), width)
     if f'selector.{name}' in kinds['selector']: return _entries(recipe_keys(f'selector.{name}'), width)
     every = recipe_keys()
-    if found := [k for k in every if name in (k.key, k.key.rpartition('.')[2])]: return _entries(found, width)
+    if found := [k for k in every if name in (k.key, k.key.rpartition('.')[2])]: return _where(found, width)
     if name in recipe_names():
         methods = [m for m in dict.fromkeys(_methods_of(name)) if m in kinds['method']]
         return '\n\n'.join(f'# method {m}\n' + _entries(recipe_keys(m), width) for m in methods if recipe_keys(m) or len(methods) == 1)
     names = [n for group in kinds.values() for n in group]
     raise ValueError(f"unknown section, method or key {name!r}{_near(name, names, every)}; basd keys lists the sections and methods")
+
+def _where(keys, width):
+    "Keys of one name, equal ones once, under the sections that have them if there are several"
+    sections = {}
+    for k in keys: sections.setdefault(str(k._replace(section='')), []).append(k)
+    if len(sections) == 1: return _entries(keys[:1], width)
+    return '\n\n'.join(f"# {', '.join(k.section for k in same)}\n{_entries(same[:1], width)}" for same in sections.values())
 
 def _near(name, names, keys): return suggestion(name, [*names, *(k.key for k in keys), *(k.key.rpartition('.')[2] for k in keys)])
 

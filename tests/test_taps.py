@@ -256,21 +256,6 @@ def test_a_layer_of_several_branches_is_refused():
         TappedModel(timm.create_model("hrnet_w18_small"))(torch.rand(1, 3, 64, 64))
 
 
-@torch.no_grad()
-def test_each_depth_compiles_to_one_graph(four, x):
-    torch._dynamo.reset()
-    four.infer_shapes(x)
-    graphs, compiled = [], torch.compile(four.install_hooks(), fullgraph=True,
-                                         backend=lambda g, _: (graphs.append(g), g.forward)[1])
-    whole = four(x)
-    for n in (1, 2, 4, None, 3, 2, 1, 4, None):
-        f = compiled(x, depth=n)
-        if n: equal(f, whole, n)
-    equals(len(graphs), 5)
-    four.remove_hooks()
-    torch._dynamo.reset()
-
-
 def test_what_is_worked_out_once():
     "The layers are found once, and anew when a module is replaced or a setting changes; a pass leaves no activation behind"
     student = TappedModel(timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=3, embed_dim=24, num_heads=3))

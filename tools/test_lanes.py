@@ -34,13 +34,16 @@ def lane(files, log):
     sys.exit(pytest.main(["-q", "--durations=10", *files]))
 
 
+def start_docs(folder):
+    "The docs come from a Python of their own"
+    with open(folder/"docs", "w") as log: return subprocess.Popen([sys.executable, "tools/docs.py"], stdout=log, stderr=log)
+
+
 def start_lanes(folder):
-    "name → process; the docs come from a Python of their own"
+    "name → process"
     fork = multiprocessing.get_context("fork")
     lanes = {name: fork.Process(target=lane, args=(files, folder/name)) for name, files in FILES.items()}
     for process in lanes.values(): process.start()
-    with open(folder/"docs", "w") as log:
-        lanes["docs"] = subprocess.Popen([sys.executable, "tools/docs.py"], stdout=log, stderr=log)
     return lanes
 
 
@@ -53,8 +56,9 @@ def status_of(process):
 
 def main():
     folder = Path(tempfile.mkdtemp())
+    docs = start_docs(folder)
     prepare()
-    lanes = start_lanes(folder)
+    lanes = start_lanes(folder) | dict(docs=docs)
     try:
         failed = report(*test_pages([p.absolute() for p in sorted(nbglob(as_path=True))], [], 2))
         for name, process in lanes.items():

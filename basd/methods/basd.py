@@ -135,8 +135,8 @@ class BASDOptions:
     # student layers: "default" (at 3, 6, 9 and 11 twelfths of the depth), "all", or a list of indices or names
     student_layers:Any = 'default'
     teacher_layers:Any = 'all'              # teacher layers that are mixed: "all", or a list of indices or names
-    # how teacher layers are weighted for each student layer: name of a selector ("complementary" if none is given) and its options;
-    # null clears what an extended recipe has set
+    # how teacher layers are weighted for each student layer: name of a selector ("complementary" if none is given, "nearest" in the
+    # literal form) and its options; null clears what an extended recipe has set
     selector:Any = None
     # a fixed map in place of the selector: "uniform", "first_to_last", "skip", "last", "final", "first", "reversed",
     # "random", a list of [student layer, teacher layer], or "mean" for equal weights; null: the selector
