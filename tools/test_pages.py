@@ -69,7 +69,7 @@ class Rank:
 def watch_draws(found):
     """Have pages run in a shell that puts into `found` the first cell after which torch's own generator has moved and was not seeded:
     its first state differs from process to process, and with it what the page shows and asserts. (A cell that draws and then seeds
-    is not noticed.) Figures are drawn once, small, and as they are laid out at first"""
+    is not noticed.) Figures are drawn once and small, without adjusting their layout"""
     seed, start = torch.seed(), torch.get_rng_state()           # no page's own
 
     def watched(*args, **kwargs):
