@@ -149,7 +149,7 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
                                         frame.get("depth") and range(frame["depth"]))
         given = options.teacher_layers
         tree["method"]["teacher_layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
-    if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(distill_weight=frame.get("weight", .3)) | (SAMPLED if frame.get("sampled") else {}))
+    if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(distill_weight=.3) | (SAMPLED if frame.get("sampled") else {}))
     content = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
     key = digest([content, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])
     if recipe is not None and teacher:
