@@ -82,11 +82,17 @@ def keys_text(
     raise ValueError(f"unknown section, method or key {name!r}{_near(name, names, every)}; basd keys lists the sections and methods")
 
 def _where(keys, width):
-    "Keys of one name, equal ones once, under the sections that have them if there are several"
-    sections = {}
-    for k in keys: sections.setdefault(str(k._replace(section='')), []).append(k)
-    if len(sections) == 1: return _entries(keys[:1], width)
-    return '\n\n'.join(f"# {', '.join(k.section for k in same)}\n{_entries(same[:1], width)}" for same in sections.values())
+    "Keys of one name: equal ones once, and under the sections that have them where a key has several definitions"
+    same = {}
+    for k in keys: same.setdefault(str(k._replace(section='')), []).append(k)
+    kinds = {n: kind for kind,names in recipe_sections().items() for n in names}
+    paths = [of[0].key for of in same.values()]
+    def heading(of):
+        if paths.count(of[0].key) == 1: return ''
+        text = ', '.join(f'{kinds[k.section]} {k.section.removeprefix("selector.")}' for k in of)
+        return textwrap.fill(text, width, initial_indent='# ', subsequent_indent='# ', break_long_words=False, break_on_hyphens=False) + '\n'
+    blocks = [heading(of) + _entries(of[:1], width) for of in same.values()]
+    return ('\n\n' if len({*paths}) < len(paths) else '\n').join(blocks)
 
 def _near(name, names, keys): return suggestion(name, [*names, *(k.key for k in keys), *(k.key.rpartition('.')[2] for k in keys)])
 

@@ -1,5 +1,5 @@
 """Processes, alone or as the ranks of one job, forked from a process that has imported the package already: an import
-takes seconds, a fork does not. `test_torchrun_starts_it_again` and the notebook of the trainer use a real launcher."""
+takes seconds, a fork does not. `test_nodes.py` starts a real launcher."""
 import multiprocessing.util
 import os
 import signal
@@ -122,6 +122,7 @@ def on_ranks(f, *args, ranks, folder):
 
 def _saved(f, args, out):
     with process_group("cpu"):
+        assert world_size() == int(os.environ.get("WORLD_SIZE", 1))
         found = f(*args)
         if rank() == 0: torch.save(found, out)
         if world_size() > 1: torch.distributed.barrier()

@@ -79,7 +79,7 @@ def test_sigkill_at_any_time(run, undisturbed):
     ends_equal(HELPED, run, undisturbed(HELPED))
 
 
-@pytest.mark.slow           # test_selectors.py stops a run with each selector at each push
+@pytest.mark.slow           # test_selectors.py stops a run with three selectors at each push, and with each of them weekly
 @pytest.mark.parametrize("name", SELECTORS)
 def test_sigkill_with_each_selector(name, run, undisturbed):
     words = ["train", "basd_cifar10", *arguments(name), "train.checkpoint_every=3"]

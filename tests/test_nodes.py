@@ -37,7 +37,6 @@ def agent(words):
     return 0
 
 
-@pytest.mark.slow
 def test_two_agents_are_one(on_one_node, tmp_path):
     "Two nodes of one rank, each with an agent of its own, end with the state of one node of two ranks, bit for bit"
     output, run = tmp_path/"out.txt", tmp_path/"run"

@@ -247,7 +247,7 @@ def test_every_method_on_several_ranks(blend, on_each_number_of_ranks, record_pr
 
 
 def test_the_blends_differ(on_each_number_of_ranks):
-    "Each method that is blended at all has other losses under CutMix than under MixUp: the two cases above are two"
+    "Every method has other losses under CutMix than under MixUp, so the two cases above differ"
     for name, of in on_each_number_of_ranks[1].items():
         parts = [of[blend][0] for blend in BLENDS]
         assert any(not torch.equal(parts[0][k], parts[1][k]) for k in parts[0]), name

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import TINY
-from forks import ENVIRONMENT, end, start, state_of
+from forks import ENVIRONMENT, state_of
 from PIL import Image, ImageOps
 
 from basd.data.sources import ImageDataset, open_source
@@ -81,10 +81,9 @@ def test_readers_start_once(method, run, tmp_path):
     assert same(run, tmp_path/"run")
 
 
-def test_from_its_own_recipe(run, tmp_path):
-    "`basd train RUN_DIR/recipe.yaml` repeats the run, in another process"
-    words, out = ["train", str(run/"recipe.yaml"), "--run-dir", str(tmp_path/"again")], tmp_path/"out.txt"
-    assert end(start(main, words, out=out)) == [0], out.read_text()
+def test_from_its_own_recipe(run, tmp_path, basd):
+    "`basd train RUN_DIR/recipe.yaml` repeats the run, in a fresh process"
+    basd("train", run/"recipe.yaml", "--run-dir", tmp_path/"again")
     assert same(run, tmp_path/"again")
     assert (run/"recipe.yaml").read_bytes() == (tmp_path/"again"/"recipe.yaml").read_bytes()
 

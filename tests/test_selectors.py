@@ -22,7 +22,7 @@ WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs
     "train.log_gradients=false", "data.train_size=128", "data.batch_size=16", "data.val_size=20"]
 
 
-# of the three that pages compare; the others, which keep their state in buffers as these do, take their turn in the weekly job
+# three at each push: measured at each step, a moving frontier, a map chosen once; the other four in the weekly job
 EVERY = [name if name in ("nearest", "progressive", "complementary") else pytest.param(name, marks=pytest.mark.slow) for name in SELECTORS]
 
 

@@ -118,8 +118,9 @@ def test_replay(finished, here):
 
 
 def in_folder(folder, words):
-    "The command in `folder`, which is not on the import path, as `basd` is started there"
+    "The command in `folder`, which `__main__` takes off the import path"
     os.chdir(folder)
+    sys.path[:] = [p for p in sys.path if p not in ("", str(folder))]
     return main(words)
 
 

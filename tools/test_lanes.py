@@ -35,7 +35,7 @@ def lane(files, log):
 
 
 def start_docs(folder):
-    "The docs come from a Python of their own"
+    "Start the docs, in a Python of their own"
     with open(folder/"docs", "w") as log: return subprocess.Popen([sys.executable, "tools/docs.py"], stdout=log, stderr=log)
 
 
@@ -56,10 +56,10 @@ def status_of(process):
 
 def main():
     folder = Path(tempfile.mkdtemp())
-    docs = start_docs(folder)
-    prepare()
-    lanes = start_lanes(folder) | dict(docs=docs)
+    lanes = dict(docs=start_docs(folder))
     try:
+        prepare()
+        lanes |= start_lanes(folder)
         failed = report(*test_pages([p.absolute() for p in sorted(nbglob(as_path=True))], [], 2))
         for name, process in lanes.items():
             status, output = status_of(process), (folder/name).read_text()

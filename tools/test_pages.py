@@ -42,13 +42,13 @@ from nbdev.test import test_nb
 
 def prepare():
     """Do what most tests and pages begin with, before the fork: read the digits, compile the options of the packaged recipes. The
-    collector leaves alone what there is then: it would look through all modules again in each fork, and copy their memory"""
+    collector leaves alone what there is then: it would look through all modules again in each fork, and copy their memory. It is also called less often"""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)            # a pool of threads would not survive the fork
     for split in ("train", "test"): open_source("digits", split)
     for name in recipe_names(): load_recipe(name)
     torch.set_num_threads(threads)
-    gc.collect(); gc.freeze()
+    gc.collect(); gc.freeze(); gc.set_threshold(100_000, 50, 100)
 
 
 class Rank:
@@ -96,7 +96,7 @@ def test_page(path, skip, flags):
     sys.exit(0 if passed and not unseeded else 1)
 
 
-FIRST = ["93_any_tokens", "88_compare", "91_first_run", "96_text", "84_compare_runs", "75_build"]   # long; none is to be left alone at the end
+FIRST = ["93_any_tokens", "88_compare", "91_first_run", "96_text", "84_compare_runs", "75_build"]   # the longest pages, so that none runs alone at the end
 
 
 def test_pages(pages, flags, workers):

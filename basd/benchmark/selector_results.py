@@ -116,7 +116,7 @@ def _verdict(
               "no interval is above zero even without correction."),
            f"The best, `{best['name']}`, differs from the uniform map by {best['difference']:+.2f} points "
            f"(95 %: {low:+.2f} to {high:+.2f}, {best['pairs']} seeds)"
-           + (f", and its step takes {best['ratio']:.2f} times as long." if best['ratio'] else '.')]
+           + (f", and its step takes {slower:.2f} times as long." if (slower := _step_ratio(results, best['name'])) else '.')]
     against_ramp, over_ramp, _ = _significant(results, 'ramp')
     if against_ramp:
         ramp = at['ramp']
@@ -134,11 +134,22 @@ _titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_8_sampled='CIFAR-10 a
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #ac44340b
 def recorded(
-    folder, # with `selectors_FRAME.json`
-)->dict:    # frame → results, in the order of `_titles`
+    folder, # with `selectors_FRAME.json`, and `entry_cost.json` of `experiments/entry_cost.py`
+)->dict:    # frame → results, in the order of `_titles`; `cost` is that of a step with each entry, measured alone
     "Recorded results of all frames"
-    files = {n: Path(folder)/f'selectors_{n}.json' for n in _titles}
-    return {n: json.loads(f.read_text()) for n,f in files.items() if f.is_file()}
+    files, timed = {n: Path(folder)/f'selectors_{n}.json' for n in _titles}, Path(folder)/'entry_cost.json'
+    cost = json.loads(timed.read_text()) if timed.is_file() else {}
+    cost |= {'cifar10_8_sampled': cost.get('cifar10_34', {})}           # the same step
+    return {n: json.loads(f.read_text()) | dict(cost=cost.get(n, {})) for n,f in files.items() if f.is_file()}
+
+def _step_ratio(
+    results:dict, # of a frame
+    entry:str,
+)->float|None: # None if it was not measured
+    "Time of a step relative to the uniform map's, measured alone"
+    if entry == 'uniform': return 1.
+    found = results.get('cost', {}).get('ce' if entry == 'ce_as_long' else entry.removesuffix('_slow'))
+    return found and found['ratio']
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #ad0cf4a1
 def first_words(
@@ -183,9 +194,9 @@ def _choice_table(
     p = lambda x: '–' if x is None else f'{x:.3f}' if x >= .001 else '< 0.001'
     gap = lambda r: '–' if r['difference'] is None else f"{r['difference']:+.2f}" + (f" ± {r['half']:.2f}" if r['half'] is not None else '')
     rows = [[f"**{r['name']}**" if r['name'] in _measured else r['name'], r['n'], show(r['mean'], '.2f'), gap(r), p(r['p']),
-             p(r['holm']), '–' if r['step'] is None else f"{1e3*r['step']:.0f}", show(r['ratio'], '.2f')]
+             p(r['holm']), show(_step_ratio(results, r['name']), '.2f')]
             for r in choices(results) if r['n']]
-    return markdown_table(['entry', 'seeds', 'top-1 (%)', 'minus uniform', 'p', 'Holm', 'ms/step', 'step ÷ uniform'], rows)
+    return markdown_table(['entry', 'seeds', 'top-1 (%)', 'minus uniform', 'p', 'Holm', 'step ÷ uniform'], rows)
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #43735003
 def _remarks_on(
@@ -199,9 +210,8 @@ def _remarks_on(
            seeds > 1 and f"with {seeds} seeds p < 0.05 needs a mean difference of {stats.t.ppf(.975, seeds - 1)/seeds**.5:.1f} "
            "standard deviations of the differences, and more after correction"]
     if runs and 'images' in runs[0]: out.append(f"one test image is {100/runs[0]['images']:.2f} points")
-    jobs = max((r.get('jobs', 1) for r in runs), default=1)
-    if runs: out.append(f"steps are timed with {jobs} run{'s'*(jobs > 1)} at a time, beside other load of the machine")
-    if results.get('cached'): out.append("teacher outputs come from a cache, so step times do not include the teacher's forward pass")
+    if results.get('cost'): out.append(f"steps are timed alone, in turn with the uniform map's, in {results['cost']['rounds']} rounds (`experiments/entry_cost.py`)")
+    if results.get('cached'): out.append("teacher outputs come from a cache, so the time of a step does not include the teacher's forward pass")
     accuracies = sorted(t for t in (results.get('teacher') or {}).values() if t)
     if accuracies: out.append(f"teacher: {accuracies[0]:.1f} %" + (f" to {accuracies[-1]:.1f} %" if accuracies[-1] - accuracies[0] > .05 else ''))
     failed = {(r['entry'], r['failed']) for r in results['runs'] if 'failed' in r}

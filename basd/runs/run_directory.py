@@ -304,11 +304,10 @@ def _version(name):
 def _git():
     "Commit of the package's checkout and whether it is clean; None outside of a checkout"
     status = ['git', '-C', str(Path(basd.__file__).parent), 'status', '--porcelain=v2', '--branch']
-    try: found = subprocess.run(status, capture_output=True, text=True, timeout=10)
+    try: found = subprocess.run(status, capture_output=True, timeout=10)    # bytes: a branch may have any name
     except (OSError, subprocess.TimeoutExpired): return None
-    of, changes = re.match(r'# branch\.oid (\w+)', found.stdout), re.findall('^[^#]', found.stdout, re.M)
-    return dict(commit=of[1], clean=not changes) if of else None
-
+    of, changes = re.match(rb'# branch\.oid ([0-9a-f]+)', found.stdout), re.findall(b'^[^#]', found.stdout, re.M)
+    return dict(commit=of[1].decode(), clean=not changes) if of and not found.returncode else None
 
 # %% ../../nbs/runs/62_run_directory.ipynb #e202903d
 def check_resume(
