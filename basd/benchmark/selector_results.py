@@ -134,7 +134,7 @@ _titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_8_sampled='CIFAR-10 a
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #ac44340b
 def recorded(
-    folder, # with `selectors_FRAME.json`, and `entry_cost.json` of `experiments/entry_cost.py`
+    folder, # with `selectors_FRAME.json` and `entry_cost.json`
 )->dict:    # frame → results, in the order of `_titles`; `cost` is that of a step with each entry, measured alone
     "Recorded results of all frames"
     files, timed = {n: Path(folder)/f'selectors_{n}.json' for n in _titles}, Path(folder)/'entry_cost.json'
@@ -210,7 +210,7 @@ def _remarks_on(
            seeds > 1 and f"with {seeds} seeds p < 0.05 needs a mean difference of {stats.t.ppf(.975, seeds - 1)/seeds**.5:.1f} "
            "standard deviations of the differences, and more after correction"]
     if runs and 'images' in runs[0]: out.append(f"one test image is {100/runs[0]['images']:.2f} points")
-    if results.get('cost'): out.append(f"steps are timed alone, in turn with the uniform map's, in {results['cost']['rounds']} rounds (`experiments/entry_cost.py`)")
+    if results.get('cost'): out.append(f"steps are timed alone, in turn with the uniform map's, in {results['cost']['rounds']} rounds (`entry_cost.py`)")
     if results.get('cached'): out.append("teacher outputs come from a cache, so the time of a step does not include the teacher's forward pass")
     accuracies = sorted(t for t in (results.get('teacher') or {}).values() if t)
     if accuracies: out.append(f"teacher: {accuracies[0]:.1f} %" + (f" to {accuracies[-1]:.1f} %" if accuracies[-1] - accuracies[0] > .05 else ''))
