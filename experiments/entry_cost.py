@@ -54,7 +54,7 @@ def measure(name, rounds, found):
         if entry == "ce_as_long" or entry.endswith("_slow"): continue           # steps of `ce` and of the selector without `_slow`
         try: benches[entry] = bench(frame, entry)
         except ValueError as e: print(f"{name}: {entry} left out, {e}", flush=True)
-    uniform, ratios = benches.pop("uniform"), {n: [] for n in benches if n != "uniform"}
+    uniform, ratios = benches.pop("uniform"), {n: [] for n in benches}
     for i in range(rounds + 1):             # the first warms up
         plain = seconds(lambda: steps(uniform))
         for n,b in benches.items(): ratios[n].append(seconds(lambda b=b: steps(b))/plain)

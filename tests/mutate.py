@@ -147,7 +147,7 @@ def run_tests(words):
             if report.failed: failed.append(report.nodeid.split("::")[-1])
         def pytest_collectreport(self, report):
             if report.failed: failed.append(f"{report.nodeid} cannot be collected")
-    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *["--slow"]*(words[0] in SELECTORS), *words], plugins=[Failed()])
+    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *words], plugins=[Failed()])
     return None if status == 0 else failed[0] if failed else f"status {status}"
 
 

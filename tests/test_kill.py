@@ -79,7 +79,7 @@ def test_sigkill_at_any_time(run, undisturbed):
     ends_equal(HELPED, run, undisturbed(HELPED))
 
 
-@pytest.mark.slow           # test_selectors.py stops a run with three selectors at each push, and with each of them weekly
+@pytest.mark.slow           # test_selectors.py stops a run with each selector at each push
 @pytest.mark.parametrize("name", SELECTORS)
 def test_sigkill_with_each_selector(name, run, undisturbed):
     words = ["train", "basd_cifar10", *arguments(name), "train.checkpoint_every=3"]
@@ -101,7 +101,7 @@ def test_sigkill_inside_a_cache_build(run, tmp_path):
     assert len(files("calm")) == 3 and files("calm") == files("killed") and not list((tmp_path/"killed").glob(".*"))
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_signals_to_the_group(run, undisturbed, ranks):
     "All ranks and their workers get the signal: at the start, inside a step and an evaluation, at any time"
     words, out = [*TRAIN, "data.workers=2"], run.parent/"out.txt"

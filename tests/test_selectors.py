@@ -19,11 +19,7 @@ OWN = {"progressive": dict(share=.3, ema_decay=.5, until=.8, fast=.5), "ramp": d
 LOGGED = {"progressive": [True, False, False]} | {n: [False]*3 for n in ("ramp", "complementary", "arc_length", "leap", "fixed")}
 WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs"))] + [
     "teacher.kwargs={patch_size: 8, depth: 6, embed_dim: 48, num_heads: 3}", "student.drop_path=0", "train.log_every=2", "train.epochs=2",
-    "train.log_gradients=false", "data.train_size=128", "data.batch_size=16", "data.val_size=20"]
-
-
-# three at each push: measured at each step, a moving frontier, a map chosen once; the other four in the weekly job
-EVERY = [name if name in ("nearest", "progressive", "complementary") else pytest.param(name, marks=pytest.mark.slow) for name in SELECTORS]
+    "train.log_gradients=false"]
 
 
 def arguments(name):
@@ -35,7 +31,7 @@ def arguments(name):
 def moved(run): return [(r["step"], r["selector/weights"], r.get("selector/frontier")) for r in read_metrics(run) if r["kind"] == "step"]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", SELECTORS)
 def test_stop_and_go_on(name, tmp_path):
     "Stopped three times: between two rows of the log, right after one, and between two of the teacher's depths"
     recipe = load_recipe("basd_cifar10", [*arguments(name), *["train.precision=bf16"]*(name == "nearest")])[""]
@@ -65,7 +61,7 @@ def whole_run(words, run):
     return torch.tensor([r["selector/weights"] for r in read_metrics(run) if r["kind"] == "step"]), trainer.task.method.selector.depth
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", SELECTORS)
 def test_two_ranks_equal_one(name, tmp_path):
     (one, depth), (two, depth_of_two) = (
         on_ranks(whole_run, arguments(name), tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))
