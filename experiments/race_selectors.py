@@ -42,9 +42,13 @@ FIRST = ["ce", "uniform", "nearest", "progressive", "complementary", "ramp", "le
 RIVALS = ["leap", "lift", "wide_last", "last_layer"]
 POINTS, DEPTH = 4, 6                    # of the packaged recipes' student and teacher
 
-# entry → packaged recipe with other options: what the moving targets make of more time
+# entry → packaged recipe with other options: what the moving targets make of more time; LEAP's loss on a target that never moves
+# from the one of largest CKA at the start, on one that moves by the clock alone, and on the last layer
 VARIANTS = dict(progressive_slow=("basd_select_progressive", dict(method=dict(selector=dict(share=.45, fast=.4, until=.9)))),
-                ramp_slow=("basd_select_ramp", dict(method=dict(selector=dict(until=.9)))))
+                ramp_slow=("basd_select_ramp", dict(method=dict(selector=dict(until=.9)))),
+                leap_still=("leap", dict(method=dict(losses=dict(leap=dict(threshold=1., limit=1e9))))),
+                leap_clock=("leap", dict(method=dict(losses=dict(leap=dict(threshold=1.))))),
+                leap_last=("leap", dict(method=dict(teacher_layers=[5]))))
 
 # steps of labels alone in one of BASD, its losses from samples and its teacher cached, and in one pass of the teacher
 # (results/step_cost.json, "sampled_more": the cached ratio, and what the full one is above it)
