@@ -77,18 +77,23 @@ LAYERS = [1, 3, 5, 7, 9, 11]
 SAMPLED = dict(losses=dict(rel=dict(pairs=32), attn=dict(rows=8), rsd=dict(max_rows=512), spectral=dict(samples=8)),
                aligner=dict(samples=8))
 
+# one loss alone, which compares token by token: the mean squared error between the tokens behind the student's final norm, mapped
+# linearly, and the selected teacher tokens at the student's places, all of their channels
+TOKENS = dict(student_layers=["norm"], aligner=dict(kind="interp", width="teacher", samples=None), distill_weight=1., balance=dict(form="fixed", fraction=0.),
+              losses=dict(rsd=None, rel=None, attn=None, spectral=None, hidden_states=dict(normalize="layer", bias=True)))
+
 
 def digits(about, changes=None, teacher=SMALL, **more):
     "A frame on digits"
     return dict(about=about, base=merge_recipes(DIGITS, changes or {}), teacher=teacher, seeds=list(range(10))) | more
 
 
-def cifar10(epochs, sampled=False):
+def cifar10(epochs, sampled=False, tokens=False):
     "A frame on CIFAR-10; with sampled losses a step costs half as much"
     return dict(about=f"CIFAR-10, 4,000 images, {epochs} epochs of 62 steps, a tuned ViT-Tiny of 12 layers as teacher"
-                      + sampled*", BASD's losses from samples",
+                      + sampled*", BASD's losses from samples" + tokens*", BASD with one loss, the error of each token of the student's last layer",
                 base=merge_recipes(CIFAR10, dict(train=dict(epochs=epochs))), teacher=VIT_TINY, layers=LAYERS, once=True, views=8,
-                sampled=sampled, seeds=[0, 1, 2])
+                sampled=sampled, tokens=tokens, seeds=[0, 1, 2])
 
 
 FRAMES = dict(
@@ -98,7 +103,8 @@ FRAMES = dict(
     digits_deeper=digits("digits, a student of 8 layers and a teacher of 4", dict(student=dict(depth=8)),
                          merge_recipes(SMALL, dict(student=dict(depth=4))), points=[1, 3, 5, 7], depth=4),
     digits_cnn=digits("digits, a small ResNet-18 as teacher of a ViT", teacher=CNN, depth=4),
-    cifar10_8=cifar10(8), cifar10_8_sampled=cifar10(8, sampled=True),
+    cifar10_8=cifar10(8), cifar10_8_sampled=cifar10(8, sampled=True), cifar10_8_tokens=cifar10(8, tokens=True),
+    cifar10_34_tokens=cifar10(34, tokens=True),
     cifar10_34=cifar10(34, sampled=True) | dict(as_long=round(34*AS_LONG["step"] + 8*AS_LONG["teacher"])))      # 77 epochs
 
 
@@ -153,7 +159,7 @@ def recipe_of(frame, entry, recipe, seed, local, teacher):
                                         frame.get("depth") and range(frame["depth"]))
         given = options.teacher_layers
         tree["method"]["teacher_layers"] = given if given == "all" and "layers" not in frame else placed(given, every and list(every), DEPTH)
-    if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(distill_weight=.3) | (SAMPLED if frame.get("sampled") else {}))
+    if tree["method"]["name"] == "basd": tree["method"] = merge_recipes(tree["method"], dict(distill_weight=.3) | (SAMPLED if frame.get("sampled") else TOKENS if frame.get("tokens") else {}))
     content = {k: v for k,v in tree.items() if k != "data"} | dict(images=frame["base"]["data"])
     key = digest([content, merge_recipes(frame["teacher"], dict(student=dict(checkpoint=None))), frame.get("copies")])
     if recipe is not None and teacher:
@@ -246,14 +252,14 @@ def row_of(run, folder, cpu, jobs):
 
 
 def keep(row, name, about):
-    "Put a row into the frame's file, in place of an older one; rows of the entry from another recipe go"
+    "Put a row into the frame's file, in place of an older one of the same processor; rows of the entry from another recipe go"
     path = RESULTS/f"selectors_{name}.json"
     old = json.loads(path.read_text()) if path.is_file() else dict(runs=[])
     there, about = old["runs"], about | dict(teacher=old.get("teacher", {}) | about["teacher"])
-    stay = [r for r in there if r["entry"] != row["entry"] or (r["key"] == row["key"] and r["seed"] != row["seed"])]
+    stay = [r for r in there if r["entry"] != row["entry"] or (r["key"] == row["key"] and (r["seed"], r["cpu"]) != (row["seed"], row["cpu"]))]
     if gone := [r for r in there if r["entry"] == row["entry"] and r["key"] != row["key"]]:
         print(f"{row['entry']}: {len(gone)} rows of another recipe are left out from here on", flush=True)
-    rows = sorted([*stay, row], key=lambda r: (r["seed"], r["entry"]))
+    rows = sorted([*stay, row], key=lambda r: (r["seed"], r["entry"], r["cpu"]))
     lines = ",\n".join("  " + json.dumps(r, separators=(",", ":")) for r in rows)
     head = json.dumps(about | dict(environment={k: v for k,v in environment().items() if k != "git"}))
     write_atomic(path, lambda p: p.write_text(f'{head[:-1]},\n "runs": [\n{lines}\n]}}\n'))

@@ -93,12 +93,14 @@ def test_weights_are_thinned_and_filled_up():
 
 def test_rows_replace_their_elders(tmp_path, monkeypatch):
     monkeypatch.setattr(race, "RESULTS", tmp_path)
-    keep = lambda entry, seed, key, top1: race.keep(dict(entry=entry, seed=seed, key=key, top1=top1), "x", dict(teacher={str(seed): 90.}))
+    keep = lambda entry, seed, key, top1, cpu="A": race.keep(dict(entry=entry, seed=seed, key=key, top1=top1, cpu=cpu), "x", dict(teacher={str(seed): 90.}))
     for row in [("a", 0, "k", 1.), ("a", 1, "k", 2.), ("b", 0, "k", 3.), ("a", 1, "k", 4.)]: keep(*row)
     read = lambda: json.loads((tmp_path/"selectors_x.json").read_text())
     assert [(r["entry"], r["seed"], r["top1"]) for r in read()["runs"]] == [("a", 0, 1.), ("b", 0, 3.), ("a", 1, 4.)]
+    keep("b", 0, "k", 6., "B")                          # runs of two processors are not compared, so both stay
+    assert [r["top1"] for r in read()["runs"] if r["entry"] == "b"] == [3., 6.]
     keep("a", 2, "other", 5.)                           # another recipe: the old rows of the entry are no longer its
-    assert [(r["entry"], r["seed"]) for r in read()["runs"]] == [("b", 0), ("a", 2)]
+    assert [(r["entry"], r["seed"]) for r in read()["runs"]] == [("b", 0), ("b", 0), ("a", 2)]
     assert read()["teacher"] == {"0": 90., "1": 90., "2": 90.}
 
 
