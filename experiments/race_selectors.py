@@ -79,7 +79,7 @@ SAMPLED = dict(losses=dict(rel=dict(pairs=32), attn=dict(rows=8), rsd=dict(max_r
 
 # one loss alone, which compares token by token: the mean squared error between the tokens behind the student's final norm, mapped
 # linearly, and the selected teacher tokens at the student's places, all of their channels
-TOKENS = dict(student_layers=["norm"], aligner=dict(kind="interp", width="teacher", samples=None), distill_weight=1., balance=dict(form="fixed", fraction=0.),
+TOKENS = dict(student_layers=["norm"], aligner=dict(kind="interp", width="teacher", samples=None), distill_weight=3., balance=dict(form="fixed", fraction=0.),
               losses=dict(rsd=None, rel=None, attn=None, spectral=None, hidden_states=dict(normalize="layer", bias=True)))
 
 
