@@ -74,6 +74,16 @@ def _better(
     "Entries that are significantly better than the uniform map, after correction"
     return {r['name']: r for r in choices(results) if r['holm'] is not None and r['holm'] < .05 and r['difference'] > 0}
 
+def _control(
+    results:dict,  # of a frame
+    selector:str,  # an entry
+)->str:
+    "The best fixed map or schedule beside a selector, in words"
+    rows = [r for r in choices(results, selector) if r['name'] not in (*_measured, *_methods, 'ce', 'ce_as_long') and r['pairs']]
+    best = max(rows, key=lambda r: r['difference'])
+    return (f"`{best['name']}`, differs from `{selector}` by {best['difference']:+.2f}"
+            + (f" ± {best['half']:.2f}" if best['half'] is not None else '') + f" points ({best['pairs']} seed{'s'*(best['pairs'] > 1)})")
+
 def _to_use(
     results:dict, # of a frame
 )->str:           # an entry
@@ -117,6 +127,7 @@ def _verdict(
            f"The best, `{best['name']}`, differs from the uniform map by {best['difference']:+.2f} points "
            f"(95 %: {low:+.2f} to {high:+.2f}, {best['pairs']} seeds)"
            + (f", and its step takes {slower:.2f} times as long." if (slower := _step_ratio(results, best['name'])) else '.')]
+    if ahead: out.append(f"Of what measures nothing the best, {_control(results, best['name'])}.")
     against_ramp, over_ramp, _ = _significant(results, 'ramp')
     if against_ramp:
         ramp = at['ramp']
@@ -127,8 +138,9 @@ def _verdict(
     return ' '.join(out)
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #b2d531c3
-_methods = ('leap', 'lift', 'wide_last', 'last_layer')   # with losses of their own
-_titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_8_sampled='CIFAR-10 at 8 epochs', digits='digits',
+_methods = ('leap', 'leap_still', 'leap_clock', 'leap_last', 'lift', 'wide_last', 'last_layer')   # with losses of their own
+_titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_34_tokens='CIFAR-10 at 34 epochs token by token',
+              cifar10_8_sampled='CIFAR-10 at 8 epochs', digits='digits',
               digits_redundant='digits with a redundant teacher', digits_deeper='digits with a student deeper than its teacher',
               digits_cnn='digits with a CNN as teacher') # of frames
 
@@ -165,7 +177,8 @@ def first_words(
     timed = [n for n in tests if 'ramp' in _better(frames[n])]
     out = ([f"**Choosing teacher layers by measured distances helps in {len(wins)} of {len(tests)} frames**: "
             + '; '.join(f"{named(w)} {'is' if len(w) == 1 else 'are'} significantly better than the uniform map on {frame(n)}" for n,w in wins.items())
-            + " (paired over seeds, p < 0.05 after correction for the number of selectors)."] if wins else
+            + " (paired over seeds, p < 0.05 after correction for the number of selectors)."
+            + ''.join(f" On {frame(n)} the best that measures nothing, {_control(frames[n], w[0])}." for n,w in wins.items())] if wins else
            [f"**No benefit of choosing teacher layers by measured distances is shown**: on {where(tests)} "
             "no selector is significantly better than the uniform map (paired over seeds, p < 0.05 after correction for the "
             "number of selectors)."])
@@ -245,9 +258,10 @@ def report_of(
 def goal(
     results:dict, # of a frame
     points:float=1., # margin
-)->list: # of (selector, [difference and half of the interval from uniform, final and ramp, or None], reached)
-    "Whether each selector that measures is better than three entries that do not, by `points` and with an interval above zero"
-    over = [{r['name']: r for r in choices(results, other)} for other in ('uniform', 'final', 'ramp')]
+    over:tuple=('uniform', 'final', 'ramp'), # entries that measure nothing
+)->list: # of (selector, [difference and half of the interval from each of `over`, or None], reached)
+    "Whether each selector that measures is better than entries that do not, by `points` and with an interval above zero"
+    over = [{r['name']: r for r in choices(results, other)} for other in over]
     out = []
     for name in (n for n in _measured if any(n in o for o in over)):
         found = [o.get(name, {}) for o in over]
@@ -258,9 +272,10 @@ def goal(
 # %% ../../nbs/benchmark/89_selector_results.ipynb #590c5cd6
 def goal_words(
     results:dict, # of a frame
+    over:tuple=('uniform', 'final', 'ramp'), # entries that measure nothing
 )->str:           # Markdown
     "Sentence and table about the goal"
-    found = goal(results)
+    found = goal(results, over=over)
     cell = lambda e: '–' if e is None else f'{e[0]:+.2f} ± {e[1]:.2f}'
     done = [n for n,_,yes in found if yes]
     open_ = [n for n,each,_ in found if None in each]
@@ -268,7 +283,7 @@ def goal_words(
                 'The goal cannot be decided yet, because runs are missing.' if open_ or not found else
                 'The goal is not reached by any selector in these runs.')
     return text + '\n\n' + markdown_table(
-        ['selector', 'minus uniform', 'minus last layer', 'minus ramp', 'reached'],
+        ['selector', *(f"minus {'last layer' if o == 'final' else o}" for o in over), 'reached'],
         [[n, *map(cell, each), 'yes' if yes else 'no'] for n,each,yes in found])
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #a1f4397a
