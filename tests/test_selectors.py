@@ -14,9 +14,9 @@ from basd.training.build import build_trainer
 
 # so that in 16 steps frontiers move by measurement and by the clock, and maps settle
 OWN = {"progressive": dict(share=.3, ema_decay=.5, until=.8, fast=.5), "ramp": dict(until=.9), "complementary": dict(batches=3),
-       "arc_length": dict(batches=3)}
+       "arc_length": dict(batches=3), "nearest_once": dict(batches=3, tau=.3)}
 # columns distance, temperature, entropy in the log: what is not measured is not there
-LOGGED = {"progressive": [True, False, False]} | {n: [False]*3 for n in ("ramp", "complementary", "arc_length", "leap", "fixed")}
+LOGGED = {"progressive": [True, False, False], "nearest_once": [False, False, True]} | {n: [False]*3 for n in ("ramp", "complementary", "arc_length", "leap", "fixed")}
 WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs"))] + [
     "teacher.kwargs={patch_size: 8, depth: 6, embed_dim: 48, num_heads: 3}", "student.drop_path=0", "train.log_every=2", "train.epochs=2",
     "train.log_gradients=false"]

@@ -46,7 +46,7 @@ def plot_weights(
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #115aa3fa
 # selectors that measure distances on the Grassmannian
-_measured = ('nearest', 'nearest_band', 'progressive', 'progressive_slow', 'complementary', 'arc_length', 'learning_progress')
+_measured = ('nearest', 'nearest_once', 'nearest_band', 'progressive', 'progressive_slow', 'complementary', 'arc_length', 'learning_progress')
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #72e66589
 def choices(
