@@ -49,6 +49,7 @@ EXPLAINED = {
     "balance.floor": "acts when a loss has fallen to a quarter of its first level (page on balance)",
     **{(n, "selector.dim"): "is for layers of different widths, and these have one" for n in ("complementary", "arc_length")},
     **dict.fromkeys(("losses.leap.ahead", "selector.ahead"), "is what is run between two rows of the log, and here every step has one"),
+    ("nearest_once", "selector.least"): "acts when the weights are settled, after more steps than these (page on maps measured once)",
     "balance.warmup_steps": "is how many steps that first level is a mean of",
 }
 
