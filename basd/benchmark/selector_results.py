@@ -140,7 +140,7 @@ def _verdict(
 # %% ../../nbs/benchmark/89_selector_results.ipynb #b2d531c3
 _methods = ('leap', 'leap_still', 'leap_clock', 'leap_last', 'lift', 'wide_last', 'last_layer')   # with losses of their own
 _titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_34_tokens='CIFAR-10 at 34 epochs token by token',
-              cifar10_8_sampled='CIFAR-10 at 8 epochs', digits='digits',
+              cifar10_8_sampled='CIFAR-10 at 8 epochs', cifar10_8_tokens='CIFAR-10 at 8 epochs token by token', digits='digits',
               digits_redundant='digits with a redundant teacher', digits_deeper='digits with a student deeper than its teacher',
               digits_cnn='digits with a CNN as teacher') # of frames
 
@@ -151,7 +151,7 @@ def recorded(
     "Recorded results of all frames"
     files, timed = {n: Path(folder)/f'selectors_{n}.json' for n in _titles}, Path(folder)/'entry_cost.json'
     cost = json.loads(timed.read_text()) if timed.is_file() else {}
-    cost |= {'cifar10_8_sampled': cost.get('cifar10_34', {})}           # the same step
+    cost |= {n: cost.get(same, {}) for n,same in dict(cifar10_8_sampled='cifar10_34', cifar10_8_tokens='cifar10_34_tokens').items()}    # equal steps
     return {n: json.loads(f.read_text()) | dict(cost=cost.get(n, {})) for n,f in files.items() if f.is_file()}
 
 def _step_ratio(
