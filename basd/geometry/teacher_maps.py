@@ -209,7 +209,7 @@ class NearestOnceSelector(_MeasuredOnce):
         rank:int=16,     # k, directions of a subspace; below `dim` and the number of rows, preferably `dim`/2 or less
         dim:int=128,     # d, width of the shared space to which both models' tokens are mapped, by maps that stay as drawn
         tau:float=1.,    # temperature, in (0.05, 10)
-        least:float=.1,  # least weight that a layer keeps; of those below it only a student layer's largest stays
+        least:float=.15, # least weight that a layer keeps; of those below it only a student layer's largest stays
         batches:int=50,  # steps that are measured, at least; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
@@ -217,11 +217,11 @@ class NearestOnceSelector(_MeasuredOnce):
         if not 0 <= least < 1: raise ValueError(f"least={least:g} of the selector; give a share of the weight, from 0 to below 1")
         self.least = least
         P, L = len(self.widths_s), len(self.widths_t)
-        self.register_buffer('usual', torch.full((P, L), 1/L))
+        self.register_buffer('mean_weights', torch.full((P, L), 1/L))
 
     def settle(self)->Tensor: # ()
         "Drop what is below `least`, and say which is the deepest layer that stays"
-        w = self.usual
+        w = self.mean_weights
         kept = w*((w >= self.least) | (w == w.amax(-1, keepdim=True)))
         w.copy_(kept/kept.sum(-1, keepdim=True))
         return w.amax(0).nonzero().max()
@@ -231,9 +231,10 @@ class NearestOnceSelector(_MeasuredOnce):
         "Update the mean weights with the distances of a batch"
         dist, gram, _ = self.measure(groups)
         w = self.weigh(dist, gram)
-        w = torch.where(w.isfinite().all(), w, self.usual).to(self.usual.dtype)
-        self.usual.lerp_(w, 1/(self.seen + 1))
-        self.seen.add_(1)
+        use = w.isfinite().all()                                                 # another batch does not count
+        self.seen.add_(use)
+        w = torch.where(use, w, self.mean_weights).to(self.mean_weights.dtype)
+        self.mean_weights.lerp_(w, use/self.seen.clamp(min=1))
 
     def forward(self,
         xs_s:list,          # student tokens, P × (B, N_s, D_s); no gradient flows into them
@@ -246,5 +247,5 @@ class NearestOnceSelector(_MeasuredOnce):
     )->Selection:
         "Mean weights of the steps so far, or those that were fixed"
         if self.training and not self.warmed_up: self.observe(self.row_groups(xs_s, xs_t, grids_s, grids_t, places, blend))
-        w = self.usual[:, :len(xs_t)].to(torch.promote_types(xs_t[0].dtype, torch.float32))
-        return Selection(w.clone(), w.new_zeros(()), dict(entropy=torch.special.entr(w).sum(-1)/math.log(max(2, self.usual.shape[1]))))
+        w = self.mean_weights[:, :len(xs_t)].to(torch.promote_types(xs_t[0].dtype, torch.float32))
+        return Selection(w.clone(), w.new_zeros(()), dict(entropy=torch.special.entr(w).sum(-1)/math.log(max(2, self.mean_weights.shape[1]))))
