@@ -256,7 +256,7 @@ def keep(row, name, about):
     path = RESULTS/f"selectors_{name}.json"
     old = json.loads(path.read_text()) if path.is_file() else dict(runs=[])
     there, about = old["runs"], about | dict(teacher=old.get("teacher", {}) | about["teacher"])
-    stay = [r for r in there if r["entry"] != row["entry"] or (r["key"] == row["key"] and (r["seed"], r["cpu"]) != (row["seed"], row["cpu"]))]
+    stay = [r for r in there if r["entry"] != row["entry"] or (r["key"] == row["key"] and (r["seed"] != row["seed"] or r["cpu"] != row["cpu"] and "failed" not in r))]
     if gone := [r for r in there if r["entry"] == row["entry"] and r["key"] != row["key"]]:
         print(f"{row['entry']}: {len(gone)} rows of another recipe are left out from here on", flush=True)
     rows = sorted([*stay, row], key=lambda r: (r["seed"], r["entry"], r["cpu"]))
@@ -312,8 +312,8 @@ def race(name, folder, local, seeds, only, jobs, plan=False):
             keep(row, name, about)
             print(f"{run.name}: {row.get('failed') or format(row['top1'], '.2f') + ' %'}", flush=True)
         path = RESULTS/f"selectors_{name}.json"
-        written = {(r["entry"], r["key"], r["seed"]) for r in
-                   (json.loads(path.read_text())["runs"] if path.is_file() else []) if "failed" not in r}
+        written = {(r["entry"], r["key"], r["seed"]) for r in (json.loads(path.read_text())["runs"] if path.is_file() else [])
+                   if "failed" not in r and cpus[-1] in r["cpu"].split(" + ")}
         for r in runs: (folder/r.name/"failed.txt").unlink(missing_ok=True)               # tried again
         for r in runs:                      # ended, but the script was killed before it was written
             entry, _, k = r.name.split("/")[1].rpartition("-")

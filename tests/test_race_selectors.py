@@ -99,8 +99,11 @@ def test_rows_replace_their_elders(tmp_path, monkeypatch):
     assert [(r["entry"], r["seed"], r["top1"]) for r in read()["runs"]] == [("a", 0, 1.), ("b", 0, 3.), ("a", 1, 4.)]
     keep("b", 0, "k", 6., "B")                          # runs of two processors are not compared, so both stay
     assert [r["top1"] for r in read()["runs"] if r["entry"] == "b"] == [3., 6.]
+    race.keep(dict(entry="b", seed=1, key="k", failed="out of memory", cpu="A"), "x", dict(teacher={"1": 90.}))
+    keep("b", 1, "k", 7., "B")                          # a failure does not stay beside a run that ended
+    assert [r["top1"] for r in read()["runs"] if r["entry"] == "b"] == [3., 6., 7.]
     keep("a", 2, "other", 5.)                           # another recipe: the old rows of the entry are no longer its
-    assert [(r["entry"], r["seed"]) for r in read()["runs"]] == [("b", 0), ("b", 0), ("a", 2)]
+    assert [(r["entry"], r["seed"]) for r in read()["runs"]] == [("b", 0), ("b", 0), ("b", 1), ("a", 2)]
     assert read()["teacher"] == {"0": 90., "1": 90., "2": 90.}
 
 

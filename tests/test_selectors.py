@@ -50,7 +50,8 @@ def test_stop_and_go_on(name, tmp_path):
     assert [f"selector/{c}" in row for c in ("distance", "temperature", "entropy")] == LOGGED.get(name, [True, True, True])
     if name in OWN: # the test can fail: something has moved
         first, *_, last = moved(tmp_path/"whole")
-        assert first[1:] != last[1:] or "batches" in OWN[name]
+        assert first[1:] != last[1:] or name in ("complementary", "arc_length")     # these are equal from the first batch on
+        assert name != "nearest_once" or any(0. in w for w in last[1])              # layers were dropped
 
 
 def whole_run(words, run):

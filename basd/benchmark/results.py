@@ -52,17 +52,17 @@ def against_baseline(
     baseline:str,      # an entry
     groups=None,       # lists of names that are corrected together; None: one group
 )->list: # dicts: name, n, mean, pairs, difference, half, p, holm, step, ratio, failed; the most accurate first
-    "One row per entry: mean, and paired differences on the same processor; several of a seed count as their mean"
+    "One row per entry: mean over seeds, and paired differences on the same processor; several runs of a seed count as their mean"
     names = dict.fromkeys(r['entry'] for r in runs)
     at = {n: {(r['cpu'], r['seed']): r for r in runs if r['entry'] == n and 'top1' in r} for n in names}
     base, rows = at.get(baseline, {}), []
     for name, mine in at.items():
-        shared, acc = mine.keys() & base.keys(), [r['top1'] for r in mine.values()]
-        seeds = {s for _,s in shared}
-        top1 = lambda of: {s: statistics.fmean(of[k]['top1'] for k in shared if k[1] == s) for s in seeds}
-        versus = paired_t_test(top1(mine), top1(base)) if name != baseline else dict(difference=None, half=None, p=None)
+        shared = mine.keys() & base.keys()
+        top1 = lambda of, keys: {s: statistics.fmean(of[k]['top1'] for k in keys if k[1] == s) for _,s in keys}
+        acc = top1(mine, mine).values()
+        versus = paired_t_test(top1(mine, shared), top1(base, shared)) if name != baseline else dict(difference=None, half=None, p=None)
         middle = lambda x: statistics.median(x) if x else None
-        rows.append(dict(name=name, n=len({s for _,s in mine}), mean=statistics.fmean(acc) if acc else None, pairs=len(seeds), **versus,
+        rows.append(dict(name=name, n=len(acc), mean=statistics.fmean(acc) if acc else None, pairs=len({s for _,s in shared}), **versus,
                          step=middle([r['step'] for r in mine.values() if r['step']]),
                          ratio=middle([mine[k]['step']/base[k]['step'] for k in shared if base[k]['step'] and mine[k]['step']]),
                          failed=[r['failed'] for r in runs if r['entry'] == name and 'failed' in r]))

@@ -79,8 +79,9 @@ def _control(
     selector:str,  # an entry
 )->str:
     "The best fixed map or schedule beside a selector, in words"
-    rows = [r for r in choices(results, selector) if r['name'] not in (*_measured, *_methods, 'ce', 'ce_as_long') and r['pairs']]
-    best = max(rows, key=lambda r: r['difference'])
+    rows = [r for r in choices(results, selector) if r['name'] not in (*_measured, *_methods, 'leap_basd', 'ce', 'ce_as_long')]
+    most = max(r['pairs'] for r in rows)
+    best = max((r for r in rows if r['pairs'] == most and r['difference'] is not None), key=lambda r: r['difference'])
     return (f"`{best['name']}`, differs from `{selector}` by {best['difference']:+.2f}"
             + (f" ± {best['half']:.2f}" if best['half'] is not None else '') + f" points ({best['pairs']} seed{'s'*(best['pairs'] > 1)})")
 
