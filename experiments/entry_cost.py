@@ -21,7 +21,7 @@ from early_stop import quartiles, seconds, write
 from race_selectors import FRAMES, entries, recipe_of
 
 RESULTS = Path(__file__).parent/"results"/"entry_cost.json"
-MEASURED = ["cifar10_34", "digits", "digits_redundant", "digits_deeper", "digits_cnn"]
+MEASURED = ["cifar10_34", "cifar10_34_tokens", "digits", "digits_redundant", "digits_deeper", "digits_cnn"]
 
 
 def teacher_of(frame):
