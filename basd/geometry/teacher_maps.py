@@ -90,15 +90,12 @@ def _equal_arc_layers(
 class _MeasuredOnce(GrassmannSelector):
     "Weights that are measured on the first steps and then fixed; the teacher stops at the deepest layer that has one"
     def __init__(self,
-        widths_s:list,   # widths of the student's extraction points, P integers
-        widths_t:list,   # widths of the teacher's layers, L integers
-        rank:int=16,     # k, directions of a subspace
-        dim:int=128,     # d, width to which layers of different widths are mapped
-        batches:int=20,  # steps that are measured, at least; measuring ends where the log is next written
-        max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
-        tau:float=1.,    # temperature of weights by distance
+        widths_s:list, # widths of the student's extraction points, P integers
+        widths_t:list, # widths of the teacher's layers, L integers
+        batches:int,   # steps that are measured, at least; measuring ends where the log is next written
+        **options,     # of `GrassmannSelector`
     ):
-        super().__init__(widths_s, widths_t, rank=rank, dim=dim, mode='frozen', recon=0., max_rows=max_rows, tau=tau)
+        super().__init__(widths_s, widths_t, mode='frozen', recon=0., **options)
         if batches < 1: raise ValueError(f"batches={batches} of the selector; measure at least 1")
         self.batches, self.warmed_up, self.open = batches, False, len(self.widths_t)
         self.register_buffer('seen', torch.zeros(()))
@@ -116,6 +113,15 @@ class _MeasuredOnce(GrassmannSelector):
         self.warmed_up, self.open = True, int(self.opened)
         self.seen.fill_(torch.inf)                                               # settled, for a checkpoint
 
+    def average(self,
+        mean:Tensor, # over the batches that count, changed in place
+        new:Tensor,  # of this batch
+    ):
+        "Take a batch into a running mean; one that is not finite does not count"
+        use = new.isfinite().all()
+        self.seen.add_(use)
+        mean.lerp_(torch.where(use, new, mean).to(mean.dtype), use/self.seen.clamp(min=1))
+
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self.warmed_up, self.open = bool(self.seen.isinf()), int(self.opened)
@@ -131,7 +137,7 @@ class TeacherMap(_MeasuredOnce):
         batches:int=20,  # steps that are measured, at least; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
-        super().__init__(widths_s, widths_t, rank, dim, batches, max_rows)
+        super().__init__(widths_s, widths_t, batches, rank=rank, dim=dim, max_rows=max_rows)
         P, L = len(self.widths_s), len(self.widths_t)
         self.register_buffer('overlaps', torch.eye(L))
         self.register_buffer('chosen', torch.tensor([l for _,l in layer_map('uniform', P, L)]))
@@ -148,10 +154,7 @@ def observe(self:TeacherMap,
 ):
     "Update the mean overlaps with a batch, and the map"
     if len(set(self.widths_t)) > 1: rows = self.common.teacher(rows)
-    G = _layer_overlaps(rows, self.rank)
-    G = torch.where(G.isfinite().all(), G, self.overlaps).to(self.overlaps.dtype)
-    self.overlaps.lerp_(G, 1/(self.seen + 1))
-    self.seen.add_(1)
+    self.average(self.overlaps, _layer_overlaps(rows, self.rank))
     self.chosen.copy_(self.choose(self.overlaps))
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #5bbca1d6
@@ -213,7 +216,7 @@ class NearestOnceSelector(_MeasuredOnce):
         batches:int=50,  # steps that are measured, at least; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
-        super().__init__(widths_s, widths_t, rank, dim, batches, max_rows, tau)
+        super().__init__(widths_s, widths_t, batches, rank=rank, dim=dim, max_rows=max_rows, tau=tau)
         if not 0 <= least < 1: raise ValueError(f"least={least:g} of the selector; give a share of the weight, from 0 to below 1")
         self.least = least
         P, L = len(self.widths_s), len(self.widths_t)
@@ -230,11 +233,7 @@ class NearestOnceSelector(_MeasuredOnce):
     def observe(self, groups:list):
         "Update the mean weights with the distances of a batch"
         dist, gram, _ = self.measure(groups)
-        w = self.weigh(dist, gram)
-        use = w.isfinite().all()                                                 # another batch does not count
-        self.seen.add_(use)
-        w = torch.where(use, w, self.mean_weights).to(self.mean_weights.dtype)
-        self.mean_weights.lerp_(w, use/self.seen.clamp(min=1))
+        self.average(self.mean_weights, self.weigh(dist, gram))
 
     def forward(self,
         xs_s:list,          # student tokens, P × (B, N_s, D_s); no gradient flows into them
