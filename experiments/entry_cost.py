@@ -1,12 +1,13 @@
 """Time of a step with each entry of race_selectors.py, relative to one with the uniform map.
 
-    python experiments/entry_cost.py [--frames cifar10_34 digits …] [--rounds 12]
+    python experiments/entry_cost.py [--frames cifar10_34 digits …] [--rounds 9]
 
 The runs of a comparison share their machine with each other and with other work, so the time of their steps says little. Here
-all entries of a frame take turns in one process of one thread, and it is the time of the processor that counts; reported are
-quartiles of the ratios of a round. Late in a run: selectors that choose once have chosen, and those that move have arrived.
-Teacher outputs come from a cache where those of the frame do. Weights are random and images are noise. Written to
-experiments/results/entry_cost.json, after each round anew.
+all entries of a frame take turns in one process of one thread, and it is the time of the processor that counts, which a busy
+machine disturbs little; reported are quartiles of the ratios of a round. Late in a run: selectors that choose once have chosen,
+and those that move have arrived. Weights are random and images are noise, so `nearest_once` is given the weights that it had in
+the frame's first run. A frame whose runs read the teacher's outputs from a cache is timed twice, so and with the teacher's pass
+(`full`). Written to experiments/results/entry_cost.json, after each round anew.
 """
 import argparse
 import json
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import torch
 
+from basd.benchmark.selector_results import _weights_of
 from basd.benchmark.step_cost import StepCost
 from basd.runs.recipes import build_recipe
 from early_stop import quartiles, seconds, write
-from race_selectors import FRAMES, entries, recipe_of
+from race_selectors import FRAMES, RESULTS as RECORDED, entries, recipe_of
 
-RESULTS = Path(__file__).parent/"results"/"entry_cost.json"
+RESULTS = RECORDED/"entry_cost.json"
 MEASURED = ["cifar10_34", "cifar10_34_tokens", "digits", "digits_redundant", "digits_deeper", "digits_cnn"]
 
 
@@ -32,12 +34,25 @@ def teacher_of(frame):
                 kwargs={k: v for k,v in size.items() if v} | s.get("kwargs", {}) | dict(num_classes=10))
 
 
-def bench(frame, entry):
+def weights_in(name, entry):
+    "Layer weights at the end of a frame's first run of `entry`, (P, L)"
+    path = RECORDED/f"selectors_{name}.json"
+    found = _weights_of(json.loads(path.read_text()), entry) if path.is_file() else []
+    if not found: raise ValueError("no run has recorded its weights")
+    return torch.tensor(found[-1][1])
+
+
+def bench(name, entry, cached):
     "A step of `entry` in a frame of race_selectors.py"
-    recipe, _ = recipe_of(frame, entry, entries()[entry], 0, {}, None)
-    if entry != "ce": recipe = replace(recipe, teacher=build_recipe(dict(teacher=teacher_of(frame))).teacher)
-    made = StepCost(recipe, cached="views" in frame and entry != "ce")
+    recipe, _ = recipe_of(FRAMES[name], entry, entries()[entry], 0, {}, None)
+    if entry != "ce": recipe = replace(recipe, teacher=build_recipe(dict(teacher=teacher_of(FRAMES[name]))).teacher)
+    made = StepCost(recipe, cached=cached and entry != "ce")
     made.trainer.step = made.trainer.data.total*19//20
+    if entry == "nearest_once":
+        selector = made.task.method.selector
+        selector.mean_weights.copy_(weights_in(name, entry))
+        selector.seen.fill_(selector.batches)
+        made.task.method.refresh()
     made.steady()
     return made
 
@@ -48,25 +63,27 @@ def steps(made, count=3):
 
 def measure(name, rounds, found):
     "Ratios of a frame's entries, written after each round"
-    frame = FRAMES[name]
-    benches = {}
+    ways, benches = ["cached", "full"] if "views" in FRAMES[name] else ["full"], {}
     for entry in entries():
         if entry == "ce_as_long" or entry.endswith("_slow"): continue           # steps of `ce` and of the selector without `_slow`
-        try: benches[entry] = bench(frame, entry)
+        try: benches[entry] = {way: bench(name, entry, way == "cached") for way in ways}
         except ValueError as e: print(f"{name}: {entry} left out, {e}", flush=True)
-    uniform, ratios = benches.pop("uniform"), {n: [] for n in benches}
+    uniform, ratios = benches.pop("uniform"), {way: {n: [] for n in benches} for way in ways}
     for i in range(rounds + 1):             # the first warms up
-        plain = seconds(lambda: steps(uniform))
-        for n,b in benches.items(): ratios[n].append(seconds(lambda b=b: steps(b))/plain)
-        if i > 1: write(RESULTS, found | {name: quartiles(ratios) | dict(rounds=i)})
+        for way in ways:
+            plain = seconds(lambda: steps(uniform[way]))
+            for n,b in benches.items(): ratios[way][n].append(seconds(lambda b=b[way]: steps(b))/plain)
+        main, *rest = ways
+        if i > 1: write(RESULTS, found | {name: quartiles(ratios[main]) | {way: quartiles(ratios[way]) for way in rest} | dict(rounds=i)})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", nargs="+", choices=MEASURED, default=MEASURED)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.frames:
         measure(name, args.rounds, {k: v for k,v in json.loads(RESULTS.read_text()).items() if k in FRAMES} if RESULTS.is_file() else {})
-        print(name, {n: v["ratio"] for n,v in json.loads(RESULTS.read_text())[name].items() if n != "rounds"}, flush=True)
+        for way,of in [("", timed := json.loads(RESULTS.read_text())[name]), ("with the teacher's pass", timed.get("full", {}))]:
+            print(name, way, {n: v["ratio"] for n,v in of.items() if "ratio" in (v if isinstance(v, dict) else {})}, flush=True)
