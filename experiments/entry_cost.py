@@ -4,10 +4,11 @@
 
 The runs of a comparison share their machine with each other and with other work, so the time of their steps says little. Here
 all entries of a frame take turns in one process of one thread, and it is the time of the processor that counts, which a busy
-machine disturbs little; reported are quartiles of the ratios of a round. Late in a run: selectors that choose once have chosen,
-and those that move have arrived. Weights are random and images are noise, so `nearest_once` is given the weights that it had in
-the frame's first run. A frame whose runs read the teacher's outputs from a cache is timed twice, so and with the teacher's pass
-(`full`). Written to experiments/results/entry_cost.json, after each round anew.
+machine disturbs little; reported are quartiles of the ratios of a round. Late in a run: selectors that
+choose once have chosen, and targets that move have arrived at the last layer, so that the whole teacher is run (earlier in a run
+it is not). Weights are random and images are noise, so `nearest_once` is given the weights that it had in the frame's first run.
+A frame whose runs read the teacher's outputs from a cache is timed twice: with the cache, and with the teacher's pass (`full`).
+Written to experiments/results/entry_cost.json, after each round anew.
 """
 import argparse
 import json
@@ -18,6 +19,8 @@ import torch
 
 from basd.benchmark.selector_results import _weights_of
 from basd.benchmark.step_cost import StepCost
+from basd.geometry.schedule import Frontier
+from basd.losses.leap import LayerLadder
 from basd.runs.recipes import build_recipe
 from early_stop import quartiles, seconds, write
 from race_selectors import FRAMES, RESULTS as RECORDED, entries, recipe_of
@@ -42,6 +45,14 @@ def weights_in(name, entry):
     return torch.tensor(found[-1][1])
 
 
+def arrive(method):
+    "Bring what moves over a run to where it is at the end"
+    for part in [getattr(method, "selector", None), *getattr(method, "losses", {}).values()]:
+        if isinstance(part, LayerLadder) and part.limit < 1e9: part.current.fill_(len(part.widths_t) - 1)       # not LEAP on its first target
+        elif isinstance(part, Frontier): part.frontier.copy_(part.goal)
+    method.refresh()
+
+
 def bench(name, entry, cached):
     "A step of `entry` in a frame of race_selectors.py"
     recipe, _ = recipe_of(FRAMES[name], entry, entries()[entry], 0, {}, None)
@@ -54,6 +65,7 @@ def bench(name, entry, cached):
         selector.seen.fill_(selector.batches)
         made.task.method.refresh()
     made.steady()
+    arrive(made.task.method)
     return made
 
 
@@ -82,6 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--frames", nargs="+", choices=MEASURED, default=MEASURED)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
+    if args.rounds < 2: parser.error(f"--rounds {args.rounds}: quartiles need two rounds")
     torch.set_num_threads(1)
     for name in args.frames:
         measure(name, args.rounds, {k: v for k,v in json.loads(RESULTS.read_text()).items() if k in FRAMES} if RESULTS.is_file() else {})

@@ -45,8 +45,11 @@ def plot_weights(
     return axs
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #115aa3fa
-# selectors that measure distances on the Grassmannian
+# selectors that measure distances on the Grassmannian; methods with losses of their own
 _measured = ('nearest', 'nearest_once', 'nearest_band', 'progressive', 'progressive_slow', 'complementary', 'arc_length', 'learning_progress')
+_methods = ('leap', 'leap_still', 'leap_clock', 'leap_last', 'lift', 'wide_last', 'last_layer')
+# which entries belong to a group: selectors that measure; maps and schedules; other methods
+_groups = (lambda e: e in _measured, lambda e: e not in (*_measured, *_methods, 'leap_basd', 'ce', 'ce_as_long'), lambda e: e in _methods)
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #72e66589
 def choices(
@@ -70,23 +73,23 @@ def _significant(
 # %% ../../nbs/benchmark/89_selector_results.ipynb #f056432f
 def _better(
     results:dict, # of a frame
+    baseline='uniform', # an entry
 )->dict:          # name → row of `choices`
-    "Entries that are significantly better than the uniform map, after correction"
-    return {r['name']: r for r in choices(results) if r['holm'] is not None and r['holm'] < .05 and r['difference'] > 0}
+    "Entries that are significantly better than another one, after correction"
+    return {r['name']: r for r in choices(results, baseline) if r['holm'] is not None and r['holm'] < .05 and r['difference'] > 0}
 
-# which entries are selectors that measure, maps and schedules, and other methods
-_groups = (lambda e: e in _measured, lambda e: e not in (*_measured, *_methods, 'leap_basd', 'ce', 'ce_as_long'), lambda e: e in _methods)
-
+# %% ../../nbs/benchmark/89_selector_results.ipynb #4602cb8c
 def _best(
     results:dict,  # of a frame
     member,        # one of `_groups`
     baseline='uniform', # an entry
 )->dict|None:      # row of `choices`
-    "The entry of a group with the largest difference from an entry, of those with the most seeds"
+    "The entry of a group with the largest difference from another one, of those with four fifths of the most pairs"
     rows = [r for r in choices(results, baseline) if member(r['name']) and r['name'] != baseline and r['difference'] is not None]
     most = max((r['pairs'] for r in rows), default=0)
-    return max((r for r in rows if r['pairs'] == most), key=lambda r: r['difference'], default=None)
+    return max((r for r in rows if r['pairs'] >= .8*most), key=lambda r: r['difference'], default=None)
 
+# %% ../../nbs/benchmark/89_selector_results.ipynb #f5844544
 def _difference(
     row:dict|None, # of `choices`
 )->str:
@@ -94,6 +97,7 @@ def _difference(
     if row is None or row['difference'] is None: return '–'
     return f"{row['difference']:+.2f}" + (f" ± {row['half']:.2f}" if row['half'] is not None else '')
 
+# %% ../../nbs/benchmark/89_selector_results.ipynb #4fa5f34d
 def _control(
     results:dict,  # of a frame
     selector:str,  # an entry
@@ -112,44 +116,58 @@ def named(
     return f"{', '.join(most)} and {last}" if most else last
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #0c0cfca6
+def _frame_words(
+    results:dict, # of a frame
+)->str:
+    "The frame, and what the uniform map and labels alone reach in it"
+    at = {r['name']: r for r in choices(results) if r['n']}
+    uniform, ce, long = (at.get(e) for e in ('uniform', 'ce', 'ce_as_long'))
+    return (f"{results['about'][0].upper()}{results['about'][1:]}: the uniform map has {uniform['mean']:.1f} % over {uniform['n']} seeds"
+            + (f", labels alone {ce['mean']:.1f} %" if ce else '')
+            + (f", and {long['mean']:.1f} % in the time that BASD and the filling of its cache take "
+               f"({long['n']} seed{'s'*(long['n'] > 1)})" if long else '') + '.')
+
+# %% ../../nbs/benchmark/89_selector_results.ipynb #34ad6cbe
+def _test_words(
+    results:dict, # of a frame
+)->str:
+    "How many selectors that measure differ from the uniform map, and by how much the best does"
+    rows, ahead, behind = _significant(results, 'uniform')
+    uncorrected = [r['name'] for r in rows if r['difference'] - r['half'] > 0]
+    count = lambda names: f"{len(names)} ({named(names)})" if names else 'none'
+    best, members = _best(results, lambda e: e in {r['name'] for r in rows}), len(rows)
+    slower = _step_ratio(results, best['name'])
+    return (f"Of {members} selectors that measure, {count(ahead)} {'is' if len(ahead) < 2 else 'are'} significantly better and {count(behind)} worse; "
+            + (f"without correction the interval of {named(uncorrected)} is above zero. " if uncorrected else
+               "no interval is above zero even without correction. ")
+            + f"The best, `{best['name']}`, differs from the uniform map by {best['difference']:+.2f} points (95 %: "
+            f"{best['difference'] - best['half']:+.2f} to {best['difference'] + best['half']:+.2f}, {best['pairs']} seeds)"
+            + (f", and its step takes {slower:.2f} times as long." if slower else '.')
+            + (f" Of what measures nothing the best, {_control(results, best['name'])}." if ahead else ''))
+
+# %% ../../nbs/benchmark/89_selector_results.ipynb #3e53ad75
+def _ramp_words(
+    results:dict, # of a frame
+)->str:           # empty if no selector has been tested against the ramp
+    "How the ramp differs from the uniform map, and whether a selector is better than it"
+    tested, over, _ = _significant(results, 'ramp')
+    if not tested: return ''
+    ramp = next(r for r in choices(results) if r['name'] == 'ramp')
+    beside = '' if ramp['difference'] is None else f"The ramp, which measures nothing, differs from the uniform map by {ramp['difference']:+.2f} points; "
+    return beside + (f"{named(over)} {'is' if len(over) == 1 else 'are'} significantly better than the ramp." if over else
+                     "no selector is significantly better than the ramp, so no benefit of measuring is shown.")
+
+# %% ../../nbs/benchmark/89_selector_results.ipynb #a7a7e6fe
 def _verdict(
     results:dict, # of a frame
 )->str:
     "Conclusions about the selectors of one frame, in sentences"
-    rows, ahead, behind = _significant(results, 'uniform')
-    about = results['about'][0].upper() + results['about'][1:]
-    if not rows:
-        lone = [f"`{r['name']}` {r['difference']:+.2f}" for r in choices(results) if r['name'] in _measured and r['pairs']]
-        return f"{about}: too few runs for a test" + (
-            f"; in a single seed, which is no evidence, the difference from the uniform map is {named(lone, '{}')} points." if lone else '.')
-    at, best = {r['name']: r for r in choices(results)}, max(rows, key=lambda r: r['difference'])
-    low, high = best['difference'] - best['half'], best['difference'] + best['half']
-    uncorrected = [r['name'] for r in rows if r['difference'] - r['half'] > 0]
-    long = at.get('ce_as_long', {})
-    out = [f"{about}: the uniform map has {at['uniform']['mean']:.1f} % over {at['uniform']['n']} seeds"
-           + (f", labels alone {at['ce']['mean']:.1f} %" if at.get('ce', {}).get('n') else '')
-           + (f", and {long['mean']:.1f} % in the time that BASD and the filling of its cache take ({long['n']} seed{'s'*(long['n'] > 1)})"
-              if long.get('n') else '') + '.',
-           f"Of {len(rows)} selectors that measure, {len(ahead) or 'none'} "
-           f"{'is' if len(ahead) < 2 else 'are'} significantly better{f' ({named(ahead)})' if ahead else ''} and "
-           f"{len(behind) or 'none'} worse{f' ({named(behind)})' if behind else ''}; "
-           + (f"without correction the interval of {named(uncorrected)} is above zero." if uncorrected else
-              "no interval is above zero even without correction."),
-           f"The best, `{best['name']}`, differs from the uniform map by {best['difference']:+.2f} points "
-           f"(95 %: {low:+.2f} to {high:+.2f}, {best['pairs']} seeds)"
-           + (f", and its step takes {slower:.2f} times as long." if (slower := _step_ratio(results, best['name'])) else '.')]
-    if ahead: out.append(f"Of what measures nothing the best, {_control(results, best['name'])}.")
-    against_ramp, over_ramp, _ = _significant(results, 'ramp')
-    if against_ramp:
-        ramp = at['ramp']
-        out.append((f"The ramp, which measures nothing, differs from the uniform map by {ramp['difference']:+.2f} points; " if
-                    ramp['difference'] is not None else '')
-                   + (f"{named(over_ramp)} {'is' if len(over_ramp) == 1 else 'are'} significantly better than the ramp."
-                      if over_ramp else "no selector is significantly better than the ramp, so no benefit of measuring is shown."))
-    return ' '.join(out)
+    if _significant(results, 'uniform')[0]: return ' '.join(filter(None, [_frame_words(results), _test_words(results), _ramp_words(results)]))
+    lone = [f"`{r['name']}` {r['difference']:+.2f}" for r in choices(results) if r['name'] in _measured and r['pairs']]
+    return f"{results['about'][0].upper()}{results['about'][1:]}: too few runs for a test" + (
+        f"; in a single seed, which is no evidence, the difference from the uniform map is {named(lone, '{}')} points." if lone else '.')
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #b2d531c3
-_methods = ('leap', 'leap_still', 'leap_clock', 'leap_last', 'lift', 'wide_last', 'last_layer')   # with losses of their own
 _titles = dict(cifar10_34='CIFAR-10 at 34 epochs', cifar10_34_tokens='CIFAR-10 at 34 epochs token by token',
               cifar10_8_sampled='CIFAR-10 at 8 epochs', cifar10_8_tokens='CIFAR-10 at 8 epochs token by token', digits='digits',
               digits_redundant='digits with a redundant teacher', digits_deeper='digits with a student deeper than its teacher',
@@ -165,6 +183,7 @@ def recorded(
     cost |= {n: cost.get(same, {}) for n,same in dict(cifar10_8_sampled='cifar10_34', cifar10_8_tokens='cifar10_34_tokens').items()}    # equal steps
     return {n: json.loads(f.read_text()) | dict(cost=cost.get(n, {})) for n,f in files.items() if f.is_file()}
 
+# %% ../../nbs/benchmark/89_selector_results.ipynb #1821bd89
 def _step_ratio(
     results:dict, # of a frame
     entry:str,
@@ -174,6 +193,18 @@ def _step_ratio(
     found = results.get('cost', {}).get('ce' if entry == 'ce_as_long' else entry.removesuffix('_slow'))
     return found and found['ratio']
 
+# %% ../../nbs/benchmark/89_selector_results.ipynb #a33368c2
+def _repeated(
+    frames:dict, # name → results
+)->dict:         # name → set of entries
+    "Entries of each frame whose runs stand in an earlier frame, too"
+    seen, out = set(), {}
+    for n,r in frames.items():
+        runs = {(x['entry'], x['seed'], x['key']) for x in r['runs'] if 'key' in x}
+        out[n] = {e for e,*_ in runs & seen}
+        seen |= runs
+    return out
+
 # %% ../../nbs/benchmark/89_selector_results.ipynb #ad0cf4a1
 def conclusions(
     frames:dict, # name → results
@@ -181,24 +212,23 @@ def conclusions(
     "What all frames say together: whether measuring helps, what measures nothing, what to use"
     tested = [n for n,r in frames.items() if _significant(r, 'uniform')[0]]
     if not tested: return ["**No frame has enough runs yet to test whether choosing teacher layers helps.**"]
-    better = {n: _better(frames[n]) for n in tested}
-    in_frames = lambda member: {n: found for n,b in better.items() if (found := [e for e in b if member(e)])}
-    listed = lambda found: '; '.join(f"{named(e)} on {_titles.get(n, n)}" for n,e in found.items())
-    measured, nothing, methods = map(in_frames, _groups)
-    how = "paired over seeds, p < 0.05 after correction for the number of entries"
-    out = [f"**Choosing teacher layers by measured distances helps in {len(measured)} of {len(tested)} frames**: better than the uniform map "
-           f"{'is' if sum(map(len, measured.values())) == 1 else 'are'} {listed(measured)} ({how})." if measured else
-           f"**No benefit of choosing teacher layers by measured distances is shown**: in none of {len(tested)} frames is a selector "
-           f"better than the uniform map ({how})."]
-    for n,found in measured.items():
-        best = max(found, key=lambda e: better[n][e]['difference'])
-        out.append(f"On {_titles.get(n, n)} `{best}` differs from it by {_difference(better[n][best])} points; the best that measures nothing, "
-                   f"{_control(frames[n], best)}.")
-    if nothing: out.append(f"Of what measures nothing, better than the uniform map: {listed(nothing)}.")
-    if len({*measured, *nothing}) < len(tested):
-        out.append(f"{'Elsewhere use' if measured or nothing else 'Use'} the uniform map, `method.layer_map: uniform`: it costs nothing, "
-                   f"and no other choice of layers is shown to be better.")
-    if methods: out.append(f"Of the methods with losses of their own, better than BASD with the uniform map: {listed(methods)}.")
+    frame, repeated = lambda n: _titles.get(n, n), _repeated(frames)
+    better = {n: {e: r for e,r in _better(frames[n]).items() if e not in repeated[n]} for n in tested}
+    measured, unmeasured, methods = ({n: found for n,b in better.items() if (found := [*filter(member, b)])} for member in _groups)
+    best = {n: max(found, key=lambda e: better[n][e]['difference']) for n,found in measured.items()}
+    helps = [n for n,e in best.items() if e in _better(frames[n], _best(frames[n], _groups[1], e)['name'])]
+    listed = lambda found: '; '.join(f"{named(e)} on {frame(n)}" for n,e in found.items())
+    out = [(f"**Measuring distances helps in {len(helps)} of {len(tested)} frames**" if helps else
+            f"**No benefit of measuring distances is shown in any of {len(tested)} frames**")
+           + ": a selector would have to be significantly better than the uniform map and than the best choice that measures nothing "
+           "(paired over seeds, p < 0.05 after correction for the entries of a frame, not for the number of frames)."]
+    out += [f"On {frame(n)} {named(found)} {'is' if len(found) == 1 else 'are'} significantly better than the uniform map, `{best[n]}` by "
+            f"{_difference(better[n][best[n]])} points; the best that measures nothing, {_control(frames[n], best[n])}." for n,found in measured.items()]
+    if unmeasured: out.append(f"Significantly better than the uniform map without measuring: {listed(unmeasured)}.")
+    if len({*measured, *unmeasured}) < len(tested):
+        out.append(f"{'Elsewhere use' if measured or unmeasured else 'Use'} the uniform map, `method.layer_map: uniform`: it costs nothing, "
+                   "and no other choice of layers is shown to be better.")
+    if methods: out.append(f"Of the methods with losses of their own, significantly better than BASD with the uniform map: {listed(methods)}.")
     return out
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #795bc877
@@ -237,7 +267,9 @@ def _remarks_on(
     from scipy import stats
     runs = [r for r in results['runs'] if 'top1' in r]
     cpus, seeds = {r['cpu'] for r in runs}, len({r['seed'] for r in runs})
-    out = [f"processor{'s' if len(cpus) > 1 else ''}: {'; '.join(sorted(cpus))}; runs on different processors are not paired"*bool(runs),
+    several = len(cpus) > 1
+    out = [f"processor{'s'*several}: {'; '.join(sorted(cpus))}" if runs else '',
+           several and "runs on different processors are not paired, so a mean difference need not be the difference of the means",
            seeds > 1 and f"with {seeds} seeds p < 0.05 needs a mean difference of {stats.t.ppf(.975, seeds - 1)/seeds**.5:.1f} "
            "standard deviations of the differences, and more after correction"]
     if runs and 'images' in runs[0]: out.append(f"one test image is {100/runs[0]['images']:.2f} points")

@@ -201,7 +201,7 @@ def forward(self:FrequencySelector,
     xs_t:list,          # teacher tokens, L × (B, N_t, D_t)
     grids_s:list|None=None, # (height, width) of each point's tokens; a sequence where None
     grids_t:list|None=None, # (height, width) of each layer's tokens; a sequence where None
-    generator=None,     # not used: nothing is drawn
+    places=None,        # not used: nothing is drawn
     blend=None,         # record of MixUp or CutMix, if the student's images were blended and the teacher's were not
     time=None,          # not used: nothing moves with the run
 )->Selection:

@@ -73,7 +73,7 @@ class FixedSelector(FrequencySelector):
     def depth(self)->int: # teacher layers up to the last one that the rule reads
         return self.read
 
-    def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, generator=None, blend=None, time=None)->Selection:
+    def forward(self, xs_s:list, xs_t:list, grids_s=None, grids_t=None, places=None, blend=None, time=None)->Selection:
         "The rule's weights, of the first `depth` layers or more"
         if len(xs_t) < self.depth:
             raise ValueError(f"{len(xs_t)} teacher layers, and the rule reads layer {self.depth - 1}, counted from 0; "

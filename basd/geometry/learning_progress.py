@@ -43,7 +43,11 @@ class LearningProgressSelector(GrassmannSelector):
         quick, lasting = mean(self.quick, self.fast), mean(self.lasting, self.slow)
         return (lasting - quick)/lasting.clamp(min=1e-6)
 
-    def weigh(self, dist:Tensor, gram:Tensor, time:Tensor|None=None)->Tensor:
+    def weigh(self,
+        dist:Tensor, # distances of student and teacher layers, in [0, 1], (P, L)
+        gram:Tensor, # not used
+        time:Tensor|None=None, # not used
+    )->Tensor:       # rows sum to one, (P, L)
         "Mixing weights from the difference of two running means, which are updated in training"
         if self.training:
             new = torch.where(dist.isfinite().all(), dist, self.quick).to(self.quick.dtype)

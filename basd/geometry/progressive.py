@@ -46,12 +46,16 @@ class ProgressiveSelector(Frontier, GrassmannSelector):
     ):
         super().__init__(widths_s, widths_t, rank=rank, dim=dim, recon=recon, max_rows=max_rows)
         if not share > 0: raise ValueError(f"share={share:g} of the selector; give a share above 0 of the teacher's own overlap")
-        if not 0 <= ema_decay < 1: raise ValueError(f"ema_decay={ema_decay:g} of the selector; remember a share from 0 to below 1")
+        if not 0 <= ema_decay < 1: raise ValueError(f"ema_decay={ema_decay:g} of the selector; give a decay from 0 to below 1")
         self.share, self.ema_decay = share, ema_decay
         self.begin(goal, until, fast)
         self.register_buffer('reached', torch.zeros(len(self.widths_s)))
 
-    def weigh(self, dist:Tensor, gram:Tensor, time:Tensor|None=None)->Tensor:
+    def weigh(self,
+        dist:Tensor, # distances of student and teacher layers, in [0, 1], (P, L)
+        gram:Tensor, # overlaps of teacher layers, `rank` on the diagonal, (L, L) or (P, L, L)
+        time:Tensor|None=None, # share of the run that is over, (); None: nothing moves
+    )->Tensor:       # rows sum to one, (P, L)
         "Update the share reached, move the frontiers, and return weights around the new places"
         if self.training and time is not None:
             r = _share_reached(dist, gram/self.rank, hat_weights(self.frontier, dist.shape[-1]))

@@ -17,6 +17,7 @@ from ..core.numerics import center, covariance, autocast_disabled
 from ..core.registry import SELECTORS
 from .grassmann import mean_squared_cca, whitened_scores, principal_subspace
 from .layer_maps import layer_map
+from .schedule import TeacherDepth
 from .selector import GrassmannSelector, Selection
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #1c67165b
@@ -87,7 +88,7 @@ def _equal_arc_layers(
     return (way - goal[:, None]).abs().argmin(-1)
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #50f988c8
-class _MeasuredOnce(GrassmannSelector):
+class _MeasuredOnce(TeacherDepth, GrassmannSelector):
     "Weights that are measured on the first steps and then fixed; the teacher stops at the deepest layer that has one"
     def __init__(self,
         widths_s:list, # widths of the student's extraction points, P integers
@@ -97,20 +98,16 @@ class _MeasuredOnce(GrassmannSelector):
     ):
         super().__init__(widths_s, widths_t, mode='frozen', recon=0., **options)
         if batches < 1: raise ValueError(f"batches={batches} of the selector; measure at least 1")
-        self.batches, self.warmed_up, self.open = batches, False, len(self.widths_t)
+        self.batches, self.warmed_up = batches, False
         self.register_buffer('seen', torch.zeros(()))
-        self.register_buffer('opened', torch.tensor(float(self.open)))
-
-    @property
-    def depth(self)->int:
-        "Layers up to the deepest that has weight; all of them while they are measured"
-        return self.open
+        self.register_buffer('opened', torch.zeros(()))
+        self.open_layers(len(self.widths_t))                                     # all of them while they are measured
 
     def refresh(self):
         "Fix the weights once enough is measured, and run no layer beyond them; waits for the device"
         if self.warmed_up or self.seen < self.batches: return
-        self.opened.copy_(self.settle() + 1)
-        self.warmed_up, self.open = True, int(self.opened)
+        self.open_layers(int(self.settle()) + 1)
+        self.warmed_up = True
         self.seen.fill_(torch.inf)                                               # settled, for a checkpoint
 
     def average(self,
@@ -124,7 +121,7 @@ class _MeasuredOnce(GrassmannSelector):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self.warmed_up, self.open = bool(self.seen.isinf()), int(self.opened)
+        self.warmed_up = bool(self.seen.isinf())
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #9d067611
 class TeacherMap(_MeasuredOnce):
@@ -141,6 +138,12 @@ class TeacherMap(_MeasuredOnce):
         P, L = len(self.widths_s), len(self.widths_t)
         self.register_buffer('overlaps', torch.eye(L))
         self.register_buffer('chosen', torch.tensor([l for _,l in layer_map('uniform', P, L)]))
+
+    def choose(self,
+        gram:Tensor, # mean overlaps of teacher layers, ones on the diagonal, (L, L)
+    )->Tensor:       # layers, (P,)
+        "The map; each subclass has its own"
+        raise NotImplementedError
 
     def settle(self)->Tensor: # ()
         "The deepest layer that was chosen"

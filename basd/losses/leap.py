@@ -17,12 +17,13 @@ from ..core.numerics import upcast, autocast_disabled
 from ..core.registry import LOSSES, SELECTORS
 from ..core.resampling import resample_tokens
 from ..geometry.layer_maps import FixedSelector
+from ..geometry.schedule import TeacherDepth
 from ..geometry.selector import Selection, mix_blended_tokens, mix_tokens
 from .base import FeatureLoss, grid_sizes_of
 from .cka import cka
 
 # %% ../../nbs/losses/36_leap.ipynb #3b5ae7fa
-class LayerLadder:
+class LayerLadder(TeacherDepth):
     "One teacher layer as the target, which climbs by a measurement or by time"
     def _begin(self,
         threshold:float, # average CKA at which a layer counts as reached
@@ -31,7 +32,7 @@ class LayerLadder:
         ahead:int,       # layers beyond the target that are run
     ):
         if not 0 < threshold <= 1: raise ValueError(f"threshold={threshold:g} of leap; CKA is between 0 and 1, give a number above 0 and up to 1")
-        if not 0 <= ema_decay < 1: raise ValueError(f"ema_decay={ema_decay:g} of leap; remember a share from 0 to below 1")
+        if not 0 <= ema_decay < 1: raise ValueError(f"ema_decay={ema_decay:g} of leap; give a decay from 0 to below 1")
         if not limit > 0: raise ValueError(f"limit={limit:g} of leap; give a positive time")
         if ahead < 1: raise ValueError(f"ahead={ahead} of leap; run at least 1 layer beyond the target, to which it can move")
         if len(set(self.widths_t)) > 1:
@@ -39,14 +40,9 @@ class LayerLadder:
                              "all of them; name layers of one width")
         self.threshold, self.ema_decay, self.limit, self.ahead = threshold, ema_decay, limit, ahead
         self.map = nn.Linear(self.widths_s[-1], self.widths_t[0])
-        for name, value in dict(current=0., average=0., since=0., started=0., opened=float(len(self.widths_t))).items():
-            self.register_buffer(name, torch.tensor(value))
-        self.begun, self.open = False, len(self.widths_t)
-
-    @property
-    def depth(self)->int:
-        "Number of teacher layers, from the first, that the next step reads"
-        return self.open
+        for name in ('current', 'average', 'since', 'started', 'opened'): self.register_buffer(name, torch.zeros(()))
+        self.begun = False
+        self.open_layers(len(self.widths_t))
 
     def on_target(self,
         layers:int, # that were run
@@ -67,13 +63,11 @@ class LayerLadder:
 
     def refresh(self):
         "Set how many teacher layers are run until the next row of the log; waits for the device"
-        if not self.begun: return
-        self.opened.fill_(min(len(self.widths_t), int(self.current) + 1 + self.ahead))
-        self.open = int(self.opened)
+        if self.begun: self.open_layers(min(len(self.widths_t), int(self.current) + 1 + self.ahead))
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self.begun, self.open = bool(self.started), int(self.opened)
+        self.begun = bool(self.started)
 
 # %% ../../nbs/losses/36_leap.ipynb #37e42ef4
 @patch
@@ -197,7 +191,7 @@ class LEAPSelector(LayerLadder, FixedSelector):
         xs_t:list,          # teacher tokens, L × (B, N_t, D_t); at least the first `depth` layers
         grids_s:list|None=None, # (height, width) of each student layer's tokens, or None
         grids_t:list|None=None, # (height, width) of each layer's tokens, or None
-        generator=None,     # not used: nothing is drawn
+        places=None,        # not used: nothing is drawn
         blend=None,         # record of MixUp or CutMix, if the student's images were mixed and the teacher's were not
         time:Tensor|None=None, # share of the run that is over, (); None: nothing moves
     )->Selection:
