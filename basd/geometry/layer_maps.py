@@ -38,14 +38,18 @@ def layer_pairs(
     given,    # a map by name, or a list of [point, layer]
     P:int,    # student layers
     L:int,    # teacher layers
+    name:str='layer_map', # of the option, for messages
+    once:bool=False, # refuse a student layer that is named twice
 )->list:      # of (point, layer) pairs, counted from 0
     "Pairs of layers, by name or one by one"
     if isinstance(given, str): return layer_map(given, P, L)
     pairs = [tuple(p) if isinstance(p, (list, tuple)) else p for p in given]
-    if not pairs or any(not isinstance(p, tuple) or len(p) != 2 for p in pairs):
-        raise ValueError(f"layer_map={given!r}; give a name or a list of [point, layer]")
+    if not pairs or any(not isinstance(p, tuple) or len(p) != 2 or any(type(i) is not int for i in p) for p in pairs):
+        raise ValueError(f"{name}={given!r}; give a name or a list of [point, layer], two integers each")
     if any(not 0 <= p < P or not 0 <= l < L for p,l in pairs):
-        raise ValueError(f"layer_map={given!r} names a pair outside of {P} points and {L} layers, counted from 0")
+        raise ValueError(f"{name}={given!r} names a pair outside of {P} points and {L} layers, counted from 0")
+    if once and len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{name}={given!r} names a point twice; a selector gives each point one layer")
     return pairs
 
 # %% ../../nbs/geometry/14_layer_maps.ipynb #cd7b331e
@@ -61,10 +65,7 @@ class FixedSelector(FrequencySelector):
         P, L = len(widths_s), len(widths_t)
         w = torch.full((P, L), 1/L)
         if rule != 'mean':
-            given = layer_pairs(rule, P, L)
-            pairs = dict(given)
-            if len(pairs) < len(given):
-                raise ValueError(f"rule={rule!r} names a point twice; a selector gives each point one layer")
+            pairs = dict(layer_pairs(rule, P, L, once=True))
             w = torch.eye(L)[[pairs.get(p, pairs[max(pairs)]) for p in range(P)]]
         self.read = 1 + max(w.nonzero()[:, 1].tolist())
         self.register_buffer('weights', w)

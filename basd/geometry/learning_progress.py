@@ -21,8 +21,8 @@ class LearningProgressSelector(GrassmannSelector):
         widths_t:list,    # widths of the teacher's layers, L integers
         rank:int=16,      # k, directions of a subspace; below `dim` and the number of rows, preferably `dim`/2 or less
         dim:int=128,      # d, width of the shared space to which both models' tokens are mapped
-        fast:float=.9,    # decay per step of the quick mean
-        slow:float=.99,   # decay per step of the slow mean, above `fast`
+        fast:float=.9,    # decay per batch of the quick mean
+        slow:float=.99,   # decay per batch of the slow mean, above `fast`
         floor:float=.01, # least spread of progress that counts as one; keeps weights uniform where nothing moves
         band:float|None=None, # weights stay in a band of this width around `depth_prior`'s line, a share of the depth; None: no band
         tau:float=1.,     # temperature, in (0.05, 10)
@@ -37,7 +37,7 @@ class LearningProgressSelector(GrassmannSelector):
         for name in ('quick', 'lasting'): self.register_buffer(name, torch.zeros(len(self.widths_s), len(self.widths_t)))
         self.register_buffer('seen', torch.zeros(()))
 
-    def progress(self)->Tensor: # ρ, 0 before anything is measured, (P, L)
+    def progress(self)->Tensor: # q, 0 before anything is measured, (P, L)
         "Share of each distance that has been covered between the two means"
         mean = lambda x, decay: x/(1 - decay**self.seen).clamp(min=1 - decay)            # both begin at 0
         quick, lasting = mean(self.quick, self.fast), mean(self.lasting, self.slow)
@@ -50,8 +50,9 @@ class LearningProgressSelector(GrassmannSelector):
     )->Tensor:       # rows sum to one, (P, L)
         "Mixing weights from the difference of two running means, which are updated in training"
         if self.training:
-            new = torch.where(dist.isfinite().all(), dist, self.quick).to(self.quick.dtype)
-            self.quick.lerp_(new, 1 - self.fast); self.lasting.lerp_(new, 1 - self.slow)
-            self.seen.add_(1)
+            use = dist.isfinite().all()
+            for mean, decay in ((self.quick, self.fast), (self.lasting, self.slow)):
+                mean.lerp_(torch.where(use, dist, mean).to(mean.dtype), 1 - decay)
+            self.seen.add_(use)
         w = layer_weights(-self.progress().to(dist.dtype), self.temperatures.to(dist.dtype), floor=self.floor)
         return w if self.band is None else depth_prior(w, self.band)

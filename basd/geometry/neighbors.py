@@ -41,8 +41,8 @@ def check_features(
     "Raise an error for features that are missing or not finite"
     for x in features:
         if x is None:
-            raise ValueError("there are no features; tap a layer of the model (points=[-1]) "
-                             "and give training images, too")
+            raise ValueError("there are no features; they are those of a tapped layer (`TappedModel(model, layers=[-1])`), "
+                             "of training images with labels, too")
         if x.dim() != 2 or not x.isfinite().all():
             raise ValueError(f"features of shape {tuple(x.shape)}, {int((~x.isfinite()).sum())} of their numbers "
                              "not finite; give finite features of shape (n, D)")

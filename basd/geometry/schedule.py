@@ -63,7 +63,7 @@ class Frontier(TeacherDepth):
         if fast is not None and not 0 < fast <= until:
             raise ValueError(f"fast={fast:g} of the selector; give a share of the run, above 0 and up to until={until:g}")
         P, L = len(self.widths_s), len(self.widths_t)
-        given = dict(layer_pairs(goal, P, L))
+        given = dict(layer_pairs(goal, P, L, 'goal', once=True))
         self.until, self.fast = until, fast
         self.register_buffer('goal', torch.tensor([float(given.get(p, given[max(given)])) for p in range(P)]), persistent=False)
         self.register_buffer('frontier', torch.zeros(P))
@@ -97,8 +97,9 @@ class RampSelector(Frontier, FixedSelector):
         goal:str|list='uniform', # fixed map at which the ramp arrives, as of `layer_map`
         until:float=.6,  # share of the run after which it has arrived
     ):
-        super().__init__(widths_s, widths_t, goal)
-        self.begin(goal, until)
+        pairs = layer_pairs(goal, len(widths_s), len(widths_t), 'goal', once=True)
+        super().__init__(widths_s, widths_t, pairs)
+        self.begin(pairs, until)
 
     def forward(self,
         xs_s:list,          # student tokens, P × (B, N_s, D_s)

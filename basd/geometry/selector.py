@@ -138,9 +138,8 @@ def _check_options(
             raise ValueError(f"{name}={given} belongs to solver='tracking', not to {s.solver!r}; leave one of them out")
     if s.band is not None and not s.band > 0:
         raise ValueError(f"band={s.band} of the selector; give a positive share of the teacher's depth, or None for no band")
-    if not (s.max_rows > 0 and 0 <= s.ema_decay < 1):
-        raise ValueError(f"max_rows={s.max_rows}, ema_decay={s.ema_decay} of the selector; compare at least one row, and remember a "
-                         "share below 1")
+    if s.max_rows < 1: raise ValueError(f"max_rows={s.max_rows} of the selector; compare at least one row")
+    if not 0 <= s.ema_decay < 1: raise ValueError(f"ema_decay={s.ema_decay} of the selector; give a decay from 0 to below 1")
     if not 0 < s.rank < dim:
         raise ValueError(f"rank={s.rank} directions in a shared space of dim={dim}; rank must be between 1 and dim-1={dim-1}")
     narrowest = min(*s.widths_s, *s.widths_t)
@@ -148,7 +147,7 @@ def _check_options(
     if s.procrustes and s.space != 'channel':
         raise ValueError("procrustes=True with space='sample', which needs no rotation; set space='channel' or procrustes=False")
     if not (.05 < tau < 10 if s.normalize == 'standard' else tau > 0):
-        raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or normalize='none'")
+        raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside" + ", or normalize='none'"*(type(s) is GrassmannSelector))
 
 # %% ../../nbs/geometry/11_selector.ipynb #1529cdf9
 @SELECTORS.register('nearest')
@@ -303,9 +302,10 @@ def _followed(self:GrassmannSelector, cov, k):
     "The span of `k` directions (P+L, d, k) and all eigenvalues of the running covariance, which takes in `cov` in training"
     X, lam = self.basis, None
     if self.training:
-        cov = torch.where(cov.isfinite().all(), cov, self.running)
+        use = cov.isfinite().all()
+        cov = torch.where(use, cov, self.running)
         self.running.lerp_(cov.to(self.running.dtype), (1/(self.seen + 1)).clamp(min=1 - self.ema_decay))
-        self.seen.add_(1)
+        self.seen.add_(use)
         if self.warmed_up: X, lam = track_eigenvectors(self.running, X)
         else: X = eigh(condition_covariance(self.running)[0])[1]
         self.basis.copy_(X)

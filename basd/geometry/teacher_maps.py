@@ -90,10 +90,11 @@ def _equal_arc_layers(
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #50f988c8
 class _MeasuredOnce(TeacherDepth, GrassmannSelector):
     "Weights that are measured on the first steps and then fixed; the teacher stops at the deepest layer that has one"
+    last = True         # the last layer is chosen in any case, so that nothing depends on when measuring ends
     def __init__(self,
         widths_s:list, # widths of the student's extraction points, P integers
         widths_t:list, # widths of the teacher's layers, L integers
-        batches:int,   # steps that are measured, at least; measuring ends where the log is next written
+        batches:int,   # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
         **options,     # of `GrassmannSelector`
     ):
         super().__init__(widths_s, widths_t, mode='frozen', recon=0., **options)
@@ -109,6 +110,10 @@ class _MeasuredOnce(TeacherDepth, GrassmannSelector):
         self.open_layers(int(self.settle()) + 1)
         self.warmed_up = True
         self.seen.fill_(torch.inf)                                               # settled, for a checkpoint
+
+    def sample(self, tokens:list, grids:list|None, batch:int, generator=None, device='cpu')->dict:
+        "As `GrassmannSelector`'s while it measures; afterwards no places"
+        return {} if self.warmed_up or not self.training else super().sample(tokens, grids, batch, generator, device)
 
     def average(self,
         mean:Tensor, # over the batches that count, changed in place
@@ -131,7 +136,7 @@ class TeacherMap(_MeasuredOnce):
         widths_t:list,   # widths of the teacher's layers, L integers
         rank:int=16,     # k, directions of a subspace
         dim:int=128,     # d, width to which layers of different widths are mapped
-        batches:int=20,  # steps that are measured, at least; measuring ends where the log is next written
+        batches:int=20,  # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, batches, rank=rank, dim=dim, max_rows=max_rows)
@@ -187,7 +192,7 @@ class ComplementarySelector(TeacherMap):
         rank:int=16,     # k, directions of a subspace
         dim:int=128,     # d, width to which layers of different widths are mapped
         last:bool=True,  # make the last layer one of those that are chosen
-        batches:int=20,  # steps that are measured, at least; measuring ends where the log is next written
+        batches:int=20,  # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, rank, dim, batches, max_rows)
@@ -209,6 +214,7 @@ class ArcLengthSelector(TeacherMap):
 @SELECTORS.register('nearest_once')
 class NearestOnceSelector(_MeasuredOnce):
     "Weights of the nearest layers as they were at the start; layers of little weight are dropped"
+    last = False
     def __init__(self,
         widths_s:list,   # widths of the student's extraction points, P integers
         widths_t:list,   # widths of the teacher's layers, L integers
@@ -216,7 +222,7 @@ class NearestOnceSelector(_MeasuredOnce):
         dim:int=128,     # d, width of the shared space to which both models' tokens are mapped, by maps that stay as drawn
         tau:float=1.,    # temperature, in (0.05, 10)
         least:float=.15, # least weight that a layer keeps; of those below it only a student layer's largest stays
-        batches:int=50,  # steps that are measured, at least; measuring ends where the log is next written
+        batches:int=50,  # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, batches, rank=rank, dim=dim, max_rows=max_rows, tau=tau)

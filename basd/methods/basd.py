@@ -465,6 +465,16 @@ def refresh(self:BASD):
     getattr(self.selector, 'refresh', int)()
     for loss in self.losses.values(): loss.refresh()
 
+# %% ../../nbs/methods/51_basd.ipynb #90fd23f1
+@patch
+def notes(self:BASD, steps:int, log_every:int)->list:
+    "Whether the run ends before a selector has measured its first batches, after which the teacher would stop early"
+    batches = 0 if getattr(self.selector, 'last', True) else self.selector.batches
+    fixed = -(-batches//log_every)*log_every                    # where the log is next written
+    return [f"selector {self.options.selector.name} measures {batches} batches and fixes its map at step {fixed}, which a run of {steps} steps "
+            "does not reach: weights change and the whole teacher is run to the end; lower method.selector.batches or train.log_every"]*(
+            batches > 0 and fixed >= steps)
+
 # %% ../../nbs/methods/51_basd.ipynb #ea90c508
 @patch
 def no_weight_decay(self:BASD)->set:

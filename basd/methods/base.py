@@ -117,6 +117,13 @@ class Method(nn.Module):
         "Callbacks that the method adds to the training loop"
         return []
 
+    def notes(self,
+        steps:int,     # of the run
+        log_every:int, # steps from one row of the log to the next
+    )->list:           # of sentences
+        "What the first lines of a run should say about it"
+        return []
+
     def teacher_depth(self)->int|None: # tapped teacher layers, counted from the first; None: all, and the logits
         "Number of tapped teacher layers that the next step reads, on the host"
         return None

@@ -110,8 +110,8 @@ def _stuck_selector(
     free = [r for r in rows if any(r.get('selector/entropy', [])) and any(r.get('selector/temperature', [1.]))]
     seen = "for every student layer its entropy is {value} of uniform"
     return (_threshold_curve(free, 'selector/entropy', 'uniform selector', .99, seen,
-                  "it averages all teacher layers: set method.selector.normalize=standard "
-                  "(and for subspaces method.selector.space=sample); if these are set, lower method.selector.tau",
+                  "it averages all teacher layers: lower method.selector.tau; with options normalize and space "
+                  "(selector nearest) set these to standard and sample first",
                   above=True, every=True)
           + _threshold_curve(free, 'selector/entropy', 'saturated selector', .01, seen,
                   "one teacher layer has nearly all the weight, and at so low a temperature the gradient vanishes: "

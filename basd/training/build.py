@@ -407,6 +407,7 @@ def _open_run(
         if data.knn: marks['knn'] = f'{data.knn[0].fingerprint()}-{fingerprint([*data.knn[1:]])}'
         notes, made, fresh = image_notes(data.images, data.test, marks), loader_arguments(recipe, data, task), not (run/'recipe.yaml').is_file()
         if data.knn: notes += [n for n in data.knn[0].source.notes if n not in notes]
+        notes += task.method.notes(made['steps'], recipe.train.log_every)
         create_run_directory(run, recipe, resume, marks, made | (dict(notes=notes) if notes else {}), data.names or None)
         for line in (*in_lines(made), *notes): print(f"{recipe.name or 'run'}: {line}", flush=True)
         data.lock = lock_run_directory(run)
