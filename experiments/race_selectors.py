@@ -225,12 +225,6 @@ def thinned(rows, count=40):
     return [[rows[i]["step"], full(rows[i])] for i in keep]
 
 
-def kind_of(recipe):
-    "Kind of entry that a recipe is"
-    if recipe is None: return "labels"
-    return "map" if recipe.startswith("basd_map_") else "rival" if recipe in RIVALS else "selector"
-
-
 def commit_of(at):
     "Commit of the code with which a run began"
     path = at/"environment.json"
@@ -242,7 +236,7 @@ def row_of(run, folder, cpu, jobs):
     at, (_, entry, seed) = folder/run.name, run.name.split("/")
     entry, _, key = entry.rpartition("-")
     found = result_of(at) or dict(failed="it has no result")
-    row = dict(entry=entry, kind=kind_of(entries()[entry]), seed=int(seed), key=key, method=run.recipe.method.name, cpu=cpu, jobs=jobs,
+    row = dict(entry=entry, seed=int(seed), key=key, method=run.recipe.method.name, cpu=cpu, jobs=jobs,
                commit=commit_of(at), steps=0)
     if "failed" in found: return row | dict(failed=found["failed"])
     log = read_metrics(at, "step")
