@@ -114,3 +114,11 @@ def test_the_changes_of_experiments_name_keys():
         for key in re.findall(r"""['" ](?:stages\.\w+\.)?((?:data|views|student|teacher|train|method)\.[a-z0-9_.]+)=""",
                               path.read_text(encoding="utf-8")): found.setdefault(key, path.name)
     assert len(found) > 40 and {k: f for k, f in found.items() if k not in keys} == {}
+
+
+@pytest.mark.parametrize("entry, depth", [("ramp", 6), ("progressive", 6), ("leap", 6), ("leap_still", None), ("first", 1)])
+def test_steps_are_timed_where_targets_have_arrived(entry, depth, monkeypatch):
+    "Not where they begin, with half of the teacher"
+    monkeypatch.syspath_prepend(root/"experiments")
+    method = importlib.import_module("entry_cost").bench("digits", entry, False).task.method
+    assert method.teacher_depth() == depth or depth is None and method.teacher_depth() < 6
