@@ -310,16 +310,16 @@ def goal(
     points:float=1., # margin
     over:tuple=('uniform', 'final', 'ramp'), # entries that measure nothing
     step:float=.85,  # largest time of a step relative to the uniform map's, both with the teacher's pass
-)->list: # of (selector, [difference and half of the interval from each of `over`, or None], time of its step or None, reached)
-    "Whether each selector that measures is better than entries that do not, by `points` and with an interval above zero, and cheaper"
+)->list: # of (selector, [difference and half of the interval from each of `over`, or None], time of its step or None, better, cheaper)
+    "Whether each selector that measures is better than entries that do not, by `points` and with an interval above zero, and whether it is cheaper"
     over = [{r['name']: r for r in choices(results, other)} for other in over]
     timed, out = results.get('cost', {}).get('full', {}), []
     for name in (n for n in _measured if any(n in o for o in over)):
         found = [o.get(name, {}) for o in over]
         each = [(r['difference'], r['half']) if r.get('half') is not None else None for r in found]
-        better = None not in each and all(d >= points and d - half > 0 for d,half in each)
+        better = None if None in each else all(d >= points and d - half > 0 for d,half in each)
         ratio = timed.get(name, {}).get('ratio')
-        out.append((name, each, ratio, better and (None if ratio is None else ratio <= step)))
+        out.append((name, each, ratio, better, None if ratio is None else ratio <= step))
     return out
 
 # %% ../../nbs/benchmark/89_selector_results.ipynb #590c5cd6
@@ -330,13 +330,13 @@ def goal_words(
 )->str:           # Markdown
     "Sentence and table about the goal"
     found, more = goal(results, over=over), {n: each for n,each,*_ in goal(results, over=beside)}
-    cell = lambda e: '–' if e is None else f'{e[0]:+.2f} ± {e[1]:.2f}'
-    done = [n for n,*_,yes in found if yes]
-    open_ = [n for n,each,_,yes in found if None in each or yes is None]
+    better, cheaper = ([n for n,*_,yes in [(r[0], r[i]) for r in found] if yes] for i in (3, 4))
+    done, missing = [n for n in better if n in cheaper], any(r[3] is None or r[3] and r[4] is None for r in found)
+    part = lambda what, names: f"its {what} by {named(names) if names else 'none'}"
     text = (f'The goal is reached by {named(done)}.' if done else
-                'The goal cannot be decided yet, because runs or times are missing.' if open_ or not found else
-                'The goal is not reached by any selector in these runs.')
+            'The goal cannot be decided yet, because runs or times are missing.' if missing or not found else
+            f"The goal is not reached by any selector in these runs, {part('accuracy', better)} and {part('cost', cheaper)}.")
+    cell, word = lambda e: '–' if e is None else f'{e[0]:+.2f} ± {e[1]:.2f}', {None: '–', True: 'yes', False: 'no'}
     return text + '\n\n' + markdown_table(
-        ['selector', *(f"minus {'last layer' if o == 'final' else o}" for o in (*over, *beside)), 'step ÷ uniform, with the teacher', 'reached'],
-        [[n, *map(cell, each + more.get(n, [])), '–' if step is None else f'{step:.2f}', {None: '–', True: 'yes', False: 'no'}[yes]]
-         for n,each,step,yes in found])
+        ['selector', *(f"minus {'last layer' if o == 'final' else o}" for o in (*over, *beside)), 'better', 'step ÷ uniform, with the teacher', 'cheaper'],
+        [[n, *map(cell, each + more.get(n, [])), word[b], '–' if step is None else f'{step:.2f}', word[c]] for n,each,step,b,c in found])
