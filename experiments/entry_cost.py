@@ -98,5 +98,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in args.frames:
         measure(name, args.rounds, {k: v for k,v in json.loads(RESULTS.read_text()).items() if k in FRAMES} if RESULTS.is_file() else {})
-        for way,of in [("", timed := json.loads(RESULTS.read_text())[name]), ("with the teacher's pass", timed.get("full", {}))]:
-            print(name, way, {n: v["ratio"] for n,v in of.items() if "ratio" in (v if isinstance(v, dict) else {})}, flush=True)
+        timed = json.loads(RESULTS.read_text())[name]
+        for of in filter(None, (timed, timed.get("full"))):       # as the runs are, and, where that is from a cache, with the teacher's pass
+            print(name, {n: v["ratio"] for n,v in of.items() if isinstance(v, dict) and "ratio" in v}, flush=True)
