@@ -7,6 +7,7 @@ __all__ = ['TeacherMap', 'ComplementarySelector', 'ArcLengthSelector', 'NearestO
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #6122ff44
 import math
+from abc import ABC, abstractmethod
 from itertools import combinations, combinations_with_replacement
 
 import torch
@@ -129,7 +130,7 @@ class _MeasuredOnce(TeacherDepth, GrassmannSelector):
         self.warmed_up = bool(self.seen.isinf())
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #9d067611
-class TeacherMap(_MeasuredOnce):
+class TeacherMap(_MeasuredOnce, ABC):
     "A map computed once from the teacher's overlaps (L, L) by `choose`, which a subclass defines: teacher layers, (P,)"
     def __init__(self,
         widths_s:list,   # widths of the student's extraction points, P integers
@@ -144,11 +145,11 @@ class TeacherMap(_MeasuredOnce):
         self.register_buffer('overlaps', torch.eye(L))
         self.register_buffer('chosen', torch.tensor([l for _,l in layer_map('uniform', P, L)]))
 
+    @abstractmethod
     def choose(self,
         gram:Tensor, # mean overlaps of teacher layers, ones on the diagonal, (L, L)
     )->Tensor:       # layers, (P,)
-        "The map; each subclass has its own"
-        raise NotImplementedError
+        "The map"
 
     def settle(self)->Tensor: # ()
         "The deepest layer that was chosen"
