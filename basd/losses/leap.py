@@ -63,6 +63,7 @@ class LayerLadder(TeacherDepth):
 
     def refresh(self):
         "Set how many teacher layers are run until the next row of the log; waits for the device"
+        if self.started < 0: self.started.zero_()
         self.begun = bool(self.started)
         if self.begun: self.open_layers(min(len(self.widths_t), int(self.current) + 1 + self.ahead))
 
@@ -125,15 +126,14 @@ def in_time(self:LayerLadder,
     blend,          # record of MixUp or CutMix, or None
     clock:Tensor,   # now, ()
 ):
-    "Before a step: on the first finite batch the layer of largest CKA is the target; later, move if time is up"
-    layers, due = min(len(ys), self.open), clock - self.since >= (1 - 1e-4)*self.limit                         # rounded
-    if self.begun: return self.climb(due, clock, layers)
+    "Before a step: on the first batch the layer of largest CKA is the target; later, move if time is up"
+    if self.begun: return self.climb(clock - self.since >= (1 - 1e-4)*self.limit, clock, min(len(ys), self.open)) # rounded
     c = torch.stack([cka(z.flatten(0, 1), self.target_tokens(y, z.shape[1], g, grid_s, blend).flatten(0, 1)) for y,g in zip(ys, grids_t)])
-    fresh, started = c.isfinite().all() & (self.started == 0), self.started > 0
-    self.current.copy_(torch.where(fresh, c.argmax(), self.current))
-    self.since.copy_(torch.where(fresh, clock, self.since))
-    self.started.add_(fresh)
-    self.climb(due & started, clock, layers)
+    finite = c.isfinite().all()
+    self.current.copy_(torch.where(finite, c.argmax(), self.current))
+    self.since.copy_(clock)
+    self.started.copy_(2.*finite - 1)                   # -1: another first batch, after the next row of the log
+    self.begun = True
 
 # %% ../../nbs/losses/36_leap.ipynb #267e2d2c
 @LOSSES.register('leap')
