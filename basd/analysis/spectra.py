@@ -187,7 +187,7 @@ def plot_weights(
     im = ax.imshow(w.numpy(), aspect='auto', vmin=0, vmax=top)
     for (p, l), v in zip(torch.ones_like(w).nonzero().tolist() if w.shape[1] <= 8 else [], w.flatten().tolist()):
         ax.text(l, p, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=6, color='k' if v > .6*top else 'w')
-    ax.set(xlabel='teacher layer', ylabel='extraction point',
+    ax.set(xlabel='teacher layer', ylabel='student layer',
            xticks=range(0, w.shape[1], max(1, w.shape[1]//6)), yticks=range(len(w)))
     ax.grid(False)
     ax.figure.colorbar(im, ax=ax).ax.axhline(1/w.shape[1], color='C1', lw=2)
@@ -210,7 +210,7 @@ def plot_layer_weights(
             for ax,key,reference,label in ((layer, 'layer', (last[name].shape[1] - 1)/2, 'mean teacher layer'),
                                            (entropy, 'entropy', 1., 'entropy ÷ log L')):
                 for p,values in enumerate(zip(*r[key])):
-                    ax.plot(r['step'], values, marker='.', ms=3, label=f'point {p}')
+                    ax.plot(r['step'], values, marker='.', ms=3, label=f'student layer {p}')
                 ax.axhline(reference, color='k', lw=1, ls=':')
                 ax.set(xlabel='optimizer step', ylabel=label)
             layer.set_ylim(0, last[name].shape[1] - 1)

@@ -226,7 +226,7 @@ def conclusions(
             f"{'' if len(found) == 1 else f'`{best[n]}` '}by {_difference(better[n][best[n]])} points; the best that measures nothing, {_control(frames[n], best[n])}." for n,found in measured.items()]
     if unmeasured: out.append(f"Significantly better than the uniform map without measuring: {listed(unmeasured)}.")
     if len({*measured, *unmeasured}) < len(tested):
-        out.append(f"{'Elsewhere use' if measured or unmeasured else 'Use'} the uniform map, `method.layer_map: uniform`: it costs nothing, "
+        out.append(f"{'Elsewhere use' if measured or unmeasured else 'Use'} the uniform map, `method.layer_map: uniform`: it measures nothing, "
                    "and no other choice of layers is shown to be better.")
     if methods: out.append(f"Of the methods with losses of their own, significantly better than BASD with the uniform map: {listed(methods)}.")
     return out
@@ -310,11 +310,12 @@ def goal(
     points:float=1., # margin
     over:tuple=('uniform', 'final', 'ramp'), # entries that measure nothing
     step:float=.85,  # largest time of a step relative to the uniform map's, both with the teacher's pass
-)->list: # of (selector, [difference and half of the interval from each of `over`, or None], time of its step or None, better, cheaper)
+    of=_measured,    # entries that are compared
+)->list: # of (entry, [difference and half of the interval from each of `over`, or None], time of its step or None, better, cheaper)
     "Whether each selector that measures is better than entries that do not, by `points` and with an interval above zero, and whether it is cheaper"
     over = [{r['name']: r for r in choices(results, other)} for other in over]
     timed, out = results.get('cost', {}).get('full', {}), []
-    for name in (n for n in _measured if any(n in o for o in over)):
+    for name in (n for n in of if any(n in o for o in over)):
         found = [o.get(name, {}) for o in over]
         each = [(r['difference'], r['half']) if r.get('half') is not None else None for r in found]
         better = None if None in each else all(d >= points and d - half > 0 for d,half in each)
@@ -329,14 +330,16 @@ def goal_words(
     beside:tuple=(), # further entries to compare with, which are no part of the goal
 )->str:           # Markdown
     "Sentence and table about the goal"
-    found, more = goal(results, over=over), {n: each for n,each,*_ in goal(results, over=beside)}
+    found, controls = goal(results, over=over), goal(results, over=over, of=beside)
+    more = {n: each for n,each,*_ in goal(results, over=beside)}
     better, cheaper = ([n for n,*_,yes in [(r[0], r[i]) for r in found] if yes] for i in (3, 4))
     done, missing = [n for n in better if n in cheaper], any(r[3] is None or r[3] and r[4] is None for r in found)
     part = lambda what, names: f"its {what} by {named(names) if names else 'none'}"
     text = (f'The goal is reached by {named(done)}.' if done else
             'The goal cannot be decided yet, because runs or times are missing.' if missing or not found else
             f"The goal is not reached by any selector in these runs, {part('accuracy', better)} and {part('cost', cheaper)}.")
+    if also := [n for n,*_,b,c in controls if b and c]: text += f" Without measuring {named(also)} {'meets' if len(also) == 1 else 'meet'} its conditions."
     cell, word = lambda e: '–' if e is None else f'{e[0]:+.2f} ± {e[1]:.2f}', {None: '–', True: 'yes', False: 'no'}
     return text + '\n\n' + markdown_table(
-        ['selector', *(f"minus {'last layer' if o == 'final' else o}" for o in (*over, *beside)), 'better', 'step ÷ uniform, with the teacher', 'cheaper'],
-        [[n, *map(cell, each + more.get(n, [])), word[b], '–' if step is None else f'{step:.2f}', word[c]] for n,each,step,b,c in found])
+        ['entry', *(f"minus {'last layer' if o == 'final' else o}" for o in (*over, *beside)), 'better', 'step ÷ uniform, with the teacher', 'cheaper'],
+        [[n, *map(cell, each + more.get(n, [None]*len(beside))), word[b], '–' if step is None else f'{step:.2f}', word[c]] for n,each,step,b,c in found + controls])

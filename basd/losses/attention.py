@@ -123,10 +123,10 @@ def maps(
     grids_t, grids_s = grids_t or [None]*len(attention_t), grids_s or [None]*len(n_outs)
     places = [(n, None if g is None else tuple(g)) for n,g in zip(n_outs, grids_s)]
     if self.scope != 'point' and len(set(n_outs)) > 1:
-        raise ValueError(f"extraction points have {list(n_outs)} tokens, but scope={self.scope!r} compares them "
+        raise ValueError(f"student layers have {list(n_outs)} tokens, but scope={self.scope!r} compares them "
                          "together; use scope='point'")
     if rows is not None and len(set(places)) > 1:
-        raise ValueError(f"rows were given for extraction points with {list(n_outs)} tokens; sample rows only where "
+        raise ValueError(f"rows were given for student layers with {list(n_outs)} tokens; sample rows only where "
                          "all points share their places")
     if self.scope == 'all_layers': maps = self._every_layer(attention_t, places[0], grids_t, rows)
     else: maps = self._mixtures(attention_t, weights, places, grids_t[0], rows)
@@ -211,7 +211,7 @@ def scores(
     if self.scope == 'point': S = [head(s) for head,s in zip(self.heads, S)]
     else:
         if len({s.shape[-1] for s in S}) > 1:
-            raise ValueError(f"extraction points have {[s.shape[-1] for s in S]} tokens, but scope={self.scope!r} "
+            raise ValueError(f"student layers have {[s.shape[-1] for s in S]} tokens, but scope={self.scope!r} "
                              "compares them together; use scope='point'")
         S = self.heads[0](torch.cat(S, 1)).chunk(1 if self.scope == 'all_layers' else self.points, 1)
     return list(S) if self.rho is None else [s / F.softplus(self.rho) for s in S]

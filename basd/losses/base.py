@@ -51,7 +51,7 @@ def pair_layers(
 )->list:     # of `LayerPair`, the teacher's tokens detached
     "Pairs of student and teacher layers, the teacher's constant; an error where images or counts differ"
     if len(xs) == 0 or len(xs) != len(ys):
-        raise ValueError(f"got {len(xs)} student layers and {len(ys)} teacher layers; give one of each an extraction point")
+        raise ValueError(f"got {len(xs)} student layers and {len(ys)} teacher layers; give one of each per student layer")
     for x,y in zip(xs, ys):
         if x.ndim != 3 or y.ndim != 3 or len(x) != len(y):
             raise ValueError(f"student tokens {tuple(x.shape)} and teacher tokens {tuple(y.shape)} are no pair; both "

@@ -65,7 +65,7 @@ class FourierLoss(FeatureLoss):
             raise ValueError("hermitian_weight=True belongs to form='complex'; leave it out of form='magnitude'")
         if (widths_s is None) != (widths_t is None) or len(widths_s or []) != len(widths_t or []):
             raise ValueError(f"widths_s={widths_s} and widths_t={widths_t}; "
-                             "give one of each an extraction point, or neither")
+                             "give one of each per student layer, or neither")
         self.form, self.hermitian_weight, self.channels = form, hermitian_weight, channels
         learned = lambda a, b: nn.Linear(a, b) if a != b and channels == 'learned' else nn.Identity()
         self.maps = None if widths_s is None else nn.ModuleList(learned(a, b) for a,b in zip(widths_s, widths_t))
@@ -109,7 +109,7 @@ def forward(self:FourierLoss,
     "Mean over images and student layers"
     maps, losses = self.maps or [nn.Identity()]*len(xs), []
     if len(maps) != len(xs):
-        raise ValueError(f"{len(xs)} extraction points, but widths for {len(maps)}; give one an extraction point")
+        raise ValueError(f"{len(xs)} student layers, but widths for {len(maps)}; give one per student layer")
     for f,(x,y,a,b) in zip(maps, pair_layers(xs, ys)):
         a, b = _checked_grid(a, x.shape[1], 'student'), _checked_grid(b, y.shape[1], 'teacher')
         losses.append(self.one(f(x), resample_tokens(y, x.shape[1], b, a), a))

@@ -83,7 +83,7 @@ class TokenCosineLoss(FeatureLoss):
     ):
         super().__init__()
         if (widths_s is None) != (widths_t is None) or len(widths_s or []) != len(widths_t or []):
-            raise ValueError(f"widths_s={widths_s} and widths_t={widths_t}; give one of each an extraction point, or "
+            raise ValueError(f"widths_s={widths_s} and widths_t={widths_t}; give one of each per student layer, or "
                              "neither")
         self.maps = None if widths_s is None else nn.ModuleList(nn.Identity() if a == b else nn.Linear(a, b)
                                                                 for a,b in zip(widths_s, widths_t))
@@ -110,7 +110,7 @@ def forward(self:TokenCosineLoss,
     pairs = pair_aligned(xs, ys)
     maps = self.maps or [nn.Identity()]*len(pairs)
     if len(maps) != len(pairs):
-        raise ValueError(f"{len(pairs)} extraction points, but widths for {len(maps)}; give one an extraction point")
+        raise ValueError(f"{len(pairs)} student layers, but widths for {len(maps)}; give one per student layer")
     return torch.stack([self.one(f(x), y) for f,(x,y) in zip(maps, pairs)]).mean()
 
 # %% ../../nbs/losses/30_gram.ipynb #2ffe9247

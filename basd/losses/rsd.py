@@ -134,7 +134,7 @@ class RSDLoss(FeatureLoss):
         if isinstance(kappa, str) and kappa != '1/D': raise ValueError(f"kappa={kappa!r}; give a number, or '1/D'")
         if len(widths_s) != len(widths_t):
             raise ValueError(f"{len(widths_s)} student widths and {len(widths_t)} target widths; "
-                             "give one of each an extraction point")
+                             "give one of each per student layer")
         if gamma*min(widths_s) < 1:
             raise ValueError(f"gamma={gamma} leaves a head of width {min(widths_s)} no hidden channel; raise gamma")
         if max_rows is not None and max_rows < 1:

@@ -1,0 +1,155 @@
+"""Test pages as `nbdev_test` does, each in a process of its own: a page defines anew what the package registered
+(its methods, losses, selectors), and no other page may see that.
+
+    python tools/test_pages.py                                  # all pages, two at a time
+    python tools/test_pages.py nbs/losses/*.ipynb --flags "slow data" --workers 1
+
+Prints the slowest pages; status 1 if a page fails, after its traceback.
+"""
+import argparse
+import gc
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot  # noqa: F401  what most pages import is imported once, before the fork
+import scipy.stats  # noqa: F401
+import sklearn.datasets  # noqa: F401  with its pandas and scipy the slowest of all
+import sklearn.linear_model  # noqa: F401
+import timm  # noqa: F401
+import torch  # noqa: F401
+import torchmetrics  # noqa: F401
+import torchvision  # noqa: F401
+import basd.cli  # noqa: F401
+import basd.core.distributed
+import basd.training.build  # noqa: F401
+import basd.training.callbacks
+from basd.data.sources import open_source
+from basd.runs.recipe_files import recipe_names
+from basd.runs.recipes import load_recipe
+import nbdev.test
+from execnb.shell import CaptureShell
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.test import test_nb
+
+
+def prepare():
+    """Do what most tests and pages begin with, before the fork: read the digits, compile the options of the packaged recipes. The
+    collector leaves alone what there is then: it would look through all modules again in each fork, and copy their memory. It is also called less often"""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)            # a pool of threads would not survive the fork
+    for split in ("train", "test"): open_source("digits", split)
+    for name in recipe_names(): load_recipe(name)
+    torch.set_num_threads(threads)
+    gc.collect(); gc.freeze(); gc.set_threshold(100_000, 50, 100)
+
+
+class Rank:
+    "What `subprocess.Popen` starts with `python -c`, as a fork of this process, which has imported the package already"
+    def __init__(self, command, env=None):
+        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=command[2:])
+        self.process.start()
+        self.kill, self.wait = self.process.kill, self.process.join
+
+    @staticmethod
+    def run(code, *args):
+        sys.argv = ["-c", *args]
+        exec(code, {"__name__": "__main__"})
+
+    def poll(self): return self.process.exitcode
+
+
+def watch_draws(found):
+    """Have pages run in a shell that puts into `found` the first cell after which torch's own generator has moved and was not seeded:
+    its first state differs from process to process, and with it what the page shows and asserts. (A cell that draws and then seeds
+    is not noticed.) Figures are drawn once and small, without adjusting their layout"""
+    seed, start = torch.seed(), torch.get_rng_state()           # no page's own
+
+    import re, json
+    def words(outputs):
+        t=[]
+        for o in outputs or []:
+            d=o.get('data',{}) or {}
+            if 'image/png' in d: continue
+            x=d.get('text/markdown') or d.get('text/html') or d.get('text/plain') or o.get('text') or ''
+            if o.get('name')=='stderr': continue
+            t.append(x if isinstance(x,str) else ''.join(x))
+        return re.sub(r'[-+]?\d[\d.,e+-]*','#',''.join(t))
+    class Watch(CaptureShell):
+        def cell(self, cell, **kw):
+            old=words(cell.get('outputs')) ; cell['outputs']=[]
+            super().cell(cell, **kw)
+            new=words(cell.get('outputs'))
+            a,b=(re.sub(r'[ |:-]+',' ',x).split() for x in (old,new))
+            if a!=b:
+                with open('/tmp/survey.jsonl','a') as f: f.write(json.dumps(dict(page=str(args_page[0]),id=cell.get('id'),old=old,new=new))+chr(10))
+    args_page=[None]
+    def watched(*args, **kwargs):
+        args_page[0]=args[0] if args else ''
+        shell = Watch(*args, **kwargs)
+        set_matplotlib_formats("png", bbox_inches=None)
+        ConstrainedLayoutEngine.execute = lambda self, fig: None
+        def look(result):
+            if not found and torch.initial_seed() == seed and not torch.equal(torch.get_rng_state(), start):
+                found.append(result.info.raw_cell)
+        shell.events.register("post_run_cell", look)
+        return shell
+    nbdev.test.CaptureShell = watched
+
+
+def test_page(path, skip, flags):
+    ("Test the page at `path` and end this process with status 1 if it fails or draws without a seed. Runs draw their figure where "
+     "the page shows it; ranks of `run_on_ranks` are forks, but on its own page")
+    watch_draws(unseeded := [])
+    basd.core.distributed.subprocess = SimpleNamespace(Popen=Rank)
+    if "figures/run.png" not in path.read_text(): basd.training.callbacks.plot_run = lambda run: None
+    os.chdir(get_config().nbs_path)
+    passed, _ = test_nb(path, skip_flags=skip, force_flags=flags, basepath=get_config().config_path)
+    if unseeded: print(f"{path}: a cell draws from torch's generator, which nothing has seeded:\n{unseeded[0]}", file=sys.stderr)
+    sys.exit(0 if passed and not unseeded else 1)
+
+
+FIRST = ["93_any_tokens", "88_compare", "91_first_run", "96_text", "84_compare_runs", "75_build"]   # the longest pages, so that none runs alone at the end
+
+
+def test_pages(pages, flags, workers):
+    "Seconds of each page, and the pages that failed"
+    fork, skip = multiprocessing.get_context("fork"), get_config().tst_flags.split()
+    waiting, running, seconds, failed = sorted(pages, key=lambda p: p.stem not in FIRST), {}, {}, []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            page = waiting.pop(0)
+            process = fork.Process(target=test_page, args=(page, skip, flags))
+            process.start()
+            running[process.sentinel] = page, process, time.monotonic()
+        for sentinel in wait(running):
+            page, process, start = running.pop(sentinel)
+            process.join()
+            seconds[page] = time.monotonic() - start
+            if process.exitcode: failed.append(page)
+    return seconds, failed
+
+
+def report(seconds, failed):
+    "Print the slowest pages and those that failed; whether there are any"
+    print("slowest pages:", *(f"{t:6.1f} s  {p.name}" for p, t in sorted(seconds.items(), key=lambda o: -o[1])[:15]), sep="\n")
+    print(f"{len(seconds)} pages, {len(failed)} failed", *(p.name for p in failed), sep="\n    ", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, help="notebooks; all of `nbs` if none is given")
+    parser.add_argument("--flags", default="", help="run the cells with these flags too")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    prepare()
+    pages = [p.absolute() for p in sorted(args.pages or nbglob(as_path=True))]
+    sys.exit(report(*test_pages(pages, args.flags.split(), args.workers)))
