@@ -34,6 +34,9 @@ class Attention:
     def num_heads(self)->int: return self.q.shape[1]
 
     @property
+    def device(self)->torch.device: return self.q.device
+
+    @property
     def num_tokens(self)->int: return self.q.shape[2] - self.num_prefix_tokens
 
     def scores(
@@ -88,6 +91,9 @@ class AttentionMap:
 
     @property
     def num_heads(self)->int: return self.map.shape[1]
+
+    @property
+    def device(self)->torch.device: return self.map.device
 
     @property
     def num_tokens(self)->int: return self.map.shape[2]

@@ -206,11 +206,15 @@ def eigvalsh(
 @torch.no_grad()
 def effective_rank(
     x:Tensor, # tokens or rows, (..., M, d)
-)->Tensor:    # between 1 and d; 0 for rows that are all alike, (...,)
+)->Tensor:    # between 1 and d; 0 for rows that are alike up to rounding, (...,)
     "Exponential of the entropy of the covariance spectrum; a diagnostic without gradient"
     with autocast_disabled(x):
-        cov = condition_covariance(covariance(center(upcast(x))))[0]
+        z = center(upcast(x))
+        cov, mean = covariance(z), (upcast(x) - z)[..., 0, :]
+        rounding = (8*torch.finfo(z.dtype).eps)**2 * mean.square().sum(-1)
+        differ = cov.diagonal(dim1=-2, dim2=-1).sum(-1) > rounding
+        cov = condition_covariance(cov)[0]
         lam = (eigvalsh(cov) - torch.finfo(cov.dtype).eps).clamp(min=0)
         total = lam.sum(-1, keepdim=True)
         p = lam / total.clamp(min=torch.finfo(lam.dtype).tiny)
-        return torch.where(total[..., 0] > 0, torch.special.entr(p).sum(-1).exp(), 0.)
+        return torch.where(differ & (total[..., 0] > 0), torch.special.entr(p).sum(-1).exp(), 0.)

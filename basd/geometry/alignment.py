@@ -187,6 +187,16 @@ def student_statistics(
     return {'student/effective_rank': torch.stack([effective_rank(F.layer_norm(x, x.shape[-1:]).flatten(0, 1))
                                                    for x in xs])}
 
+# %% ../../nbs/geometry/15_alignment.ipynb #af12e2ba
+@torch.no_grad()
+def _kept_variance(
+    y:Tensor, # a projection of tokens, (B, N, d_out)
+    z:Tensor, # the tokens, (B, N, d_in)
+)->Tensor:    # ()
+    "Share of the variance over tokens that a projection keeps"
+    variance = lambda x: x.flatten(0, 1).var(0, correction=0).sum()
+    return variance(y)/variance(z).clamp(min=torch.finfo(z.dtype).tiny)
+
 # %% ../../nbs/geometry/15_alignment.ipynb #946cc617
 class InterpolationAligner(nn.Module):
     "Teacher tokens at the student's places and width by resampling and a fixed projection, without parameters"
@@ -202,17 +212,20 @@ class InterpolationAligner(nn.Module):
         self.register_buffer('mean', torch.zeros(d_in))
         self.register_buffer('projection', torch.zeros(d_in, d_out))
         self.register_buffer('fitted', torch.tensor(False))
+        self.register_buffer('kept', torch.ones(2))                              # share of the variance, at the fit and now
 
     def forward(
         self,
         x:Tensor,                          # mixed teacher tokens, (B, N_t, d_in)
         grid_in:tuple[int,int]|None=None,  # (height, width) of the teacher tokens
     )->Tensor:                             # (B, n_out, d_out)
-        "Resampled tokens in their principal coordinates; the first call fits these"
+        "Resampled tokens in their principal coordinates; the first call with finite tokens fits these"
         with autocast_disabled(x):
             z = resample_tokens(upcast(x), self.n_out, grid_in, self.grid_out)
             if not self.ready: self.fit(z)
-            return (z - self.mean.to(z.dtype)) @ self.projection.to(z.dtype)
+            y = (z - self.mean.to(z.dtype)) @ self.projection.to(z.dtype)
+            if self.training and y.shape[-1] < z.shape[-1]: self.kept[1] = _kept_variance(y, z)
+            return y
 
     def reconstruction(self, y:Tensor, x:Tensor, grid_in=None, usual=None)->Tensor: # 0, for there is nothing to train
         "Zero: the counterpart of `TokenAligner.reconstruction`"
@@ -229,12 +242,25 @@ def fit(
     self:InterpolationAligner,
     z:Tensor, # tokens at the student's places, (B, n_out, d_in)
 ):
-    "Take mean and principal directions of these tokens, over all ranks, and freeze them"
-    rows = z.flatten(0, -2)
+    "Take mean and principal directions of these tokens, over all ranks, and freeze them; tokens that are not finite are passed over"
+    rows, old = z.flatten(0, -2), self.projection
     mean = all_reduce_mean(rows.mean(0))
-    u = eigh(condition_covariance(covariance(rows - mean))[0])[1][:, :self.projection.shape[1]] # descending variance
+    if not mean.isfinite().all(): return
+    u = eigh(condition_covariance(covariance(rows - mean))[0])[1][:, :old.shape[1]]             # descending variance
+    left, _, right = torch.linalg.svd(u.mT @ old[:, :u.shape[1]].to(u.dtype))
+    u = torch.where(old.any(), u @ left @ right, u)                             # a second fit: turned towards the first
     self.mean.copy_(mean); self.projection.zero_()[:, :u.shape[1]].copy_(u)
+    self.kept[0] = _kept_variance((z - mean) @ self.projection.to(z.dtype), z)
     self.fitted.fill_(True); self.ready = True
+
+# %% ../../nbs/geometry/15_alignment.ipynb #7b4565e3
+@patch
+def refresh(self:InterpolationAligner):
+    "Fit at the next call again if nine tenths of the share of variance at the fit are not kept; waits for the device"
+    at_fit, now = all_reduce_mean(self.kept).tolist()
+    if now < .9*at_fit:
+        self.fitted.fill_(False)
+        self.ready = False
 
 # %% ../../nbs/geometry/15_alignment.ipynb #3b830d2b
 class HeadAligner(nn.Module):

@@ -171,7 +171,7 @@ class GrassmannSelector(nn.Module):
         # weight of the orthogonality penalty, the only loss of the temperatures; 0: they stay what they are
         orth:float=0.,
         recon:float=.1,    # weight of the reconstruction loss, which trains the maps into the shared space; 0: none
-        # what the reconstruction loss compares: each token, or their mean over an image
+        # what the reconstruction loss compares: each token, or the mean of all tokens of a batch
         recon_form:Literal['tokens', 'mean']='tokens',
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
         # decompose each batch's covariances, or follow those of their running mean

@@ -141,7 +141,7 @@ def target(self:AttentionKLLoss,
     weights:Tensor|None=None, # layer weights, (P, L); None: each student layer has its own teacher layer
 ):           # as of `maps`
     "Targets of the student's attention, as of `maps`"
-    if weights is None: weights = torch.eye(len(xs), len(ys), device=ys[0].q.device)
+    if weights is None: weights = torch.eye(len(xs), len(ys), device=ys[0].device)
     return self.maps(ys, weights, [a.num_tokens for a in xs], grid_sizes_of(ys), grid_sizes_of(xs), rows)
 
 # %% ../../nbs/losses/23_attention.ipynb #d7b981d0
@@ -260,7 +260,7 @@ def in_pieces(
         some = [Attention(q, k, a.scale, a.num_prefix_tokens) for q,k,a in zip(qk[::2], qk[1::2], attention_s)]
         return self.compare(some, target(images), rows) * (len(qk[0])/B)
     numbers = sum(len(h.weight) for h in self.heads) * N * (N if rows is None else 4*len(rows))
-    size = self.at_once or chunk_size(numbers, B, attention_s[0].q.device)
+    size = self.at_once or chunk_size(numbers, B, attention_s[0].device)
     return chunked_mean(share, [t for a in attention_s for t in (a.q, a.k)], list(self.parameters()), size)
 
 # %% ../../nbs/losses/23_attention.ipynb #e3f29d10

@@ -133,9 +133,13 @@ def ema_reference(self:LossBalancer,
 def loss_weights(self:LossBalancer,
     losses:Tensor, # means over all ranks, (C,)
     ramps:Tensor,  # (C,)
+    present:Tensor|None=None, # whether a loss has targets in this batch, (C,); None: all
 )->tuple: # divisor (C,), weights (C,): the contribution of a loss is ramp · weight · loss / divisor
     "Divisor and weight of each loss"
     active, one = ramps > 0, torch.ones_like(losses)
+    if present is not None:
+        active = active & present
+        losses = losses.masked_fill(~present, 0. if self.form == 'uwso_original' else torch.inf)    # no share, or the least
     if self.form == 'fixed': return one, self.fixed.to(losses.dtype)
     if self.form == 'uwso': return one, uwso_weights(losses, self.temperature)
     if self.form == 'uwso_original':
@@ -154,13 +158,15 @@ def forward(self:LossBalancer,
     losses:Tensor, # with gradient, (C,)
     step:Tensor,   # steps taken, ()
     total:Tensor,  # steps of the whole run, ()
+    present:list|None=None, # whether a loss has targets in this batch, alike on all ranks; None: all
     # weighted sum (), and a dictionary: `losses` (C,) with gradient; `ramps`, `weights`, `normalized`, `weighted` (C,) without
 )->tuple:
     "The balanced sum, and the values from which it was computed"
     with autocast_disabled(losses):
         losses = upcast(losses)
         ramps = self.ramps(step, total).to(losses.dtype)
-        divisor, weights = self.loss_weights(all_reduce_mean(losses.detach()), ramps)
+        if present is not None: present = torch.cat([losses.new_full((1,), float(p)) for p in present]) > 0
+        divisor, weights = self.loss_weights(all_reduce_mean(losses.detach()), ramps, present)
         normalized = losses/divisor
         parts = ramps*weights*normalized
         return parts.sum(), dict(losses=parts, ramps=ramps, weights=weights, normalized=normalized.detach(),

@@ -30,7 +30,7 @@ from ..geometry.selector import selection_metrics
 from ..losses.attention import AttentionKLLoss
 from ..losses.balance import LossBalancer
 from ..losses.base import Layers, build_loss, SHAPE_ARGUMENTS
-from ..losses.mixed_targets import can_slice, mixed_loss
+from ..losses.mixed_targets import can_slice, has_target, mixed_loss
 from ..losses.rsd import RSDLoss
 from ..losses.spectral import SpectralLoss
 from ..losses.token_relations import TokenRelationLoss
@@ -397,6 +397,14 @@ def factors(self:BASD,
     "Factor of each balanced loss"
     return {n: self.options.distill_weight*loss.decay(drawn['epoch']) for n,loss in self.losses.items()}
 
+@patch
+def present(self:BASD,
+    blend, # parameters of MixUp or CutMix, or None
+)->list|None: # one per loss; None: all
+    "Whether each loss has targets in a batch"
+    found = [has_target(loss, blend) for loss in self.losses.values()]
+    return None if all(found) else found
+
 # %% ../../nbs/methods/51_basd.ipynb #4c4d5a34
 @patch
 def own_losses(self:BASD,
@@ -417,7 +425,7 @@ def forward(self:BASD, student:Features, teacher:Features, target:Target, progre
     with record_function('part/align'): mixed, ys, recon = self.align(weights, student, teacher, drawn['align'])
     raw = self.compare(student, teacher, weights, mixed, ys, target.mix, drawn)
     losses = torch.stack([raw[n] for n in self.losses])
-    total, balanced = self.balance(losses, drawn['step'], drawn['total'])
+    total, balanced = self.balance(losses, drawn['step'], drawn['total'], self.present(target.mix))
     factors = self.factors(target.mix, drawn)
     parts = (dict(ce=cross_entropy(student.logits, target.labels))
              | {n: factors[n]*p for n,p in zip(self.losses, balanced['losses'])} | self.own_losses(selection, recon))
@@ -461,9 +469,8 @@ def after_update(self:BASD): self.selector.after_update()
 # %% ../../nbs/methods/51_basd.ipynb #5b7626b8
 @patch
 def refresh(self:BASD):
-    "Copy the state of moving selectors and losses to the host"
-    getattr(self.selector, 'refresh', int)()
-    for loss in self.losses.values(): loss.refresh()
+    "Copy the state of moving selectors and losses to the host, and look whether an aligner has to follow"
+    for part in (self.selector, *self.aligners, *self.losses.values()): getattr(part, 'refresh', int)()
 
 # %% ../../nbs/methods/51_basd.ipynb #90fd23f1
 @patch

@@ -115,3 +115,9 @@ def factors(self:LiteralBASD, blend, drawn:dict)->dict:
     "Factor of each balanced loss; 0 where a mixed batch is skipped"
     skip = self.options.blended == 'skip' and blend is not None
     return {n: 0. if skip else f for n,f in BASD.factors(self, blend, drawn).items()}
+
+@patch
+def present(self:LiteralBASD, blend)->list|None:
+    "As of BASD; none where a mixed batch is skipped"
+    if self.options.blended == 'skip' and blend is not None: return [False]*len(self.losses)
+    return BASD.present(self, blend if self.options.blended == 'mixed' else None)

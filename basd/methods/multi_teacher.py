@@ -44,7 +44,7 @@ class TeacherWeighting(nn.Module):
                                 self.theta, self.w).softmax(-1)
 
     def size(self)->Tensor: # ()
-        "Mean square of the parameters, for the penalty that keeps weights soft"
+        "Mean square of `theta` plus squared norm of `w`, for the penalty that keeps weights soft"
         return self.theta.square().mean() + self.w.square().sum()
 
 # %% ../../nbs/methods/58_multi_teacher.ipynb #318f7c5c
