@@ -9,7 +9,7 @@ import torch
 
 from basd.models.students import create_student, save_student
 from basd.runs.builders import load_teacher_run
-from basd.runs.recipe_files import recipe_keys
+from basd.runs.recipe_files import read_recipe, recipe_keys
 
 root = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("race_selectors", root/"experiments"/"race_selectors.py")
@@ -61,6 +61,14 @@ def test_recorded_rows_are_of_the_recipes_of_today(file):
     keys = {e: race.recipe_of(race.FRAMES[frame], e, race.entries()[e], 0, photos if "cifar" in frame else {}, Path("/runs/teachers/t-0"))[1]
             for e in sorted({r["entry"] for r in rows})}
     assert [] == [(r["entry"], r["seed"]) for r in rows if r["key"] != keys[r["entry"]]]
+
+
+def test_the_frames_token_by_token_are_the_packaged_recipe():
+    packaged = read_recipe("basd_tokens@cifar10_dinov2")["method"]
+    exact = race.TOKENS["aligner"] | dict(samples=None)                  # the sampled frames set it otherwise
+    assert race.TOKENS["aligner"] == exact and packaged.pop("name") == "basd" and packaged.pop("selector") == {"name": "nearest_once"}
+    packaged["aligner"]["samples"] = None
+    assert packaged == race.TOKENS
 
 
 def test_indices_keep_their_relative_depth():

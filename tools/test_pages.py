@@ -4,14 +4,16 @@
     python tools/test_pages.py                                  # all pages, two at a time
     python tools/test_pages.py nbs/losses/*.ipynb --flags "slow data" --workers 1
 
-Prints the slowest pages; status 1 if a page fails, after its traceback.
+Prints the slowest pages; status 1 if a page fails, after its traceback, or shows other words than are saved in it.
 """
 import argparse
 import gc
 import multiprocessing
 import os
+import re
 import sys
 import time
+from collections import Counter
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,14 +68,40 @@ class Rank:
     def poll(self): return self.process.exitcode
 
 
-def watch_draws(found):
-    """Have pages run in a shell that puts into `found` the first cell after which torch's own generator has moved and was not seeded:
-    its first state differs from process to process, and with it what the page shows and asserts. (A cell that draws and then seeds
-    is not noticed.) Figures are drawn once and small, without adjusting their layout"""
+def words(outputs):
+    "How often each word stands in the text of a cell's outputs; what has a digit in it differs from machine to machine, as does the time left"
+    text = []
+    for o in outputs:
+        data = o.get("data") or {}
+        if o.get("name") != "stderr" and "image/png" not in data:
+            shown = data.get("text/markdown") or data.get("text/html") or data.get("text/plain") or o.get("text") or ""
+            text.append("".join(shown))
+    lines = [line for line in "\n".join(text).splitlines() if "at this pace" not in line]
+    return Counter(w for w in re.findall(r"\w{3,}", " ".join(lines)) if not re.search(r"\d", w))
+
+
+class Saved(CaptureShell):
+    "A shell that compares what a cell shows with what is saved in it, and notes where words differ; on the kind of machine that saved it"
+    differ = None if torch.cuda.is_available() else ()
+
+    def cell(self, cell, **kwargs):
+        before = words(cell.get("outputs") or [])
+        cell["outputs"] = []
+        super().cell(cell, **kwargs)
+        after = words(cell["outputs"])
+        if after["not"] and after["run"] and after["missing"]: self.differ = None      # a package that this page is about
+        if self.differ is not None and before != after:
+            self.differ = (*self.differ, f"cell {cell.get('id')}: saved {' '.join(before - after) or '–'}, shown {' '.join(after - before) or '–'}")
+
+
+def watch(found, shells):
+    """Have pages run in a shell, put into `shells`, that puts into `found` the first cell after which torch's own generator has moved
+    and was not seeded: its first state differs from process to process, and with it what the page shows and asserts. (A cell that draws
+    and then seeds is not noticed.) Figures are drawn once and small, without adjusting their layout"""
     seed, start = torch.seed(), torch.get_rng_state()           # no page's own
 
     def watched(*args, **kwargs):
-        shell = CaptureShell(*args, **kwargs)
+        shells.append(shell := Saved(*args, **kwargs))
         set_matplotlib_formats("png", bbox_inches=None)
         ConstrainedLayoutEngine.execute = lambda self, fig: None
         def look(result):
@@ -85,15 +113,17 @@ def watch_draws(found):
 
 
 def test_page(path, skip, flags):
-    ("Test the page at `path` and end this process with status 1 if it fails or draws without a seed. Runs draw their figure where "
-     "the page shows it; ranks of `run_on_ranks` are forks, but on its own page")
-    watch_draws(unseeded := [])
+    ("Test the page at `path` and end this process with status 1 if it fails, draws without a seed or has saved outputs that it does not "
+     "show any more. Runs draw their figure where the page shows it; ranks of `run_on_ranks` are forks, but on its own page")
+    watch(unseeded := [], shells := [])
     basd.core.distributed.subprocess = SimpleNamespace(Popen=Rank)
-    if "figures/run.png" not in path.read_text(): basd.training.callbacks.plot_run = lambda run: None
+    if not re.search(r"figures/run.png|'figures'", path.read_text()): basd.training.callbacks.plot_run = lambda run: None
     os.chdir(get_config().nbs_path)
     passed, _ = test_nb(path, skip_flags=skip, force_flags=flags, basepath=get_config().config_path)
     if unseeded: print(f"{path}: a cell draws from torch's generator, which nothing has seeded:\n{unseeded[0]}", file=sys.stderr)
-    sys.exit(0 if passed and not unseeded else 1)
+    stale = [d for shell in shells for d in shell.differ or ()] if passed else []
+    if stale: print(f"{path}: outputs are not those of the code, run tools/run_notebooks.py on it:", *stale, sep="\n    ", file=sys.stderr)
+    sys.exit(0 if passed and not unseeded and not stale else 1)
 
 
 FIRST = ["93_any_tokens", "88_compare", "91_first_run", "96_text", "84_compare_runs", "75_build"]   # the longest pages, so that none runs alone at the end
