@@ -102,9 +102,10 @@ class AttentionMap:
         self,
         rows:Tensor|None=None, # indices among the N patch queries, (R,); all of them if None
     )->Tensor: # rows sum to one, (B, H, R, N)
-        "The map, in float32 at least"
+        "The map, in float32 at least; rows that were kept in half precision are normalized again"
         A = self.map if rows is None else self.map[:, :, rows]
-        return A.to(torch.promote_types(A.dtype, torch.float32))
+        whole = A.to(torch.promote_types(A.dtype, torch.float32))
+        return whole if whole.dtype == A.dtype else whole/whole.sum(-1, keepdim=True)
 
     def detach(self)->'AttentionMap': return AttentionMap(self.map.detach())
 

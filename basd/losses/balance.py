@@ -149,7 +149,7 @@ def loss_weights(self:LossBalancer,
         return one, torch.where(running, torch.nan_to_num(u.softmax(-1)), 0.)*running.sum()
     trend, r = self.ema_reference(losses, active)
     if self.form == 'equal': return r, one/len(self.names)
-    u = torch.where(active, (trend/losses.clamp(min=1e-12)).clamp(max=self.u_max), 1.)
+    u = torch.where(active, (trend.clamp(min=1e-12)/losses.clamp(min=1e-12)).clamp(max=self.u_max), 1.)
     return r, (u/self.temperature).softmax(-1)
 
 # %% ../../nbs/losses/25_balance.ipynb #74d7f411

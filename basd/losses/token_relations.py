@@ -90,21 +90,29 @@ class TokenRelationLoss(FeatureLoss):
         if self.form != 'gram': return r
         with autocast_disabled(r): return r @ r.mT
 
+# %% ../../nbs/losses/22_token_relations.ipynb #c38e4fd0
+def _each_layer(
+    pairs,    # i, j, for all layers or one of each
+    layers:int,
+)->list:      # of i, j
+    "Pairs of each student layer"
+    return pairs if isinstance(pairs, list) else [pairs]*layers
+
 # %% ../../nbs/losses/22_token_relations.ipynb #34904844
 @patch
 def relations_of(self:TokenRelationLoss,
     ys:list,     # teacher tokens at the student's places, P × (B, N, D)
-    pairs:tuple, # of `draw`
+    pairs,       # of `sample`
 )->list:         # representations, P × (B, K, ·)
     "Relations of the teacher's tokens"
-    return [self.represent(y, pairs) for y in ys]
+    return [self.represent(y, at) for y,at in zip(ys, _each_layer(pairs, len(ys)))]
 
 # %% ../../nbs/losses/22_token_relations.ipynb #dccd68c2
 @patch
 def target(self:TokenRelationLoss,
     ys:list,     # teacher tokens, P × (B, N_t, D)
     xs:list,     # student tokens, of which the places are read
-    pairs:tuple, # of `sample`
+    pairs,       # of `sample`
 )->list:         # representations, P × (B, K, ·)
     "Relations of the teacher's tokens at the positions of the student's"
     return self.relations_of(resample_to_student(xs, ys), pairs)
@@ -116,37 +124,39 @@ def sample(self:TokenRelationLoss,
     images:int,  # on this rank
     generator:torch.Generator|None=None, # on `device`, equal on all ranks
     device='cpu',
-)->tuple:        # i, j
-    "Token pairs of one step, among positions that all layers have"
-    return self.draw(min(tokens), generator, device)
+)->tuple|list:   # i, j; where token counts differ, those of each layer
+    "Token pairs of one step; layers of as many tokens have the same"
+    drawn = {n: self.draw(n, generator, device) for n in dict.fromkeys(tokens)}
+    return drawn[tokens[0]] if len(drawn) == 1 else [drawn[n] for n in tokens]
 
 # %% ../../nbs/losses/22_token_relations.ipynb #1c02cd45
 @patch
 def forward(self:TokenRelationLoss,
     xs:list,     # student tokens, P × (B, N, D)
     target,      # of `target`, possibly mixed; or a function from a slice of images to theirs
-    pairs:tuple, # the same as for `target`
+    pairs,       # the same as for `target`
     short:Tensor|None=None, # distances below which student tokens coincide, (P,); of all images of all ranks if None
 )->Tensor:       # ()
     "Mean over pairs, images and student layers"
     if short is None: short = all_reduce_mean(torch.stack([_coincident(x).mean() for x in xs]))
     if callable(target): return self.in_pieces(xs, target, pairs, short)
-    if len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1:
+    if not isinstance(pairs, list) and len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1:
         return self.one(torch.stack(list(xs)), torch.stack(list(target)), pairs, short[:, None, None, None])
-    return torch.stack([self.one(x, t, pairs, a) for x,t,a in zip(xs, target, short)]).mean()
+    return torch.stack([self.one(x, t, at, a) for x,t,at,a in zip(xs, target, _each_layer(pairs, len(xs)), short)]).mean()
 
 # %% ../../nbs/losses/22_token_relations.ipynb #10672c33
 @patch
 def in_pieces(self:TokenRelationLoss,
     xs:list,     # student tokens, P × (B, N, D)
     target,      # slice of images → their constant target
-    pairs:tuple, # of `draw`
+    pairs,       # of `sample`
     short:Tensor,# (P,)
 )->Tensor:       # ()
     "The same mean, with the relations of only a few images in memory"
     B = len(xs[0])
     share = lambda images, *some: self(list(some), target(images), pairs, short) * (len(some[0])/B)
-    size = self.at_once or chunk_size(len(pairs[0])*sum(x.shape[-1] for x in xs), B, xs[0].device)
+    numbers = sum(len(at[0])*x.shape[-1] for at,x in zip(_each_layer(pairs, len(xs)), xs))
+    size = self.at_once or chunk_size(numbers, B, xs[0].device)
     return chunked_mean(share, list(xs), size=size)
 
 # %% ../../nbs/losses/22_token_relations.ipynb #de1250d4
