@@ -470,9 +470,9 @@ def save(
 def part_colors(
     names:list, # of parts
 )->dict: # name → color
-    "Grays for the parts that every method has, colors for the others"
-    grays = dict(taps='.7', backward='.5', optimizer='.3')
-    own = [n for n in names if n not in grays]
+    "Grays for the parts that every method has, colors for the others; BASD's losses have those of a run's figures"
+    grays, losses = dict(taps='.7', backward='.5', optimizer='.3'), [n for n in ('rsd', 'rel', 'attn', 'spectral') if n in names]
+    own = losses + [n for n in names if n not in (*grays, *losses)]
     return grays | {n: f'C{i}' for i,n in enumerate(own)}
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #2e737f80

@@ -194,7 +194,7 @@ def _kept_variance(
     z:Tensor, # the tokens, (B, N, d_in)
 )->Tensor:    # ()
     "Share of the variance over tokens that a projection keeps"
-    variance = lambda x: x.flatten(0, 1).var(0, correction=0).sum()
+    variance = lambda x: (x - x.mean((0, 1))).square().mean((0, 1)).sum()
     return variance(y)/variance(z).clamp(min=torch.finfo(z.dtype).tiny)
 
 # %% ../../nbs/geometry/15_alignment.ipynb #946cc617

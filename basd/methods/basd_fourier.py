@@ -101,6 +101,12 @@ def sample(self:BASDFourier, progress:StepState, batch:int, device)->StepState:
     generator = step_generator(progress.seed, progress.step, device)
     return progress._replace(samples=sample_images(batch, self.options.aligner.samples, generator, device))
 
+# %% ../../nbs/methods/55_basd_fourier.ipynb #87e8aeb1
+@patch
+def refresh(self:BASDFourier):
+    "Look whether an aligner has to follow the mixture"
+    for a in self.aligners: getattr(a, 'refresh', int)()
+
 # %% ../../nbs/methods/55_basd_fourier.ipynb #43003756
 @patch
 def forward(self:BASDFourier, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
