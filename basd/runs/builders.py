@@ -22,7 +22,7 @@ from ..core.distributed import rank
 from ..core.files import fingerprint
 from ..core.registry import is_import_name
 from ..data.sources import (
-    ImageFolderSource, ImageDataset, ClassMismatch, stratified_split, has_columns, natural_order, open_source)
+    _eval, ImageFolderSource, ImageDataset, ClassMismatch, stratified_split, has_columns, natural_order, open_source)
 from ..methods.base import Requires, FeatureShapes
 from ..models.students import create_student, export_config, load_student
 from ..models.taps import TappedModel, _out_of_order
@@ -111,7 +111,16 @@ def image_notes(
         notes.append(f"{same:,} of the {len(test):,} test images are among the training images, "
                      "so test accuracy is measured on training images in part")
     notes += [n for n in test.source.notes if n not in notes]
-    return notes
+    return notes + _unread_split(train.source, test.source)
+
+# %% ../../nbs/runs/66_builders.ipynb #c850a86d
+def _unread_split(train, test):
+    "A sentence about a folder beside those of the two splits that looks like a third"
+    a, b = (Path(getattr(s, 'root', '')) for s in (train, test))
+    if '' in (getattr(train, 'root', ''), getattr(test, 'root', '')) or a == b or a.parent != b.parent: return []
+    third = sorted(p.name for p in a.parent.iterdir() if p.is_dir() and p.name in _eval and p not in (a, b))
+    return [f"{n} beside {a.name} and {b.name} is not read: validation images are a share of {a.name} (data.val_size), and test images are "
+            f"those of {b.name}; data.test_split={n} tests on {n} in its place" for n in third]
 
 # %% ../../nbs/runs/66_builders.ipynb #11ad42c7
 def build_datasets(
