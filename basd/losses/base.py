@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE_ARGUMENTS', 'Layers', 'LayerPair', 'pair_layers', 'resample_to_student', 'pair_aligned', 'FeatureLoss',
-           'build_loss']
+           'draw_sample', 'build_loss']
 
 # %% ../../nbs/losses/20_base.ipynb #1541240a
 import inspect
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.distributed import world_size
 from ..core.resampling import resample_tokens
 
 # %% ../../nbs/losses/20_base.ipynb #f9150008
@@ -92,6 +93,12 @@ class FeatureLoss(nn.Module):
     ): # passed to `target` and `forward`; None: all is used
         "Random samples of one step"
 
+    def least_images(self,
+        tokens:list, # of each student layer
+    )->int:          # over all ranks
+        "Images below which the loss is not defined, or has no gradient whatever the two layers are"
+        return 1
+
     def target(self,
         ys:list,     # of the teacher
         xs:list,     # of the student, of which only shapes and grids are read
@@ -127,6 +134,31 @@ class FeatureLoss(nn.Module):
     def no_weight_decay(self)->set: # names, timm's convention
         "Names of the parameters without weight decay"
         return set()
+
+# %% ../../nbs/losses/20_base.ipynb #95a854e2
+def draw_sample(
+    loss,        # `FeatureLoss`
+    name:str,    # in the recipe, for the message
+    tokens:list, # of each student layer
+    images:int,  # on this rank
+    generator:torch.Generator|None=None, # on `device`, equal on all ranks
+    device='cpu',
+): # of `loss.sample`
+    "Random samples of one step; raises ValueError in training if there are fewer images than the loss takes"
+    n, least = images*world_size(), loss.least_images(tokens)
+    if loss.training and n < least:
+        raise ValueError(f"losses.{name} takes {least} images at least, and a micro-batch has {n} over all ranks; "
+                         "raise data.batch_size, or lower train.grad_accum_steps")
+    return loss.sample(tokens, images, generator, device)
+
+# %% ../../nbs/losses/20_base.ipynb #5325eea4
+def images_for(
+    rows:int, # that are needed
+    n:int,    # tokens per image
+    max_rows:int|None=None, # about that many over all images, at least one per image; None: all
+)->int:
+    "Fewest images that have as many rows"
+    return next(i for i in range(1, rows + 1) if i*(n if max_rows is None else min(n, max(1, max_rows//i))) >= rows)
 
 # %% ../../nbs/losses/20_base.ipynb #28617055
 SHAPE_ARGUMENTS = ('widths_s', 'widths_t', 'heads_s', 'heads_t') # filled in by the engine, one entry per pair

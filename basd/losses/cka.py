@@ -16,7 +16,7 @@ from ..core.distributed import all_reduce_mean, world_size
 from ..core.numerics import covariance, with_gradient, upcast, autocast_disabled
 from ..core.registry import LOSSES, refuse_unread
 from ..core.resampling import resample_tokens
-from .base import FeatureLoss, pair_layers
+from .base import FeatureLoss, images_for, pair_layers
 
 # %% ../../nbs/losses/29_cka.ipynb #06858201
 def _debiased(h, ab, a, b, n): return n/(n - 3)*(h - ab/(n - 2) + a*b/((n - 1)*(n - 2)))
@@ -145,6 +145,15 @@ def sample(self:CKALoss,
 )->list:         # of `draw`, one per layer
     "Token positions of one step, per layer"
     return [self.draw(n, images, generator, device) for n in tokens]
+
+# %% ../../nbs/losses/29_cka.ipynb #7219485a
+@patch
+def least_images(self:CKALoss,
+    tokens:list, # of each student layer
+)->int: # of all ranks
+    "Images that have three rows, as two that are centered, and one, are alike in any layer; four to debias"
+    rows = 4 if self.debias else 2 + self.center
+    return 1 if self.rows == 'within' else rows if self.rows == 'image' else images_for(rows, min(tokens), self.max_rows)
 
 # %% ../../nbs/losses/29_cka.ipynb #78e0043f
 @patch

@@ -126,6 +126,9 @@ class BatchSimilarityLoss(FeatureLoss):
         if not tau > 0: raise ValueError(f"tau={tau}; it must be positive, .1 is a good value for cosines")
         self.tau, self.mask, self.center = tau, mask, center
 
+    def least_images(self, tokens:list)->int: # two, masked, have one other each; centered, they are opposite
+        return 3 if self.mask or self.center else 2
+
     def logits(self,
         x:Tensor, # tokens, (B, N, D)
     )->Tensor:    # images of this rank × images of all ranks, (B, W·B)

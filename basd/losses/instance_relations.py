@@ -52,6 +52,8 @@ class RKDLoss(FeatureLoss):
         if not angle: refuse_unread(RKDLoss, 'angles', 'distances alone', images=images)
         self.distance, self.angle, self.images = distance, angle, images
 
+    def least_images(self, tokens:list)->int: return 3 # two have one distance, which is its own mean, and no angle
+
     def one(self,
         x:Tensor, # student embeddings of all ranks, (B, D_s)
         y:Tensor, # teacher embeddings of the same images, (B, D_t)
@@ -135,9 +137,9 @@ class VRMLoss(nn.Module):
     )->Tensor:         # ()
         with autocast_disabled(z_s):
             s, t = (gather_rows(z) for z in upcast(z_s, z_t.detach()))
-            if min(s.shape) < 2:
-                raise ValueError(f"logits {tuple(s.shape)} are of one image or one class, which has no edges; "
-                                 "raise data.batch_size, or choose another loss")
+            if len(s) < 2 or s.shape[1] < 3:
+                raise ValueError(f"logits {tuple(s.shape)} are of one image or of fewer than three classes, among which no edges can differ; "
+                                 "raise data.batch_size if it is the images, and choose another loss if it is the classes")
             if self.two_views and len(s) % 2:
                 raise ValueError(f"two_views=True with {len(s)} images, whose second half cannot show the first again; "
                                  "give an even number")
@@ -170,6 +172,8 @@ class CRDLoss(FeatureLoss):
         if not (tau > 0 and dim > 0): raise ValueError(f"tau={tau}, dim={dim}; both must be positive, 0.07 and 128 are usual")
         self.tau = tau
         self.maps_s, self.maps_t = (nn.ModuleList(nn.Linear(d, dim) for d in widths) for widths in (widths_s, widths_t))
+
+    def least_images(self, tokens:list)->int: return 2 # one is told from no other
 
     def forward(self,
         xs:list,                # student tokens, P × (B, N_s, D_s)

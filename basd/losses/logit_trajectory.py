@@ -98,6 +98,14 @@ def sample(self:TrajectoryLoss,
     "Token positions for CKA; None where heads are read"
     return self.alike.sample(tokens, images, generator, device) if self.space == 'cka' else None
 
+# %% ../../nbs/losses/34_logit_trajectory.ipynb #a2e69321
+@patch
+def least_images(self:TrajectoryLoss,
+    tokens:list, # of each student layer
+)->int: # of all ranks
+    "Those of CKA, where layers are compared by it"
+    return self.alike.least_images(tokens) if self.space == 'cka' else 1
+
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #38c86861
 @patch
 def forward(self:TrajectoryLoss,

@@ -18,7 +18,7 @@ from ..core.chunking import chunked_mean
 from ..core.distributed import all_reduce_mean, world_size
 from ..core.numerics import covariance, upcast, autocast_disabled, rounding_error
 from ..core.registry import LOSSES, refuse_unread
-from .base import FeatureLoss, resample_to_student
+from .base import FeatureLoss, images_for, resample_to_student
 
 # %% ../../nbs/losses/21_rsd.ipynb #03930864
 def measured(
@@ -179,6 +179,15 @@ def sample(self:RSDLoss,
     "Token positions of one step, per layer"
     return [self.draw(n, images, generator, device) for n in tokens]
 
+# %% ../../nbs/losses/21_rsd.ipynb #79fd2643
+@patch
+def least_images(self:RSDLoss,
+    tokens:list, # of each student layer
+)->int: # of all ranks
+    "Images that have three rows: a correlation over two is 1 or −1; without centering, two"
+    rows = 2 + self.center
+    return rows if self.pooled else images_for(rows, min(tokens), self.max_rows)
+
 # %% ../../nbs/losses/21_rsd.ipynb #4f3a2198
 @patch
 def target(self:RSDLoss,
@@ -206,19 +215,21 @@ def forward(self:RSDLoss,
     if len(self.heads) > 1:
         return torch.stack([self.one(head, s[None], t.detach()[None]).mean()
                             for head,s,t in zip(self.heads, S, T)]).mean()
-    if len({len(s) for s in S}) > 1:
-        raise ValueError(f"student layers of one width hand over {[len(s) for s in S]} rows; "
-                         "tap layers of equal token count, or use pooled=True")
-    return self.by_point(torch.stack(S), torch.stack(T).detach())
+    alike = {}                                                  # layers of as many rows
+    for p,s in enumerate(S): alike.setdefault(len(s), []).append(p)
+    stacked = lambda side, ps: torch.stack([side[p] for p in ps])
+    return sum(len(ps)/len(S)*self.by_point(stacked(S, ps), stacked(T, ps).detach(), ps) for ps in alike.values())
 
 # %% ../../nbs/losses/21_rsd.ipynb #c62730f5
 @patch
 def by_point(self:RSDLoss,
     s:Tensor, # student rows, (P, M, D_s)
     t:Tensor, # target rows, (P, M, D_t)
+    ps:list,  # which of the layers that share the heads
 )->Tensor:    # ()
     "Mean over layers that share a `ProjectionHeads`, one at a time where they are large"
     head, (names, params) = self.heads[0], zip(*self.heads[0].named_parameters())
+    if len(ps) < len(params[0]): params = [w[ps] for w in params]
     share = lambda points, s, *own: self.one(lambda x: functional_call(head, dict(zip(names, own)), (x,)),
                                              s, t[points]).sum() / len(t)
     return chunked_mean(share, [s, *params],

@@ -29,7 +29,7 @@ from ..geometry.layer_maps import FixedSelector, layer_pairs
 from ..geometry.selector import selection_metrics
 from ..losses.attention import AttentionKLLoss
 from ..losses.balance import LossBalancer
-from ..losses.base import Layers, build_loss, SHAPE_ARGUMENTS
+from ..losses.base import Layers, build_loss, draw_sample, SHAPE_ARGUMENTS
 from ..losses.mixed_targets import can_slice, has_target, mixed_loss
 from ..losses.rsd import RSDLoss
 from ..losses.spectral import SpectralLoss
@@ -326,7 +326,7 @@ def sample(self:BASD, progress:StepState, batch:int, device)->StepState:
     n, s, own, others = self.student.tokens, self.student, dict(rsd=1, rel=2, attn=3, spectral=4), generator(7)
     drawn = dict(selector=self.selector.sample(n, s.grid_sizes, batch, generator(0), device),
                  align=sample_images(batch, self.options.aligner.samples, generator(5), device),
-                 losses={k: loss.sample(n, batch, generator(own[k]) if k in own else others, device)
+                 losses={k: draw_sample(loss, k, n, batch, generator(own[k]) if k in own else others, device)
                          for k,loss in self.losses.items()})
     number = lambda v: torch.full((), float(v), device=device)
     return progress._replace(samples=drawn | dict(step=number(progress.step), total=number(progress.total_steps),

@@ -25,7 +25,7 @@ from ..core.features import Attention
 # %% ../../nbs/models/39_layers.ipynb #d709d9d0
 def layer_names(
     model:nn.Module,
-)->list: # dotted module names, in the order of the forward pass
+)->list: # dotted module names, in the order in which the model lists or registers them
     "Names of the layers of `model`: the blocks of a transformer, the stages of a CNN or of a Swin"
     at, part = _timm_part(model)
     if part is None: return _listed(model)

@@ -292,7 +292,9 @@ class TappedModel(nn.Module):
         self.model, self.names = model, resolve_layers(model, layers)
         self.attention, self.prefix, self.channels_last, self.time_axis = attention, prefix, channels_last, time_axis
         self.grid, self.logits = grid, logits
+        self.by_index = _by_index(layers) # layers are counted, so their list has to have the order of the forward pass
         self.readings = None     # of each layer, once `settle` has compared
+        self.ran = None          # names of tapped layers, in the order in which the forward pass ends them, likewise
         for name,v in dict(mean=mean, std=std).items():
             self.register_buffer(name, None if v is None else torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1),
                                  persistent=False)
@@ -430,10 +432,13 @@ def settle(self:TappedModel,
         found = _compare(self.model, self.names, x, run) if free else {}
         self.readings = [found.get(n, _Reading(prefix=self.prefix, last=self.channels_last)) for n in self.names]
         try:
-            with self._watched() as taps, _written(self.model, taps) as written: run()
+            listed = layer_names(self.model) if self.by_index else []
+            with self._watched() as taps, _written(self.model, taps) as written, _noted(self.model, [*self.names, *listed]) as ran: run()
             written.update(taps.changed())
             self.readings = [replace(_settled(taps, i), copy=i in written) for i in range(len(self.names))]
+            _check_counted(self.model, listed, ran)
         except BaseException: self.readings = None; raise
+    self.ran = [n for n in ran if n in self.names]
     if self.taps is not None: self.taps.readings = self.readings
 
 # %% ../../nbs/models/40_taps.ipynb #2fcbf2b4
@@ -458,6 +463,31 @@ def _written(model, taps):
     try: yield written
     finally:
         for h in handles: h.remove()
+
+# %% ../../nbs/models/40_taps.ipynb #a3a26922
+def _by_index(layers): return layers == 'all' or any(isinstance(l, int) for l in ([layers] if isinstance(layers, int) else layers or ()))
+
+@contextmanager
+def _noted(model, names):
+    "Names of modules, in the order in which a pass ends them"
+    ran = []
+    note = lambda n: lambda module, args, out: None if n in ran else ran.append(n)
+    handles = [model.get_submodule(n).register_forward_hook(note(n)) for n in dict.fromkeys(names)]
+    try: yield ran
+    finally:
+        for h in handles: h.remove()
+
+def _out_of_order(listed, ran):
+    "A layer that ends before the one listed ahead of it, and that one; None if there is none"
+    there = [n for n in listed if n in ran]
+    return next(((b, a) for a,b in zip(there, there[1:]) if ran.index(b) < ran.index(a)), None)
+
+def _check_counted(model, listed, ran):
+    "Refuse to count layers that run in another order than they are listed"
+    if found := _out_of_order(listed, ran):
+        raise ValueError(f"{type(model).__name__} runs {found[0]} before {found[1]} and registers it later, so an index is not the depth of a layer; "
+                         "give layers by name, in the order of the forward pass, or register them in that order")
+
 
 # %% ../../nbs/models/40_taps.ipynb #4a3c5ab6
 def _compare(

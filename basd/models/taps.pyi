@@ -47,7 +47,9 @@ class TappedModel(nn.Module):
     time_axis: bool
     grid: tuple[Any, ...] | None
     logits: Any
+    by_index: Any
     readings: Any
+    ran: Any
     stops: bool
     taps: Any
     made: Any

@@ -22,11 +22,11 @@ from ..core.distributed import rank
 from ..core.files import fingerprint
 from ..core.registry import is_import_name
 from ..data.sources import (
-    ImageFolderSource, ImageDataset, ClassMismatch, stratified_split, has_columns, natural_order, open_source)
+    _eval, ImageFolderSource, ImageDataset, ClassMismatch, stratified_split, has_columns, natural_order, open_source)
 from ..methods.base import Requires, FeatureShapes
 from ..models.students import create_student, export_config, load_student
-from ..models.taps import TappedModel
-from ..models.teachers import TeacherEnsemble, create_teacher, freeze
+from ..models.taps import TappedModel, _out_of_order
+from ..models.teachers import FrozenTeacher, TeacherEnsemble, create_teacher, freeze
 from .recipe_files import read_recipe
 from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, teachers_of
 from .run_directory import read_classes
@@ -111,7 +111,16 @@ def image_notes(
         notes.append(f"{same:,} of the {len(test):,} test images are among the training images, "
                      "so test accuracy is measured on training images in part")
     notes += [n for n in test.source.notes if n not in notes]
-    return notes
+    return notes + _unread_split(train.source, test.source)
+
+# %% ../../nbs/runs/66_builders.ipynb #c850a86d
+def _unread_split(train, test):
+    "A sentence about a folder beside those of the two splits that looks like a third"
+    a, b = (Path(getattr(s, 'root', '')) for s in (train, test))
+    if '' in (getattr(train, 'root', ''), getattr(test, 'root', '')) or a == b or a.parent != b.parent: return []
+    third = sorted(p.name for p in a.parent.iterdir() if p.is_dir() and p.name in _eval and p not in (a, b))
+    return [f"{n} beside {a.name} and {b.name} is not read: validation images are a share of {a.name} (data.val_size), and test images are "
+            f"those of {b.name}; data.test_split={n} tests on {n} in its place" for n in third]
 
 # %% ../../nbs/runs/66_builders.ipynb #11ad42c7
 def build_datasets(
@@ -283,13 +292,21 @@ def infer_shapes(
     tapped,    # `TappedModel`
     device,
 )->FeatureShapes:
-    "Shapes of a model's tapped layers"
+    "Shapes of a model's tapped layers, from first to last; raises ValueError if they are listed in another order"
     image = torch.zeros(1, *tapped.input_size, dtype=torch.uint8, device=device)
-    try: return FeatureShapes.from_features(tapped.infer_shapes(image))
+    try: shapes = FeatureShapes.from_features(tapped.infer_shapes(image))
     except torch.OutOfMemoryError: raise
     except RuntimeError as e:
         raise ValueError(f"{type(tapped.model).__name__} cannot read an image of {tuple(tapped.input_size)}: "
                          f"{' '.join(str(e).split())[:200]}; look at its sizes and kwargs in the recipe") from e
+    for m in getattr(tapped, 'members', [tapped]): _check_depths(m)
+    return shapes
+
+def _check_depths(tapped):
+    "Refuse layers that are not listed in the order of the forward pass"
+    if found := _out_of_order(tapped.names, tapped.ran):
+        raise ValueError(f"{'teacher' if isinstance(tapped, FrozenTeacher) else 'student'}_layers names {found[0]} after {found[1]}, and {type(tapped.model).__name__} "
+                         "runs it before; list layers in the order of the forward pass, which losses and selectors take for their depth")
 
 # %% ../../nbs/runs/66_builders.ipynb #29068919
 def take_objects(

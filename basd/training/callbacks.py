@@ -317,7 +317,7 @@ class Diagnostics(Callback):
     def validate(self, t):
         if rank() or t.should_stop: return
         rows = lambda kind: [r for r in self.metrics.log.rows if r['kind'] == kind]
-        for s in diagnose(rows('step'), known={r['name'] for r in rows('finding')}):
+        for s in diagnose(rows('step'), known={r['name'] for r in rows('finding')}, settings=dict(method=t.task.method.options, train=t.config)):
             self.metrics.write(dict(kind='finding', step=s.step, name=s.name, text=s.sentence))
             print(f"{self.name}: {s.sentence}", flush=True)
 
