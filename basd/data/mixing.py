@@ -90,16 +90,34 @@ def mix_images(
     y = torch.lerp(own[blend.partner], own, blend.own_fraction(h*w, (h, w)).view(h, w).to(own.dtype))
     return y if x.is_floating_point() else y.round().to(x.dtype)
 
+# %% ../../nbs/data/48_mixing.ipynb #4a0da082
+def _check_labels(
+    y,               # labels as they are given
+    num_classes:int, # C
+):
+    "Refuse what are no labels of so many classes, without a wait for the device"
+    whole = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if not (whole and y.dim() == 1 or isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] == num_classes):
+        given = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ValueError(f"labels given as {given}; give a tensor of class numbers (B,), integers, or of probabilities (B, {num_classes})")
+    if y.dim() == 2: return
+    there, numbers = ((y.long() >= -1) & (y.long() < num_classes)).all(), f"0 to {num_classes - 1}, and -1 for an image without a label"
+    if y.is_cuda: torch._assert_async(there, f"a label is no class of {num_classes}; class numbers are {numbers}")
+    elif not there:
+        raise ValueError(f"labels from {y.min()} to {y.max()} for {num_classes} classes; class numbers are {numbers}")
+
 # %% ../../nbs/data/48_mixing.ipynb #3051e590
 def mix_labels(
-    y:Tensor,           # classes, (B,) long; negative: unknown; or probabilities, (B, C) float
-    num_classes:int,
+    y:Tensor,           # classes, (B,) integers; -1: unknown; or probabilities, (B, C)
+    num_classes:int,    # C
     blend:MixParams|None, # None: labels stay unmixed
     smoothing:float=0., # probability mass that is spread over all classes
 )->Tensor: # probabilities, float (B, C); zero where the class of an image, or of its partner, is unknown
-    "Labels as probabilities: smoothed, then mixed as the images were"
+    ("Labels as probabilities: smoothed, then mixed as the images were. Raises ValueError for other types, shapes or classes; "
+     "on a GPU a class that does not exist is an assertion of the device")
+    _check_labels(y, num_classes)
     if y.dim() == 2: one_hot, known = y.float(), torch.ones_like(y[:, :1], dtype=torch.bool)
-    else: one_hot, known = (y[:, None] == torch.arange(num_classes, device=y.device)).float(), (y >= 0)[:, None]
+    else: one_hot, known = (y[:, None] == torch.arange(num_classes, device=y.device)).float(), (y != -1)[:, None]
     p = one_hot*(1 - smoothing) + smoothing/num_classes
     if blend is None: return p*known
     return torch.lerp(p[blend.partner], p, blend.lam)*(known & known[blend.partner])

@@ -108,6 +108,11 @@ class AttentionKLLoss(FeatureLoss):
         else: self.heads = nn.ModuleList([head(sum(heads_s), sum(every) if scope == 'all_layers' else H*len(heads_s))])
         self.rho = nn.Parameter(torch.tensor(math.log(math.expm1(1.)))) if learn_temperature else None
 
+    @property
+    def by_epoch(self)->str|None: # name of an option
+        "What makes the loss depend on the epoch; None: nothing"
+        return None if self.anneal == 1 else 'anneal'
+
 # %% ../../nbs/losses/23_attention.ipynb #ffaebc22
 @patch
 def maps(

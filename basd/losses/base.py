@@ -124,6 +124,11 @@ class FeatureLoss(nn.Module):
         "Factor of the loss at this epoch"
         return 1.
 
+    @property
+    def by_epoch(self)->str|None: # name of an option
+        "What makes the loss depend on the epoch, so that a training loop has to give it; None: nothing"
+        return 'moves' if self.moves else 'decay' if type(self).decay is not FeatureLoss.decay else None
+
     def metrics(self)->dict: # name → detached tensor
         "Values for the log"
         return {}

@@ -139,7 +139,7 @@ def in_time(self:LayerLadder,
 @LOSSES.register('leap')
 class LEAPLoss(LayerLadder, FeatureLoss):
     "Mean squared error of mapped student tokens to one teacher layer, which climbs; gradient to the student and the map"
-    inputs, moves = 'all_layers', True
+    inputs, moves, by_epoch = 'all_layers', True, 'limit'
     def __init__(self,
         widths_s:list,      # D_s of each student layer
         widths_t:list,      # D_t of each teacher layer, all equal

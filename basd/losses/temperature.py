@@ -88,6 +88,11 @@ class LearnedTemperature(nn.Module):
         "The same temperature, whose gradient in the loss is reversed"
         return _grad_reverse(tau, _reversal_weight(epoch, self.epochs).to(tau)) if self.reversed else tau
 
+    @property
+    def by_epoch(self)->str|None: # name of an option
+        "What makes the temperature depend on the epoch; None: nothing"
+        return 'epochs' if self.reversed else None
+
     def anchor_penalty(self,
         tau:Tensor, # of `forward`
     )->Tensor:      # ()

@@ -330,7 +330,7 @@ def sample(self:BASD, progress:StepState, batch:int, device)->StepState:
                          for k,loss in self.losses.items()})
     number = lambda v: torch.full((), float(v), device=device)
     return progress._replace(samples=drawn | dict(step=number(progress.step), total=number(progress.total_steps),
-                                                epoch=number(progress.epoch)))
+                                                epoch=number(progress.epoch or 0.)))
 
 # %% ../../nbs/methods/51_basd.ipynb #e1564fa4
 @patch

@@ -34,7 +34,7 @@ class StepState(NamedTuple):
     step:int     # optimizer steps taken so far
     total_steps:int # optimizer steps of the whole run
     seed:int=0   # of the run
-    epoch:float=0.     # epochs completed
+    epoch:float|None=0. # epochs completed; None: the loop does not give them, and nothing may depend on them
     should_log:bool=False # is this step logged; if so, the metrics may hold what is too expensive for every step
     # of `Method.sample`: random draws and schedules as tensors; None: the method draws them itself
     samples:Any=None
@@ -123,6 +123,10 @@ class Method(nn.Module):
     )->list:           # of sentences
         "What the first lines of a run should say about it"
         return []
+
+    def epoch_reader(self)->str|None: # a part and its option
+        "What depends on the epoch, of the parts that state it by `by_epoch`; None: nothing"
+        return next((f"{n}.{m.by_epoch}".lstrip('.') for n,m in self.named_modules() if getattr(m, 'by_epoch', None)), None)
 
     def teacher_depth(self)->int|None: # tapped teacher layers, counted from the first; None: all, and the logits
         "Number of tapped teacher layers that the next step reads, on the host"

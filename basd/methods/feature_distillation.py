@@ -176,7 +176,7 @@ def sample(self:FeatureDistillation, progress:StepState, batch:int, device)->Ste
     o, number, g = self.options, lambda v: torch.full((), float(v), device=device), step_generator(progress.seed*31 + 7, progress.step, device)
     rho = cosine_ramp(number(progress.step), number(o.kd_start*progress.total_steps), number((o.kd_start + o.kd_warmup)*progress.total_steps))
     sample = {n: draw_sample(loss, n, [self.tokens[p] for p in self.sides[n][0]], batch, g, device) for n,loss in self.losses.items()}
-    return progress._replace(samples=dict(ramp=rho, epoch=number(progress.epoch), losses=sample))
+    return progress._replace(samples=dict(ramp=rho, epoch=number(progress.epoch or 0.), losses=sample))
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #9c642784
 @patch

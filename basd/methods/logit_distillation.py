@@ -136,7 +136,7 @@ def sample(self:LogitDistillation, progress:StepState, batch:int, device)->StepS
     "`progress` with the ramp of this step and the epoch as tensors"
     o, number = self.options, lambda v: torch.full((), float(v), device=device)
     rho = cosine_ramp(number(progress.step), number(o.kd_start*progress.total_steps), number((o.kd_start + o.kd_warmup)*progress.total_steps))
-    return progress._replace(samples=dict(ramp=rho, epoch=number(progress.epoch)))
+    return progress._replace(samples=dict(ramp=rho, epoch=number(progress.epoch or 0.)))
 
 # %% ../../nbs/methods/53_logit_distillation.ipynb #aa7ef45a
 @patch

@@ -22,7 +22,8 @@ from ..core.files import write_atomic
 from ..core.registry import is_given_name, is_import_name, offered
 from .layers import layer_names
 from .taps import TappedModel
-from .teachers import create_timm_model, check_module, input_config, load_weights, weights_origin
+from .teachers import (
+    create_timm_model, check_module, input_config, load_weights, square_side, weights_origin)
 
 # %% ../../nbs/models/42_students.ipynb #c87cdcfe
 def _default_student_layers(
@@ -56,6 +57,7 @@ def create_student(
     if pretrained and checkpoint is not None:
         raise ValueError("a student begins with published weights (pretrained) or with a file (checkpoint), "
                          "not with both; choose one")
+    img_size = square_side(img_size)
     size = dict(img_size=img_size, patch_size=patch_size, depth=depth, embed_dim=width, num_heads=heads)
     if width and heads and width % heads:
         raise ValueError(f"width={width} cannot be shared by heads={heads}; make it a multiple")
@@ -97,10 +99,12 @@ def wrap_student(
     std=None,                # likewise
 )->TappedModel:
     "Tap a model that is there already; your own `nn.Module` too"
-    config = input_config(model, mean, std)
+    config, kind = input_config(model, mean, std), type(model).__name__
+    img_size = square_side(img_size) or square_side(config['input_size'][1:], f'input_size of {kind}')
+    square_side(getattr(getattr(model, 'patch_embed', None), 'img_size', None), f'patch_embed.img_size of {kind}')
     t = TappedModel(model, _default_student_layers(len(layer_names(model))) if layers is None else layers, attention,
                config['mean'], config['std'], prefix, grid=grid)
-    t.input_size = (3, *(2*(img_size,) if img_size else config['input_size'][1:]))
+    t.input_size = 3, img_size, img_size
     t.architecture, t.model_args = architecture, dict(model_args or {})
     return t
 
@@ -164,7 +168,8 @@ def _check_stored(
     bad = [k for k,v in args.items() if k not in allowed or not plain(v)]
     if not known: bad = [f'architecture={name[:100]!r}', *bad]
     if not 0 <= config['num_classes'] <= 10**6: bad = [f"num_classes={config['num_classes']}", *bad]
-    if not all(0 < n <= 2**13 for n in config['input_size']): bad = [f"input_size={config['input_size']}", *bad]
+    c, h, w = config['input_size']
+    if not (all(0 < n <= 2**13 for n in (c, h, w)) and h == w): bad = [f"input_size={config['input_size']}", *bad]
     if bad: raise _StoredArguments(f"{path} sets {bad[0]}, which a stored student may not; "
                                   "export the student again, or load its weights yourself")
     return config

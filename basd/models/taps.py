@@ -346,6 +346,7 @@ class TappedModel(nn.Module):
                 raise ValueError(f"images as bytes, and this {type(self.model).__name__} was tapped without mean and std; "
                                  "give both to TappedModel, or normalize the images before")
             return x
+        check_image_type(x)
         if x.dtype == torch.uint8: x = x.to(self.mean.dtype) / 255
         return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
 
@@ -415,6 +416,13 @@ def evaluating(model):
         with torch.no_grad(): yield
     finally:
         for m,mode in modes: m.training = mode
+
+def check_image_type(
+    x:Tensor, # images
+):
+    "Raises ValueError for images that are neither floats nor bytes"
+    if not (x.is_floating_point() or x.dtype == torch.uint8):
+        raise ValueError(f"images in {x.dtype}; give floats in [0, 1], or bytes (torch.uint8) from 0 to 255")
 
 # %% ../../nbs/models/40_taps.ipynb #e8977478
 @patch

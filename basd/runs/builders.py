@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['fetching', 'open_images', 'run_classes', 'image_notes', 'build_datasets', 'labeled_positions', 'build_student',
-           'build_teacher', 'load_teacher_run', 'describe_teacher', 'input_size', 'infer_shapes', 'take_objects']
+           'build_teacher', 'load_teacher_run', 'describe_teacher', 'input_size', 'run_once', 'infer_shapes',
+           'take_objects']
 
 # %% ../../nbs/runs/66_builders.ipynb #6d1df42f
 import copy
@@ -19,6 +20,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..core.distributed import rank
+from ..core.features import Features
 from ..core.files import fingerprint
 from ..core.registry import is_import_name
 from ..data.sources import (
@@ -188,7 +190,7 @@ def build_student(
 def _check_outputs(student, model, classes):
     "Refuse a student of one's own with another number of logits than there are classes"
     with torch.random.fork_rng(devices=[]):
-        z = student.infer_shapes(torch.zeros(1, *student.input_size, dtype=torch.uint8)).logits
+        z = run_once(student, 'cpu').logits
     if z is None or z.shape[1] != classes:
         raise ValueError(f"student.model={model!r} has {'no logits' if z is None else f'{z.shape[1]} logits'} for {classes} classes; give it a head for these")
 
@@ -287,18 +289,30 @@ def input_size(
     "Side of a model's input images, in pixels"
     return tapped.input_size[-1]
 
+# %% ../../nbs/runs/66_builders.ipynb #2a8462a0
+def run_once(
+    tapped,    # `TappedModel`, or several
+    device,
+)->Features:   # of one image
+    "Features of a black image; raises ValueError for a model in half precision, and for one that cannot read its images"
+    half = next((p.dtype for p in tapped.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is not None:
+        raise ValueError(f"{type(getattr(tapped, 'model', tapped)).__name__} has weights in {str(half).removeprefix('torch.')}; keep the "
+                         "module in float32 (module.float()) and use autocast, by precision='bf16' or that of the loop around")
+    image = torch.zeros(1, *tapped.input_size, dtype=torch.uint8, device=device)
+    try: return tapped.infer_shapes(image)
+    except torch.OutOfMemoryError: raise
+    except RuntimeError as e:
+        raise ValueError(f"{type(getattr(tapped, 'model', tapped)).__name__} cannot read an image of {tuple(tapped.input_size)}: "
+                         f"{' '.join(str(e).split())[:200]}; look at its sizes and kwargs in the recipe") from e
+
 # %% ../../nbs/runs/66_builders.ipynb #de7bd328
 def infer_shapes(
     tapped,    # `TappedModel`
     device,
 )->FeatureShapes:
-    "Shapes of a model's tapped layers, from first to last; raises ValueError if they are listed in another order"
-    image = torch.zeros(1, *tapped.input_size, dtype=torch.uint8, device=device)
-    try: shapes = FeatureShapes.from_features(tapped.infer_shapes(image))
-    except torch.OutOfMemoryError: raise
-    except RuntimeError as e:
-        raise ValueError(f"{type(tapped.model).__name__} cannot read an image of {tuple(tapped.input_size)}: "
-                         f"{' '.join(str(e).split())[:200]}; look at its sizes and kwargs in the recipe") from e
+    "Shapes of a model's tapped layers, from first to last; raises ValueError as `run_once`, or if they are listed in another order"
+    shapes = FeatureShapes.from_features(run_once(tapped, device))
     for m in getattr(tapped, 'members', [tapped]): _check_depths(m)
     return shapes
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DataRecipe', 'ViewRecipe', 'StudentRecipe', 'TeacherRecipe', 'TrainRecipe', 'MethodRecipe', 'Recipe', 'validate_tree',
-           'teachers_of', 'check_teachers', 'build_recipe', 'load_recipe', 'to_dict', 'recipe_text', 'write_recipe',
-           'diff_recipes', 'recipe_schema', 'options_keys', 'keys_table', 'explained_yaml']
+           'teachers_of', 'check_teachers', 'build_recipe', 'check_layer_options', 'load_recipe', 'to_dict',
+           'recipe_text', 'write_recipe', 'diff_recipes', 'recipe_schema', 'options_keys', 'keys_table',
+           'explained_yaml']
 
 # %% ../../nbs/runs/61_recipes.ipynb #80195464
 import math
@@ -408,7 +409,7 @@ def build_recipe(
         _origin(m, section)
         if is_import_name(m.model) and not is_given_name(m.model): imported(m.model, f'{section}.model={m.model!r}')
         if str(m.model).startswith('hub:'): admit(m.model, f'{section}.model={m.model!r}')
-    for key in ('student_layers', 'teacher_layers', 'layer_map'): _layers(f'method.{key}', getattr(options, key, None))
+    check_layer_options(options)
     for key in ('source', 'knn_source'):
         s = getattr(recipe.data, key)
         if s and is_import_name(s) and not is_given_name(s): imported(s, f'data.{key}={s!r}')
@@ -418,6 +419,13 @@ def build_recipe(
     recipe.method = MethodRecipe(name, options)
     _agree(recipe)
     return recipe
+
+# %% ../../nbs/runs/61_recipes.ipynb #1806e6f8
+def check_layer_options(
+    options, # of a method
+):
+    "Raises ValueError for options of a method that name no layers"
+    for key in ('student_layers', 'teacher_layers', 'layer_map'): _layers(f'method.{key}', getattr(options, key, None))
 
 # %% ../../nbs/runs/61_recipes.ipynb #ba221665
 def _objective(name):
@@ -436,6 +444,8 @@ def _layers(key, x):
                       and all(map(one, v)))
     if not (x is None or one(x) or isinstance(x, (list, tuple)) and all(one(v) or pair(v) for v in x)):
         raise ValueError(f"{key}={_short(x)}: should be a word, a layer's number or name, or a list of these")
+    if isinstance(x, (list, tuple)) and not len(x):
+        raise ValueError(f"{key}=[] names no layer; name at least one, or leave the key out")
 
 def _keywords(section, s, own):
     "Refuse keyword arguments that the section, or the engine itself, gives already"

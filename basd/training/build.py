@@ -32,7 +32,7 @@ from ..models.layers import layer_names
 from ..geometry.neighbors import knn_among, knn_predict, usual_k
 from ..runs.builders import (
     build_student, build_teacher, describe_teacher, fetching, input_size, labeled_positions, image_notes, build_datasets,
-    open_images, _granted_data)
+    open_images, run_once, _granted_data)
 from ..runs.inference import pooled_features, predict_logits, validate
 from ..runs.metrics import check_trackers
 from ..runs.recipes import Recipe, build_recipe, teachers_of, to_dict
@@ -323,7 +323,7 @@ def _teacher_classes(
     "Classes of the head of a recipe's teacher"
     teacher = build_teacher(recipe, needs)
     first = getattr(teacher, 'members', [teacher])[0]
-    z = first.infer_shapes(torch.zeros(1, *first.input_size, dtype=torch.uint8)).logits
+    z = run_once(first, 'cpu').logits
     if z is None:
         raise ValueError(f"method {recipe.method.name!r} compares logits, and the teacher has no head; "
                          "take a teacher with a head, or a method that compares tokens alone, as basd or match")

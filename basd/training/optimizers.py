@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from ..core.distributed import all_reduce_mean
 from ..methods.base import Callback
+from .task import check_trained
 
 # %% ../../nbs/training/70_optimizers.ipynb #3dccdaeb
 def create_optimizer(
@@ -20,8 +21,7 @@ def create_optimizer(
     t,       # `TrainRecipe`
 )->torch.optim.Optimizer:
     "A fused optimizer over timm's parameter groups, or one with two momenta"
-    if not any(p.requires_grad for p in task.student.parameters()):
-        raise ValueError("the student has no parameter to train; is it the teacher's module too, or was it frozen?")
+    check_trained(task.student)
     groups = (param_groups_weight_decay(task, t.weight_decay, no_weight_decay_list=task.no_weight_decay()) if not t.decay_all
               else [dict(params=[p for p in task.parameters() if p.requires_grad], weight_decay=t.weight_decay)])
     if t.optimizer == 'dot':
