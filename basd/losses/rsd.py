@@ -179,7 +179,6 @@ def sample(self:RSDLoss,
     "Token positions of one step, per layer"
     return [self.draw(n, images, generator, device) for n in tokens]
 
-# %% ../../nbs/losses/21_rsd.ipynb #79fd2643
 @patch
 def least_images(self:RSDLoss,
     tokens:list, # of each student layer

@@ -472,7 +472,6 @@ def _written(model, taps):
     finally:
         for h in handles: h.remove()
 
-# %% ../../nbs/models/40_taps.ipynb #a3a26922
 def _by_index(layers): return layers == 'all' or any(isinstance(l, int) for l in ([layers] if isinstance(layers, int) else layers or ()))
 
 @contextmanager

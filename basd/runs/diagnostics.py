@@ -100,8 +100,8 @@ def _advice(curve, value, settings):
     chosen = (off or other) if dead else may
     if settings is None:                                        # not the keys of every method
         chosen = [Change('raise its weight')]*any(c.weight for c in chosen) + [c for c in chosen if not c.weight]
-    told = [c.do + f' (with {c.where})'*(settings is None and bool(c.where)) for c in chosen]
-    return f"{means}: {', or '.join(told)}" if told else means
+    texts = [c.do + f' (with {c.where})'*(settings is None and bool(c.where)) for c in chosen]
+    return f"{means}: {', or '.join(texts)}" if texts else means
 
 # %% ../../nbs/runs/63_diagnostics.ipynb #3836867c
 def _first_violation(
