@@ -171,14 +171,29 @@ def test_a_long_page_has_a_reason():
     assert long.keys() == LONG.keys(), "shorten it, split it, or say above why it is one page"
 
 
-@pytest.mark.parametrize("cell, status", [("import torch; torch.rand(1)", 1), ("import torch; torch.manual_seed(0); torch.rand(1)", 0)])
-def test_a_page_seeds_before_it_draws(cell, status, tmp_path, monkeypatch, capfd):
-    "Torch's generator starts anywhere, in each process, so a page that does not seed it shows and asserts other numbers each time"
+@pytest.fixture
+def status_of(tmp_path, monkeypatch):
+    "Test a page of one cell; its exit status"
     monkeypatch.syspath_prepend(ROOT/"tools")
     from test_pages import test_page
-    page = tmp_path/"page.ipynb"
-    page.write_text(json.dumps(dict(cells=[dict(cell_type="code", execution_count=None, id="1", metadata={}, outputs=[], source=[cell])],
-                                    metadata={}, nbformat=4, nbformat_minor=5)))
-    process = multiprocessing.get_context("fork").Process(target=test_page, args=(page, [], []))
-    process.start(); process.join()
-    assert process.exitcode == status and ("which nothing has seeded" in capfd.readouterr().err) == bool(status)
+    def run(source, outputs=()):
+        page = tmp_path/"page.ipynb"
+        cell = dict(cell_type="code", execution_count=None, id="1", metadata={}, outputs=[*outputs], source=[source])
+        page.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+        process = multiprocessing.get_context("fork").Process(target=test_page, args=(page, [], []))
+        process.start(); process.join()
+        return process.exitcode
+    return run
+
+
+@pytest.mark.parametrize("cell, status", [("import torch; torch.rand(1);", 1), ("import torch; torch.manual_seed(0); torch.rand(1);", 0)])
+def test_a_page_seeds_before_it_draws(cell, status, status_of, capfd):
+    "Torch's generator starts anywhere, in each process, so a page that does not seed it shows and asserts other numbers each time"
+    assert status_of(cell) == status and ("which nothing has seeded" in capfd.readouterr().err) == bool(status)
+
+
+@pytest.mark.parametrize("saved, status", [("'a word and 1.25'", 0), ("'a word and 7'", 0), ("'a name that is no more, and 1.25'", 1), (None, 1)])
+def test_a_page_shows_what_its_code_does(saved, status, status_of, capfd):
+    "Words that are saved and not shown are stale; numbers differ from machine to machine"
+    outputs = [dict(data={"text/plain": [saved]}, execution_count=None, metadata={}, output_type="execute_result")]*(saved is not None)
+    assert status_of("'a word and 1.25'", outputs) == status and ("outputs are not those of the code" in capfd.readouterr().err) == bool(status)
