@@ -318,7 +318,8 @@ def goal(
     for name in (n for n in of if any(n in o for o in over)):
         found = [o.get(name, {}) for o in over]
         each = [(r['difference'], r['half']) if r.get('half') is not None else None for r in found]
-        better = None if None in each else all(d >= points and d - half > 0 for d,half in each)
+        met = [e and e[0] >= points and e[0] - e[1] > 0 for e in each]
+        better = False if False in met else None if None in met else True
         ratio = timed.get(name, {}).get('ratio')
         out.append((name, each, ratio, better, None if ratio is None else ratio <= step))
     return out
