@@ -231,8 +231,9 @@ class InterpolationAligner(nn.Module):
         "Zero: the counterpart of `TokenAligner.reconstruction`"
         return torch.zeros((), device=x.device)
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(f'{prefix}kept', torch.zeros(2))        # a run that was begun without it stays as it was fitted
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.ready = bool(self.fitted)
 
 # %% ../../nbs/geometry/15_alignment.ipynb #42f9e1e9
