@@ -105,7 +105,7 @@ class AttentionMap:
         "The map, in float32 at least; rows that were kept in half precision are normalized again"
         A = self.map if rows is None else self.map[:, :, rows]
         whole = A.to(torch.promote_types(A.dtype, torch.float32))
-        return whole if whole.dtype == A.dtype else whole/whole.sum(-1, keepdim=True)
+        return whole if whole.dtype == A.dtype else whole/whole.sum(-1, keepdim=True).clamp(min=torch.finfo(whole.dtype).tiny)
 
     def detach(self)->'AttentionMap': return AttentionMap(self.map.detach())
 

@@ -101,14 +101,16 @@ def _check_labels(
         given = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise ValueError(f"labels given as {given}; give a tensor of class numbers (B,), integers, or of probabilities (B, {num_classes})")
     if y.dim() == 2: return
-    there, numbers = ((y.long() >= -1) & (y.long() < num_classes)).all(), f"0 to {num_classes - 1}, and -1 for an image without a label"
+    n = y.long()
+    there = (((n >= -1) | (n == -100)) & (n < num_classes)).all()                  # -100: that of torch's losses
+    numbers = f"0 to {num_classes - 1}, and -1 or -100 for an image without a label"
     if y.is_cuda: torch._assert_async(there, f"a label is no class of {num_classes}; class numbers are {numbers}")
-    elif not there:
+    elif y.device.type == 'cpu' and not there:
         raise ValueError(f"labels from {y.min()} to {y.max()} for {num_classes} classes; class numbers are {numbers}")
 
 # %% ../../nbs/data/48_mixing.ipynb #3051e590
 def mix_labels(
-    y:Tensor,           # classes, (B,) integers; -1: unknown; or probabilities, (B, C)
+    y:Tensor,           # classes, (B,) integers; -1 or -100: unknown; or probabilities, (B, C)
     num_classes:int,    # C
     blend:MixParams|None, # None: labels stay unmixed
     smoothing:float=0., # probability mass that is spread over all classes
@@ -117,7 +119,7 @@ def mix_labels(
      "on a GPU a class that does not exist is an assertion of the device")
     _check_labels(y, num_classes)
     if y.dim() == 2: one_hot, known = y.float(), torch.ones_like(y[:, :1], dtype=torch.bool)
-    else: one_hot, known = (y[:, None] == torch.arange(num_classes, device=y.device)).float(), (y != -1)[:, None]
+    else: one_hot, known = (y[:, None] == torch.arange(num_classes, device=y.device)).float(), (y >= 0)[:, None]
     p = one_hot*(1 - smoothing) + smoothing/num_classes
     if blend is None: return p*known
     return torch.lerp(p[blend.partner], p, blend.lam)*(known & known[blend.partner])

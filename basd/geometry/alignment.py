@@ -208,7 +208,7 @@ class InterpolationAligner(nn.Module):
         grid_out:tuple[int,int]|None=None, # (height, width) of the wanted tokens, if they lie on a grid
     ):
         super().__init__()
-        self.n_out, self.grid_out, self.ready = n_out, grid_out and tuple(grid_out), False
+        self.n_out, self.grid_out, self.ready, self.again = n_out, grid_out and tuple(grid_out), False, False
         self.register_buffer('mean', torch.zeros(d_in))
         self.register_buffer('projection', torch.zeros(d_in, d_out))
         self.register_buffer('fitted', torch.tensor(False))
@@ -222,7 +222,7 @@ class InterpolationAligner(nn.Module):
         "Resampled tokens in their principal coordinates; the first call with finite tokens fits these"
         with autocast_disabled(x):
             z = resample_tokens(upcast(x), self.n_out, grid_in, self.grid_out)
-            if not self.ready: self.fit(z)
+            if not self.ready or self.again and self.training: self.fit(z)
             y = (z - self.mean.to(z.dtype)) @ self.projection.to(z.dtype)
             if self.training and y.shape[-1] < z.shape[-1]: self.kept[1] = _kept_variance(y, z)
             return y
@@ -234,7 +234,7 @@ class InterpolationAligner(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.setdefault(f'{prefix}kept', torch.zeros(2))        # a run that was begun without it stays as it was fitted
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.ready = bool(self.fitted)
+        self.ready, self.again = bool(self.projection.any()), not self.fitted
 
 # %% ../../nbs/geometry/15_alignment.ipynb #42f9e1e9
 @patch
@@ -246,22 +246,23 @@ def fit(
     "Take mean and principal directions of these tokens, over all ranks, and freeze them; tokens that are not finite are passed over"
     rows, old = z.flatten(0, -2), self.projection
     mean = all_reduce_mean(rows.mean(0))
-    if not mean.isfinite().all(): return
+    if not torch.compiler.is_compiling() and not mean.isfinite().all(): return    # the host waits for it once
     u = eigh(condition_covariance(covariance(rows - mean))[0])[1][:, :old.shape[1]]             # descending variance
     left, _, right = torch.linalg.svd(u.mT @ old[:, :u.shape[1]].to(u.dtype))
     u = torch.where(old.any(), u @ left @ right, u)                             # a second fit: turned towards the first
     self.mean.copy_(mean); self.projection.zero_()[:, :u.shape[1]].copy_(u)
     self.kept[0] = _kept_variance((z - mean) @ self.projection.to(z.dtype), z)
-    self.fitted.fill_(True); self.ready = True
+    self.fitted.fill_(True)
+    self.ready, self.again = True, False
 
 # %% ../../nbs/geometry/15_alignment.ipynb #7b4565e3
 @patch
 def refresh(self:InterpolationAligner):
-    "Fit at the next call again if nine tenths of the share of variance at the fit are not kept; waits for the device"
+    "Fit at the next call in training again if nine tenths of the share of variance at the fit are not kept; waits for the device"
     at_fit, now = all_reduce_mean(self.kept).tolist()
     if now < .9*at_fit:
         self.fitted.fill_(False)
-        self.ready = False
+        self.again = True
 
 # %% ../../nbs/geometry/15_alignment.ipynb #3b830d2b
 class HeadAligner(nn.Module):

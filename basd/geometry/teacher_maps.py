@@ -93,7 +93,7 @@ class _MeasuredOnce(TeacherDepth, GrassmannSelector):
     "Weights that are measured on the first steps and then fixed; the teacher stops at the deepest layer that has one"
     last = True         # the last layer is chosen in any case, so that nothing depends on when measuring ends
     def __init__(self,
-        widths_s:list, # widths of the student's student layers, P integers
+        widths_s:list, # widths of the student layers, P integers
         widths_t:list, # widths of the teacher's layers, L integers
         batches:int,   # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
         **options,     # of `GrassmannSelector`
@@ -133,7 +133,7 @@ class _MeasuredOnce(TeacherDepth, GrassmannSelector):
 class TeacherMap(_MeasuredOnce, ABC):
     "A map computed once from the teacher's overlaps (L, L) by `choose`, which a subclass defines: teacher layers, (P,)"
     def __init__(self,
-        widths_s:list,   # widths of the student's student layers, P integers
+        widths_s:list,   # widths of the student layers, P integers
         widths_t:list,   # widths of the teacher's layers, L integers
         rank:int=16,     # k, directions of a subspace
         dim:int=128,     # d, width to which layers of different widths are mapped
@@ -188,7 +188,7 @@ def forward(self:TeacherMap,
 class ComplementarySelector(TeacherMap):
     "The P teacher layers that represent all of them (medoids), in order of depth"
     def __init__(self,
-        widths_s:list,   # widths of the student's student layers, P integers
+        widths_s:list,   # widths of the student layers, P integers
         widths_t:list,   # widths of the teacher's layers, L integers
         rank:int=16,     # k, directions of a subspace
         dim:int=128,     # d, width to which layers of different widths are mapped
@@ -217,7 +217,7 @@ class NearestOnceSelector(_MeasuredOnce):
     "Weights of the nearest layers as they were at the start; layers of little weight are dropped"
     last = False
     def __init__(self,
-        widths_s:list,   # widths of the student's student layers, P integers
+        widths_s:list,   # widths of the student layers, P integers
         widths_t:list,   # widths of the teacher's layers, L integers
         rank:int=16,     # k, directions of a subspace; below `dim` and the number of rows, preferably `dim`/2 or less
         dim:int=128,     # d, width of the shared space to which both models' tokens are mapped, by maps that stay as drawn

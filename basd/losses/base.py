@@ -151,9 +151,9 @@ def draw_sample(
 ): # of `loss.sample`
     "Random samples of one step; raises ValueError in training if there are fewer images than the loss takes"
     n, least = images*world_size(), loss.least_images(tokens)
-    if loss.training and n < least:
+    if loss.training and torch.is_grad_enabled() and n < least:
         raise ValueError(f"losses.{name} takes {least} images at least, and a micro-batch has {n} over all ranks; "
-                         "raise data.batch_size, or lower train.grad_accum_steps")
+                         "raise data.batch_size, or lower train.grad_accum_steps; a loop of your own leaves a smaller last batch out by drop_last=True")
     return loss.sample(tokens, images, generator, device)
 
 # %% ../../nbs/losses/20_base.ipynb #5325eea4

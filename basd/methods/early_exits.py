@@ -44,13 +44,13 @@ class AuxiliaryClassifiers(nn.Module):
 def ofa_loss(
     z_s:Tensor,    # logits of an exit, (B, C)
     p_t:Tensor,    # the teacher's predictions, constant, (B, C)
-    labels:Tensor, # class probabilities, of which the largest says the true class, (B, C)
+    labels:Tensor, # class probabilities, of which the largest says the true class; zeros for an image without one, (B, C)
     gamma:float=1.5,# 1: cross-entropy with the teacher; 1 to 1.5 in the paper
 )->Tensor:         # nats, ()
     "Cross-entropy with a target in which the true class is enhanced"
     with autocast_disabled(z_s):
         z, p = upcast(z_s), upcast(p_t.detach())
-        y = torch.zeros_like(p).scatter_(1, labels.argmax(1, keepdim=True), 1.)
+        y = torch.zeros_like(p).scatter_(1, labels.argmax(1, keepdim=True), 1.) * (labels.sum(1, keepdim=True) > 0)
         return -(((p + y)**gamma - y)*z.log_softmax(-1)).sum(-1).mean()
 
 # %% ../../nbs/methods/56_early_exits.ipynb #f2f79cae

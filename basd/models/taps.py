@@ -384,7 +384,7 @@ class TappedModel(nn.Module):
     def __getstate__(self): return self.__dict__ | dict(taps=None, made=None)      # a copy has no hooks of its own
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        super().__setstate__(dict(by_index=False, ran=None) | state)        # of objects from before they were there
         for m in self.modules():
             for hooks in (m._forward_hooks, m._forward_pre_hooks):
                 for k in [k for k,h in hooks.items() if isinstance(h, Hook) and h.call is None]: del hooks[k]

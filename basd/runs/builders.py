@@ -294,8 +294,8 @@ def run_once(
     tapped,    # `TappedModel`, or several
     device,
 )->Features:   # of one image
-    "Features of a black image; raises ValueError for a model in half precision, and for one that cannot read its images"
-    half = next((p.dtype for p in tapped.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    "Features of a black image; raises ValueError for a model that is trained in half precision, and for one that cannot read its images"
+    half = next((p.dtype for p in tapped.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ValueError(f"{type(getattr(tapped, 'model', tapped)).__name__} has weights in {str(half).removeprefix('torch.')}; keep the "
                          "module in float32 (module.float()) and use autocast, by precision='bf16' or that of the loop around")

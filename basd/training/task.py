@@ -77,7 +77,7 @@ class DistillationTask(nn.Module):
         return {k: v for k,v in self.__dict__.items() if k not in ('compare_fn', 'teacher_fn')}
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        super().__setstate__(dict(versions=[]) | state)         # of an object from before they were there
         self.compare_fn, self.__dict__['teacher_fn'] = self.compare, self.teacher
 
     def compare(self, images:Tensor, teacher_features, target:Target, progress:StepState)->dict:
@@ -152,7 +152,7 @@ def _check_batch(
     if made and got != made:
         raise ValueError(f"images of {got[0]} × {got[1]} pixels, and the student takes {made[0]} × {made[1]}; resize them, or give "
                          f"img_size={got[0]} to create_student")
-    if labels is not None and len(labels) != len(images):
+    if labels is not None and not (isinstance(labels, Tensor) and labels.dim() == 0) and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images; give one for each, -1 for an image without a label")
 
 # %% ../../nbs/training/69_task.ipynb #f3d94cba
@@ -169,8 +169,8 @@ def _resized(
 def check_epoch(self:DistillationTask,
     epoch:float|None, # as it is given
 ):
-    "Raises ValueError if the epoch is not given and an option of the method reads it"
-    if epoch is None and (option := self.method.epoch_reader()):
+    "Raises ValueError if the epoch is not given in training and an option of the method reads it"
+    if epoch is None and self.training and (option := self.method.epoch_reader()):
         raise ValueError(f"the method's {option} depends on the epoch; give epoch to each call, the number of epochs that are over, as "
                          "step/steps_per_epoch")
 
