@@ -68,16 +68,20 @@ class Rank:
     def poll(self): return self.process.exitcode
 
 
-def words(outputs):
-    "How often each word stands in the text of a cell's outputs; what has a digit in it differs from machine to machine, as does the time left"
+def shown_text(outputs):
+    "Text of a cell's outputs, without errors, figures and the time that is left"
     text = []
     for o in outputs:
         data = o.get("data") or {}
         if o.get("name") != "stderr" and "image/png" not in data:
             shown = data.get("text/markdown") or data.get("text/html") or data.get("text/plain") or o.get("text") or ""
             text.append("".join(shown))
-    lines = [line for line in "\n".join(text).splitlines() if "at this pace" not in line]
-    return Counter(w for w in re.findall(r"\w{3,}", " ".join(lines)) if not re.search(r"\d", w))
+    return "\n".join(line for line in "\n".join(text).splitlines() if "at this pace" not in line)
+
+
+def words(text):
+    "How often each word stands in a text; what has a digit in it differs from machine to machine"
+    return Counter(w for w in re.findall(r"\w{3,}", text) if not re.search(r"\d", w))
 
 
 class Saved(CaptureShell):
@@ -85,11 +89,12 @@ class Saved(CaptureShell):
     differ = None if torch.cuda.is_available() else ()
 
     def cell(self, cell, **kwargs):
-        before = words(cell.get("outputs") or [])
+        before = words(shown_text(cell.get("outputs") or []))
         cell["outputs"] = []
         super().cell(cell, **kwargs)
-        after = words(cell["outputs"])
-        if after["not"] and after["run"] and after["missing"]: self.differ = None      # a package that this page is about
+        text = shown_text(cell["outputs"])
+        after = words(text)
+        if text.startswith("not run here, since"): self.differ = None          # the package that a guide is about is missing
         if self.differ is not None and before != after:
             self.differ = (*self.differ, f"cell {cell.get('id')}: saved {' '.join(before - after) or '–'}, shown {' '.join(after - before) or '–'}")
 

@@ -248,8 +248,9 @@ def fit(
     mean = all_reduce_mean(rows.mean(0))
     if not torch.compiler.is_compiling() and not mean.isfinite().all(): return    # the host waits for it once
     u = eigh(condition_covariance(covariance(rows - mean))[0])[1][:, :old.shape[1]]             # descending variance
-    left, _, right = torch.linalg.svd(u.mT @ old[:, :u.shape[1]].to(u.dtype))
-    u = torch.where(old.any(), u @ left @ right, u)                             # a second fit: turned towards the first
+    if self.ready:                                                              # a second fit: turned towards the first
+        left, _, right = torch.linalg.svd(u.mT @ old[:, :u.shape[1]].to(u.dtype))
+        u = u @ left @ right
     self.mean.copy_(mean); self.projection.zero_()[:, :u.shape[1]].copy_(u)
     self.kept[0] = _kept_variance((z - mean) @ self.projection.to(z.dtype), z)
     self.fitted.fill_(True)
