@@ -138,7 +138,7 @@ def train(
     # changes as dictionaries, as in `train=dict(epochs=3)`; `student` and `teacher` may be modules, or have one as `model`, and
     # `data` a pair of data sets (train, test), or have one as `source`
     **sections,
-)->dict:                  # stage → result with `dispatch`, its directory; the key is '' for a recipe without stages
+)->dict:                  # stage → result with `run`, its directory; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
     from basd.runs.run_directory import create_run_directory, start_stages
     from basd.core.processes import process_group

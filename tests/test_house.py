@@ -1,8 +1,10 @@
 "Pages are numbered in import order, rooms import one way, and no room holds most of the code"
 import ast
+import io
 import json
 import multiprocessing
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,41 @@ def test_what_one_page_alone_uses_is_private():
             if p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts}
     alone = [(m, n) for m,names in public.items() for n in names if not any(n in w for p,w in used.items() if p != PAGE[m])]
     assert sum(map(len, public.values())) > 500 and len(alone) <= 135, f"{len(alone)}: begin a helper's name with _ : {alone}"
+
+
+# names in comments that are another package's, a file's or the environment's
+ELSEWHERE = {"VisionTransformer", "WANDB_MODE", "MLFLOW_TRACKING_URI", "selectors_FRAME"}
+
+
+def test_comments_name_what_exists():
+    "A name in backticks in a comment or docstring is the code's; after a renaming it would be the old one"
+    names, quoted = set(ELSEWHERE) | {"json"}, {}
+    for path in sorted((ROOT/"basd").rglob("*.py")):
+        for t in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            if t.type == tokenize.NAME: names.add(t.string)
+            elif t.type == tokenize.STRING and "`" not in t.string: names |= {*re.findall(r"\w+", t.string)}
+            elif t.type in (tokenize.COMMENT, tokenize.STRING):
+                quoted |= {w: f"{path.name}:{t.start[0]}" for w in re.findall(r"`([A-Za-z_][\w.]*)`", t.string)}
+    gone = {w: at for w,at in quoted.items() if not names.issuperset(w.split("."))}
+    assert len(quoted) > 400 and not gone, gone
+
+
+MINUTES = re.compile(r"\(((?:[a-z]+/)?\w+)\.ipynb\)[^\n]*?(?:\(|\| )(\d+) min")
+
+
+def minutes(page):
+    "Reading time with the code: 100 words of prose and 20 lines of code per minute"
+    cells = json.loads(page.read_text())["cells"]
+    text = {kind: "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == kind) for kind in ("markdown", "code")}
+    return len(text["markdown"].split())/100 + sum(bool(line.strip()) for line in text["code"].splitlines())/20
+
+
+@pytest.mark.parametrize("page", ["use", "add"])
+def test_reading_times(page):
+    "Times in a reading order are those of the pages, to within five minutes or a quarter"
+    found = MINUTES.findall("\n".join("".join(c["source"]) for c in json.loads((ROOT/f"nbs/{page}.ipynb").read_text())["cells"]))
+    far = {p: (int(given), round(m)) for p,given in found if abs(int(given) - (m := minutes(ROOT/f"nbs/{p}.ipynb"))) > max(5, m/4)}
+    assert len(found) > 5 and not far, far
 
 
 def test_the_loop_fits_on_a_screen():

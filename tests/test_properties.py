@@ -334,7 +334,7 @@ def structural(name, given, batch, order=None):
             if blend is not None and blend.box is not None:
                 maps = [cutmix_attention(A, A[blend.partner], blend.own_fraction(m, a), rows) for A, m, a in zip(maps, n, s.grid_sizes)]
             return loss(s.attention, maps, rows)
-        images = loss.draw(batch.case.B, g)
+        images = loss.sample(n, batch.case.B, g)
         source = [y.detach() if images is None else y.detach()[images] for y in ys]
         target = loss.spectra([source[0]]*len(xs), [min(*x.shape[1:], *ys[0].shape[1:]) for x in xs])
         return loss(s.tokens, target, images)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.chunking import chunk_size
 from ..core.distributed import all_reduce_mean
 from ..core.numerics import upcast, autocast_disabled
-from .selector import Selection, mix_blended_tokens, mix_tokens, layer_weights
+from .selector import Selection, layer_weights, mix_blended_tokens, mix_tokens, rho_of, temperatures_of
 
 # %% ../../nbs/geometry/13_frequency_selector.ipynb #3810bdba
 @torch.no_grad()
@@ -134,15 +134,12 @@ class FrequencySelector(nn.Module):
             raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or any with normalize='none'")
         self.widths_s, self.widths_t, self.bins, self.dist = list(widths_s), list(widths_t), bins, dist
         self.drop_dc, self.normalize, self.entropy, self.entropy_sign = drop_dc, normalize, entropy, entropy_sign
-        share = math.log(tau/.05) / math.log(10/.05)
-        rho = math.log(share/(1 - share)) if normalize == 'standard' else tau + math.log(-math.expm1(-tau))
-        self.rho = nn.Parameter(torch.full((len(self.widths_s),), rho), requires_grad=entropy != 0)
+        self.rho = nn.Parameter(torch.full((len(self.widths_s),), rho_of(tau, normalize)), requires_grad=entropy != 0)
 
     @property
     def temperatures(self)->Tensor: # positive, (P,)
         "One temperature per student layer"
-        if self.normalize == 'none': return F.softplus(self.rho)
-        return .05 * (self.rho.sigmoid() * math.log(10/.05)).exp()
+        return temperatures_of(self.rho, self.normalize)
 
     @property
     def mixed_width(self)->int:

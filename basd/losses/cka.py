@@ -16,6 +16,7 @@ from ..core.distributed import all_reduce_mean, world_size
 from ..core.numerics import covariance, with_gradient, upcast, autocast_disabled
 from ..core.registry import LOSSES, refuse_unread
 from ..core.resampling import resample_tokens
+from ..core.sampling import sample_tokens
 from .base import FeatureLoss, images_for, pair_layers
 
 # %% ../../nbs/losses/29_cka.ipynb #06858201
@@ -124,16 +125,13 @@ class CKALoss(FeatureLoss):
 # %% ../../nbs/losses/29_cka.ipynb #9b3c7e03
 @patch
 def draw(self:CKALoss,
-    N:int,                      # tokens per image
+    n:int,                      # tokens per image
     images:int,                 # on this rank
     generator:torch.Generator|None=None, # on `device`, equal on all ranks; None: evenly spaced places
     device='cpu',
 )->Tensor|None:                 # (n,), or None for all
     "Token positions of one step"
-    n = N if self.rows != 'token' or self.max_rows is None else max(1, self.max_rows//(images*world_size()))
-    if n >= N: return None
-    if generator is None: return torch.arange(n, device=device)*N//n
-    return torch.randperm(N, generator=generator, device=device)[:n]
+    return sample_tokens(n, images, None if self.rows != 'token' else self.max_rows, generator, device)
 
 # %% ../../nbs/losses/29_cka.ipynb #019c84c7
 @patch

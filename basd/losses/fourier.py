@@ -83,7 +83,7 @@ def one(self:FourierLoss,
         if self.channels == 'pool' and y.shape[-1] > x.shape[-1]: y = F.adaptive_avg_pool1d(y, x.shape[-1])
         if x.shape[-1] != y.shape[-1]:
             raise ValueError(f"student tokens of width {x.shape[-1]} and teacher tokens of width {y.shape[-1]} "
-                             "cannot be subtracted; use channels='learned' with widths_s and widths_t, so that a map is learnt")
+                             "cannot be subtracted; use channels='learned' with widths_s and widths_t, so that a map is learned")
         if self.form == 'complex': return fourier_distance(x, y, grid, self.hermitian_weight).mean()
         return (_log_magnitude(x, grid) - _log_magnitude(y, grid)).square().mean()
 

@@ -97,7 +97,7 @@ def one(self:TokenCosineLoss,
     "Loss of one pair of layers, in float32"
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(f"student tokens of width {x.shape[-1]} and teacher tokens of width {y.shape[-1]} have no "
-                         "cosine; give widths_s and widths_t, so that a map is learnt")
+                         "cosine; give widths_s and widths_t, so that a map is learned")
     with autocast_disabled(x): return 1 - (l2_normalize(upcast(x))*l2_normalize(upcast(y))).sum(-1).mean()
 
 # %% ../../nbs/losses/30_gram.ipynb #fc7c2443

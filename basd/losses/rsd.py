@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core.chunking import chunked_mean
-from ..core.distributed import all_reduce_mean, world_size
+from ..core.distributed import all_reduce_mean
 from ..core.numerics import covariance, upcast, autocast_disabled, rounding_error
 from ..core.registry import LOSSES, refuse_unread
+from ..core.sampling import sample_tokens
 from .base import FeatureLoss, images_for, resample_to_student
 
 # %% ../../nbs/losses/21_rsd.ipynb #03930864
@@ -157,16 +158,13 @@ class RSDLoss(FeatureLoss):
 # %% ../../nbs/losses/21_rsd.ipynb #6dd48b0d
 @patch
 def draw(self:RSDLoss,
-    N:int,                      # tokens per image
+    n:int,                      # tokens per image
     images:int,                 # on this rank
     generator:torch.Generator|None=None, # on `device`; None: places evenly spaced, the same at each step
     device='cpu',
 )->Tensor|None:                 # (n,), or None for all
     "Token positions of one step"
-    n = N if self.pooled or self.max_rows is None else max(1, self.max_rows//(images*world_size()))
-    if n >= N: return None
-    if generator is None: return torch.arange(n, device=device)*N//n
-    return torch.randperm(N, generator=generator, device=device)[:n]
+    return sample_tokens(n, images, None if self.pooled else self.max_rows, generator, device)
 
 # %% ../../nbs/losses/21_rsd.ipynb #b2515ecc
 @patch

@@ -170,16 +170,6 @@ def one(self:SpectralLoss, x, t):
     error = (self.represent(x, t.shape[-1]) - t).square()
     return (error.mean(-1) if self.reduction == 'mean' or self.form == 'moments' else error.sum(-1)).mean()
 
-# %% ../../nbs/losses/24_spectral.ipynb #f36ef8fc
-@patch
-def draw(self:SpectralLoss,
-    batch:int,           # images on this rank
-    generator:torch.Generator|None=None, # equal on all ranks
-    device='cpu',
-)->Tensor|None:          # which of them are used at this step; None: all
-    "Images of this step, for `target` and `forward`"
-    return sample_images(batch, self.samples, generator, device)
-
 # %% ../../nbs/losses/24_spectral.ipynb #b3486f03
 @patch
 def sample(self:SpectralLoss,
@@ -189,4 +179,4 @@ def sample(self:SpectralLoss,
     device='cpu',
 )->Tensor|None:  # which of the images are used; None: all
     "Images of one step"
-    return self.draw(images, generator, device)
+    return sample_images(images, self.samples, generator, device)

@@ -18,11 +18,10 @@ from ..core.features import Features
 from ..core.registry import LOSSES, METHODS, options_adapter, options_dataclass, options_from, validation_hint
 from ..core.sampling import step_generator
 from ..geometry.layer_maps import layer_map, layer_pairs
-from ..losses.balance import cosine_ramp
 from ..losses.base import Layers, build_loss, draw_sample, SHAPE_ARGUMENTS
 from ..losses.mixed_targets import mixed_loss
 from .base import Requires, Method, StepState, FeatureShapes, Target, cross_entropy, method_output, seeded
-from .logit_distillation import LogitDistillationLoss, LogitOptions
+from .logit_distillation import LogitDistillationLoss, LogitOptions, teacher_ramp
 from ..models.students import init_from_teacher_layers
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #0098ef8c
@@ -173,10 +172,9 @@ def compare(self:FeatureDistillation,
 @patch
 def sample(self:FeatureDistillation, progress:StepState, batch:int, device)->StepState:
     "`progress` with the ramp and the samples of this step"
-    o, number, g = self.options, lambda v: torch.full((), float(v), device=device), step_generator(progress.seed*31 + 7, progress.step, device)
-    rho = cosine_ramp(number(progress.step), number(o.kd_start*progress.total_steps), number((o.kd_start + o.kd_warmup)*progress.total_steps))
+    g = step_generator(progress.seed*31 + 7, progress.step, device)
     sample = {n: draw_sample(loss, n, [self.tokens[p] for p in self.sides[n][0]], batch, g, device) for n,loss in self.losses.items()}
-    return progress._replace(samples=dict(ramp=rho, epoch=number(progress.epoch or 0.), losses=sample))
+    return progress._replace(samples=dict(losses=sample) | teacher_ramp(self.options, progress, device))
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #9c642784
 @patch

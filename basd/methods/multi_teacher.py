@@ -93,7 +93,7 @@ class AMTML(Method):
     def __init__(self,
         options:AMTMLOptions,
         student:FeatureShapes,
-        teacher:FeatureShapes, # with `members`, or of one teacher
+        teacher:FeatureShapes, # with `per_teacher`, or of one teacher
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)
@@ -181,7 +181,7 @@ class DiverseDistill(Method):
     def __init__(self,
         options:DiverseDistillOptions,
         student:FeatureShapes,
-        teacher:FeatureShapes, # with `members`, or of one teacher
+        teacher:FeatureShapes, # with `per_teacher`, or of one teacher
         classes:int,
     ):
         super().__init__(options, student, teacher, classes)

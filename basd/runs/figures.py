@@ -161,7 +161,7 @@ def plot_run(
     if knn: panels.insert(1, lambda ax: validated(ax, 'val_knn', 'validation k-NN (%)'))
     if shares: panels.append(lambda ax: curves(ax, shares, 'gradient norm ÷ that of ce', 'dead', log=True))
     if weights:
-        panels.append(lambda ax: curves(ax, weights, 'UW-SO weight', 'pinned').axhline(
+        panels.append(lambda ax: curves(ax, weights, 'weight of the loss', 'pinned').axhline(
             1/len(weights), color='.6', ls=':'))
     if 'selector/entropy' in keys:
         panels.append(lambda ax: (_mark(_plot_points(rows, {'selector/entropy': 'selector'}, ax, 'selector entropy ÷ uniform'),

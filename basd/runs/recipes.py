@@ -742,10 +742,11 @@ def _entry(key, value, comment, pad):
 def _explained(x, pad=''):
     "The lines of a `options_dataclass` instance"
     about, filled = _meanings(type(x)), getattr(x, 'filled', dict)()
+    meaning = lambda k: about[k] or (_first_line(getattr(x, k)) if is_dataclass(getattr(x, k)) else '')
     if isinstance(x, MethodRecipe): return _entry('name', x.name, about['name'], pad) + _explained(x.options, pad)
     return [l for f in fields(x) if f.init
             for l in _entry(f.name, filled.get(f.name, getattr(x, f.name)),
-                            _comment(f, getattr(x, f.name), about[f.name] or _first_line(getattr(x, f.name))), pad)]
+                            _comment(f, getattr(x, f.name), meaning(f.name)), pad)]
 
 # %% ../../nbs/runs/61_recipes.ipynb #18911781
 def explained_yaml(

@@ -114,13 +114,13 @@ def _nonfinite_outputs(
 # %% ../../nbs/training/72_nonfinite.ipynb #7ba612ed
 def rerun_step(
     task,        # `DistillationTask`
-    *batch,      # images, labels, teacher's images and records, as `task.prepare` takes them
+    *batch,      # images, labels, teacher's images and records, as `task.prepare_batch` takes them
     # losses: numbers; of: "loss" or "gradient"; term: the loss of which it is not finite, '' if there is none;
     # layer: where that starts
     **at,        # step, total_steps, epoch, micro
 )->dict:
     "Repeat a step's forward pass and gradients, and check every tensor from the images on"
-    x, features_t, target, progress = task.prepare_batch(*batch, **at, observe=True)
+    x, features_t, target, progress = task.prepare_batch(*batch, **at, should_log=True)
     with autocast(x.device, task.precision):
         features_s = task.student(x)
         with _nonfinite_outputs(task.method) as between: out = task.method(features_s, features_t, target, progress)

@@ -186,7 +186,7 @@ def prepare_batch(self:DistillationTask,
     total_steps:int|None=None, # of the whole run; None: the task's own
     epoch:float|None=None, # epochs completed; None: not known, and refused where an option of the method reads it
     micro:int=0,        # accumulation step
-    observe:bool=False, # is this step logged
+    should_log:bool=False, # is this step logged
     mix:MixParams|None=None, # how to mix these images and labels; None: drawn by the task
 )->tuple: # images, the teacher's features, `Target` and `StepState`, as `compare` takes them
     ("Inputs of `compare`: everything that is drawn on the host, and the teacher's features. Raises ValueError for images or labels "
@@ -209,7 +209,7 @@ def prepare_batch(self:DistillationTask,
                      else self.scaled(teacher_images))
             features = self.teacher_fn(mix_images(clean, mix) if m.teacher else clean, **upto)
     with self.amp_context(images.device):
-        return x, features, target, self.method.sample(StepState(step, total, self.seed, epoch, observe), len(y), images.device)
+        return x, features, target, self.method.sample(StepState(step, total, self.seed, epoch, should_log), len(y), images.device)
 
 @patch
 @torch.compiler.disable

@@ -108,11 +108,11 @@ class Trainer:
     def forward(self,
         batch:dict,         # of the loader
         micro:int=0,        # accumulation step
-        observe:bool=False, # is this step logged
+        should_log:bool=False, # is this step logged
     )->dict:
         "Output of the task on one micro-batch"
         return self.model(*self.data.given(batch), step=self.step, total_steps=self.data.total, micro=micro,
-                          epoch=self.step/self.data.per_epoch, observe=observe)
+                          epoch=self.step/self.data.per_epoch, should_log=should_log)
 
     @property
     def epoch_end(self)->int:
