@@ -165,12 +165,26 @@ def student(self:DualViewTransform,
     plan:_ViewParams,
 )->Tensor: # uint8 (3, s, s)
     "The student's view"
-    x = _crop_resize(x, plan.box, self.size_s, plan.flip, self.interpolation)
+    return self.changed(_crop_resize(x, plan.box, self.size_s, plan.flip, self.interpolation), plan)
+
+@patch
+def changed(self:DualViewTransform,
+    x:Tensor, # the student's crop, uint8 (3, s, s); stays what it is
+    plan:_ViewParams,
+)->Tensor: # uint8 (3, s, s)
+    "The crop with other colors and a rectangle erased"
     if plan.op != 'identity': x = (_color_ops.get(plan.op) or _geometric_ops[plan.op])(x, plan.level)
     if plan.erase is None: return x
     (top, left, h, w), x = plan.erase, x.clone()
     x[:, top:top+h, left:left+w] = self.fill
     return x
+
+@patch
+def one_crop(self:DualViewTransform,
+    plan:_ViewParams,
+)->bool:
+    "Whether both views begin as the same pixels, which are then cut once"
+    return self.size_s == self.size_t and (plan.box, plan.flip) == (plan.box_t, plan.flip_t)
 
 # %% ../../nbs/data/47_views.ipynb #c70297c1
 @patch
@@ -190,7 +204,9 @@ def __call__(self:DualViewTransform,
 )->tuple: # (student's view, teacher's view or None)
     "Both views for training"
     plan = self.sample_params(*x.shape[-2:], *keys, place=place)
-    return self.student(x, plan), self.teacher(x, plan)
+    if not self.one_crop(plan): return self.student(x, plan), self.teacher(x, plan)
+    clean = self.teacher(x, plan)
+    return self.changed(clean, plan), clean
 
 # %% ../../nbs/data/47_views.ipynb #753b89f4
 @patch

@@ -20,9 +20,18 @@ from ..models.feature_records import RecordSchema, unpack_features, pack_feature
 # %% ../../nbs/training/71_cached_teacher.ipynb #90f73a7c
 def _moves(
     views:DualViewTransform,
-)->bool: # does the teacher get another crop or flip in another epoch
-    "Whether the teacher's view changes between epochs"
-    return views.crop == 'shared' and (views.flip > 0 or tuple(views.crop_scale) != (1., 1.))
+)->bool: # may the teacher get another crop or flip in another epoch
+    "Whether the teacher's view changes between epochs; a random box does even if it has all of the area, on an image that is not square"
+    return views.crop == 'shared' and (views.flip > 0 or views.padding != 0)
+
+def _view_parts(
+    views:DualViewTransform,
+)->dict: # name → what a record depends on
+    "What of the views decides which pixels the teacher gets"
+    parts = dict(view=fingerprint([views.size_t, views.interpolation, views.crop]))
+    if not _moves(views): return parts
+    box = dict(crop_scale=list(views.crop_scale)) if views.padding is None else dict(crop_padding=views.padding)
+    return parts | box | dict(flip=views.flip, views=views.recorded)
 
 # %% ../../nbs/training/71_cached_teacher.ipynb #590a2306
 def check_static_teacher_view(
@@ -64,9 +73,7 @@ class CachedTeacher:
         weights = teacher.state_dict() | {n: b for n,b in teacher.named_buffers() if n in ('mean', 'std', 'columns')}
         parts = dict(teacher=fingerprint(weights),
                      layers=fingerprint([teacher.names, self.form.forms]),
-                     view=fingerprint([views.size_t, views.interpolation, views.crop]),
-                     images=fingerprint([images.fingerprint(), list(indices)]))
-        if _moves(views) and views.recorded: parts |= dict(crop_scale=list(views.crop_scale), flip=views.flip, views=self.each)
+                     images=fingerprint([images.fingerprint(), list(indices)])) | _view_parts(views)
         self.cache = Cache(folder, self.layout, len(self.indices)*self.each, parts, shard)
 
     def __repr__(self):
