@@ -49,6 +49,7 @@ class Requires:
     teacher:bool=False      # run the teacher at all
     logits:bool=False       # compare the teacher's logits with the student's: both must have the same classes
     labels:bool=False       # read the class of every image other than by cross-entropy
+    several:bool=False      # learn from several teachers
     views_per_image:int=1   # views per image in a batch; with 2 the second half of a batch shows the images of the first half again
 
 # %% ../../nbs/methods/50_base.ipynb #6a8f36c9

@@ -103,7 +103,7 @@ class AMTML(Method):
         self.hint = HiddenStateLoss([student.widths[p] for p,_ in self.pairs], [m.widths[-1] for m in members], 'layer')
 
     @classmethod
-    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=options.teacher_layers, teacher=True, logits=True)
+    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=options.teacher_layers, teacher=True, several=True, logits=True)
 
     def no_weight_decay(self)->set: return {'weigh.theta', 'weigh.w'}
 
@@ -189,7 +189,7 @@ class DiverseDistill(Method):
         self.count, self.ask = len(members), TeacherAttention(student.widths[-1], [m.widths[-1] for m in members], classes)
 
     @classmethod
-    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=options.teacher_layers, teacher=True)
+    def requires(cls, options): return Requires(student_layers=options.student_layers, teacher_layers=options.teacher_layers, teacher=True, several=True)
 
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
         "Loss, logits and metrics of one batch"

@@ -20,9 +20,10 @@ def autocast(
     device,
     precision:str, # "float32", "bf16" or "fp16"
 ):
-    "Autocast context for a recipe's `train.precision`"
-    half = torch.float16 if precision == 'fp16' else torch.bfloat16
-    return torch.autocast(torch.device(device).type, half, enabled=precision != 'float32')
+    "Autocast context for a recipe's `train.precision`; raises ValueError for another word"
+    half = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
+    if precision not in half: raise ValueError(f"precision={precision!r}; choose from {', '.join(map(repr, half))}")
+    return torch.autocast(torch.device(device).type, half[precision] or torch.bfloat16, enabled=half[precision] is not None)
 
 # %% ../../nbs/runs/67_inference.ipynb #0d0fb4c1
 @torch.no_grad()

@@ -192,7 +192,8 @@ class TrainRecipe:
     log:_Trackers = field(default_factory=lambda: ['jsonl'])
     # callbacks of your own, each a package.module:callable that is called without arguments and returns one
     callbacks:list[str] = field(default_factory=list)
-    # measure at logged steps the gradient of each part of the loss on the student; not if compiled
+    # measure at logged steps the gradient of each loss on the student, by one more backward pass each, so that such a step takes
+    # about twice as long; not if compiled
     log_gradients:bool = True
     checkpoint_every:_PositiveInt|None = None # optimizer steps between checkpoints; null: at the end of each epoch
     # epochs between k-NN evaluations of the student's features, and after the last: validation images by their nearest
@@ -334,8 +335,11 @@ def teachers_of(
 def check_teachers(
     recipe:Recipe,
 ):
-    "Refuse a method's teacher that is not there, or that has learned nothing"
-    if not METHODS.get(recipe.method.name).requires(recipe.method.options).teacher: return
+    "Refuse a method's teacher that is not there, or that has learned nothing, and further ones that it would not read"
+    needs = METHODS.get(recipe.method.name).requires(recipe.method.options)
+    if not needs.teacher: return
+    if recipe.teacher.extra_teachers and not needs.several:
+        raise ValueError(f"teacher.extra_teachers: method {recipe.method.name!r} learns from one teacher; take amtml or diverse, or leave them out")
     for key,t in teachers_of(recipe).items():
         found = _origin(t, key)
         if found is None:

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from ..core.distributed import all_reduce_mean
 from ..core.registry import METHODS, trusting
 from ..core.sampling import step_generator
-from ..data.mixing import MixParams, mix_images, mix_labels, sample_mix
+from ..data.mixing import MixParams, check_mixing, mix_images, mix_labels, sample_mix
 from ..geometry.alignment import student_statistics
 from ..methods.base import Requires, Method, StepState, Target
 from ..models.students import create_student
@@ -41,6 +41,19 @@ class Mixing(NamedTuple):
     teacher:bool=False  # the teacher gets mixed images, too
 
 # %% ../../nbs/training/69_task.ipynb #4cb8fa8a
+def _check_settings(
+    mixing:Mixing,
+    precision:str|None,
+    total_steps:int|None,
+    grad_accum_steps:int,
+):
+    "Raises ValueError for settings of a task that no recipe could have"
+    check_mixing(mixing.mixup, mixing.cutmix, mixing.prob)
+    if not 0 <= mixing.smoothing <= 1: raise ValueError(f"label_smoothing={mixing.smoothing}; give a probability")
+    if precision is not None: autocast('cpu', precision)
+    for name,steps in dict(total_steps=total_steps, grad_accum_steps=grad_accum_steps).items():
+        if steps is not None and not steps == int(steps) >= 1: raise ValueError(f"{name}={steps}; give a number of steps, 1 or more")
+
 class DistillationTask(nn.Module):
     "Student, frozen teacher and method: a batch in, the method's dictionary out"
     def __init__(self,
@@ -60,11 +73,12 @@ class DistillationTask(nn.Module):
         normalized:bool=False,  # images are already normalized for the student, as timm's loaders make them
     ):
         super().__init__()
+        _check_settings(mixing, precision, total_steps, grad_accum_steps)
         self.student, self.method, self.mixing, self.cache = student, method, mixing, cache
         self.__dict__['teacher'] = self.__dict__['teacher_fn'] = teacher
         self.classes, self.seed, self.grad_accum_steps, self.precision, self.label_scale = classes, seed, grad_accum_steps, precision, label_scale
-        self.total_steps, self.normalized = total_steps, normalized
-        self.updates, self.versions = 0, []                     # optimizer steps, counted by `after_update`; see `progress`
+        self.total_steps, self.normalized, self.check_scale = total_steps, normalized, False
+        self.updates, self.versions = 0, []                     # optimizer steps, counted by `after_update`; see `check_loop`
         self.compare_fn, self.depth = self.compare, None             # teacher layers that the last step read; None: all
 
     def _apply(self, fn, recurse=True):
@@ -77,8 +91,16 @@ class DistillationTask(nn.Module):
         return {k: v for k,v in self.__dict__.items() if k not in ('compare_fn', 'teacher_fn')}
 
     def __setstate__(self, state):
-        super().__setstate__(dict(versions=[]) | state)         # of an object from before they were there
+        super().__setstate__(dict(check_scale=False) | state | dict(versions=[]))         # of an object from before they were there
         self.compare_fn, self.__dict__['teacher_fn'] = self.compare, self.teacher
+
+    def get_extra_state(self): return torch.tensor(self.updates)
+
+    def set_extra_state(self, state): self.updates = int(state)
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        state.setdefault(f'{prefix}_extra_state', self.get_extra_state())           # of a dictionary from before it was there
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def compare(self, images:Tensor, teacher_features, target:Target, progress:StepState)->dict:
         "The method on both models' features; at logged steps, with statistics of the student's"
@@ -116,21 +138,30 @@ def progress(self:DistillationTask,
     step:int|None,
     total_steps:int|None,
 )->tuple: # step, steps of the whole run
-    "Step and total steps of a call; warns once where steps are taken and none is counted"
+    "Step and total steps of a call"
     if self.total_steps is None and (step is None or total_steps is None):
         raise ValueError("ramps and schedules read step and total_steps; give both to each call, or give total_steps to "
                          "create_task and call after_update after each optimizer step, which counts")
-    if step is None and self.training: self.check_counted()
-    return self.updates if step is None else step, self.total_steps if total_steps is None else total_steps
+    return self.updates if step is None else int(step), self.total_steps if total_steps is None else int(total_steps)
 
 @patch
-def check_counted(self:DistillationTask):
-    "Warn once if an optimizer has changed the student twice and no update was counted"
-    if self.updates or len(self.versions) == 3: return
-    now = sum(p._version for p in self.student.parameters())      # of each parameter, counted on the host at each change
-    if now not in self.versions: self.versions.append(now)
-    if len(self.versions) == 3:
-        warnings.warn("the student is trained, and the task has counted no step, so ramps and schedules stay at their start; call "
+def check_loop(self:DistillationTask,
+    counts:bool, # does the task count the steps
+):
+    "Warn once if an optimizer has changed the student twice, and the method's parameters never or no update was counted"
+    if len(self.versions) == 3: return
+    # of each parameter, counted on the host at each change
+    now = tuple(sum(p._version for p in m.parameters() if p.requires_grad) for m in (self.student, self.method))
+    if now[0] not in [s for s,_ in self.versions]: self.versions.append(now)
+    if len(self.versions) < 3: return
+    own = [n for n,p in self.method.named_parameters() if p.requires_grad]
+    if own and now[1] == self.versions[0][1]:
+        warnings.warn(f"the student is trained, and the method's own parameters are not ({own[0]}, …), which make its targets; "
+                      "give task.parameters() to the optimizer")
+    moves = any(getattr(type(self.method), f) is not getattr(Method, f) for f in ('after_update', 'refresh'))
+    if not self.updates and (counts or moves):
+        warnings.warn("the student is trained, and the task has counted no step, so " + ("ramps and schedules stay at their start" if counts else
+                      "selectors and constraints of the method stay at their start") + "; call "
                       "after_update after each optimizer step, or follow(optimizer) once")
 
 @patch
@@ -142,18 +173,39 @@ def check_gradient(self:DistillationTask, features):
                          "forward pass, and do not freeze it")
 
 # %% ../../nbs/training/69_task.ipynb #a98252f0
-def _check_batch(
-    images:Tensor,
-    labels,        # as they are given; None: there are none
-    student:TappedModel,
+def _check_images(
+    images,          # as they are given
+    model,           # that takes them: `TappedModel`, or several teachers
+    who:str,         # "student" or "teacher"
 ):
-    "Refuse images of another size than the student's, and labels for another number of images"
-    got, made = tuple(images.shape[-2:]), student.input_size and tuple(student.input_size[-2:])
+    "Refuse what are no images of a model: another type, shape or size, or none"
+    size = tuple(model.input_size or ())
+    if not isinstance(images, Tensor) or images.dim() != 4 or not len(images) or size and images.shape[1] not in (1, size[0]):
+        given = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise ValueError(f"images of the {who} given as {given}; give a tensor (B, {size[0] if size else 3}, height, width) with at least one image")
+    got, made = tuple(images.shape[-2:]), size[-2:]
     if made and got != made:
-        raise ValueError(f"images of {got[0]} × {got[1]} pixels, and the student takes {made[0]} × {made[1]}; resize them, or give "
-                         f"img_size={got[0]} to create_student")
+        raise ValueError(f"images of {got[0]} × {got[1]} pixels, and the {who} takes {made[0]} × {made[1]}; resize them, or give "
+                         f"img_size={got[0]} to create_{who}")
+
+@patch
+def check_batch(self:DistillationTask,
+    images,
+    labels,         # as they are given; None: there are none
+    teacher_images, # likewise
+):
+    "Refuse images of another size or scale than the models', and labels for another number of images"
+    _check_images(images, self.student, 'student')
+    if teacher_images is not None and self.teacher is not None: _check_images(teacher_images, self.teacher, 'teacher')
     if labels is not None and not (isinstance(labels, Tensor) and labels.dim() == 0) and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images; give one for each, -1 for an image without a label")
+    if self.normalized and images.dtype == torch.uint8: raise ValueError("images are bytes, and normalized=True says they are normalized; leave it out")
+    if self.normalized or not self.check_scale or not images.is_floating_point(): return
+    low, high = (x.item() for x in images.aminmax())               # of the first batch alone: the host waits for it
+    self.check_scale = False
+    if not -.5 <= low <= high <= 1.5:                              # interpolation may leave [0, 1] by a little
+        raise ValueError(f"pixels from {low:.2f} to {high:.2f}; give images in [0, 1], or bytes, or normalized=True to create_task "
+                         "if they are normalized for the student")
 
 # %% ../../nbs/training/69_task.ipynb #f3d94cba
 def _resized(
@@ -185,20 +237,24 @@ def prepare_batch(self:DistillationTask,
     step:int|None=None, # optimizer steps taken so far; None: the count of `after_update`
     total_steps:int|None=None, # of the whole run; None: the task's own
     epoch:float|None=None, # epochs completed; None: not known, and refused where an option of the method reads it
-    micro:int=0,        # accumulation step
+    micro:int=0,        # which of `grad_accum_steps` micro-batches
     should_log:bool=False, # is this step logged
-    mix:MixParams|None=None, # how to mix these images and labels; None: drawn by the task
+    mix:MixParams|None=None, # how to mix these images and labels, of `sample_mix`; None: drawn by the task, in training
 )->tuple: # images, the teacher's features, `Target` and `StepState`, as `compare` takes them
     ("Inputs of `compare`: everything that is drawn on the host, and the teacher's features. Raises ValueError for images or labels "
      "of another shape or type, classes that do not exist, and an epoch or a step that is read and not given")
-    m, (step, total) = self.mixing, self.progress(step, total_steps)
-    _check_batch(images, labels if self.label_scale else None, self.student)
+    m, counts, (step, total) = self.mixing, step is None, self.progress(step, total_steps)
+    self.check_batch(images, labels if self.label_scale else None, teacher_images)
     self.check_epoch(epoch)
+    if self.training: self.check_loop(counts)
+    if not 0 <= micro < self.grad_accum_steps:
+        raise ValueError(f"micro={micro} of {self.grad_accum_steps} micro-batches; count from 0, and give grad_accum_steps to create_task")
     if labels is None and self.label_scale: raise ValueError("this task learns from labels; give them with the images, or make it with labels=False")
-    if mix is None: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(images), m.mixup, m.cutmix,
-                                     m.prob, images.device)
+    if mix is not None: mix.check_pairs(len(images))
+    elif self.training: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(images), m.mixup, m.cutmix,
+                                         m.prob, images.device)
     x = mix_images(self.scaled(images), mix)
-    y = mix_labels(labels, self.classes, mix, m.smoothing) if self.label_scale else torch.zeros(len(images), self.classes, device=x.device)
+    y = mix_labels(labels, self.classes, mix, m.smoothing if self.training else 0.) if self.label_scale else torch.zeros(len(images), self.classes, device=x.device)
     if self.label_scale != 1: y = self.label_scale*y                              # those without a label have none of it
     target, features, self.depth = Target(y, None if m.teacher else mix), None, self.method.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
@@ -233,7 +289,10 @@ def after_update(self:DistillationTask,
 def follow(self:DistillationTask,
     optimizer, # of the task's parameters
 )->DistillationTask:
-    "Call `after_update` after each step of `optimizer`, by a hook"
+    "Call `after_update` after each step of `optimizer`, by a hook; raises ValueError if it lacks parameters of the method"
+    held = {id(p) for group in optimizer.param_groups for p in group['params']}
+    if left := [n for n,p in self.method.named_parameters() if p.requires_grad and id(p) not in held]:
+        raise ValueError(f"the optimizer lacks {len(left)} parameters of the method, as {left[0]}, which make its targets; give it task.parameters()")
     optimizer.register_step_post_hook(lambda *_: self.after_update())
     return self
 
@@ -277,6 +336,8 @@ def assemble_task(
     "Task of a student, a teacher and a method built for the shapes of both"
     device = next(student.parameters()).device
     if teacher is not None: teacher = teacher.to(device)
+    if isinstance(teacher, TeacherEnsemble) and not method.requires(options).several:
+        raise ValueError(f"{len(teacher.members)} teachers, and {method.__name__} learns from one; give one, or take amtml or diverse")
     check_shared_modules(student, teacher)
     check_trained(student)
     with torch.random.fork_rng(devices=[]):
@@ -340,6 +401,7 @@ def _teacher_for(
     needs:Requires,
 ):
     "The teacher, or several, likewise"
+    if isinstance(teacher, (list, tuple)) and not teacher: raise ValueError("the list of teachers is empty; give at least one")
     if isinstance(teacher, (list, tuple)): return TeacherEnsemble([_teacher_for(t, needs) for t in teacher])
     t = teacher if isinstance(teacher, FrozenTeacher) else freeze(teacher) if isinstance(teacher, TappedModel) else create_teacher(teacher)
     if needs.teacher_layers == 'all' and not t.names: raise ValueError(_untapped.format('teacher'))
@@ -396,6 +458,7 @@ def create_task(
     mix_prob:float=1.,         # probability that a batch is mixed
     mix_teacher_input:bool=False, # the teacher's images are mixed, too; else its outputs follow the mix
     label_smoothing:float=0.,  # probability that is spread evenly over all classes
+    grad_accum_steps:int=1,    # micro-batches of a step; each call then says which one it has, by `micro`
     seed:int=0,                # of the method's initial weights, and of all that is drawn in a step
     precision:str|None=None,   # "bf16", "fp16": autocast; "float32": none; None: that of the surrounding loop
     normalized:bool=False,     # images are already normalized for the student, as timm's loaders make them, not in [0, 1]
@@ -415,8 +478,9 @@ def create_task(
     classes, labels = _outputs_of(student, num_classes, labels, name, needs)
     task = assemble_task(kind, options, student, _teacher_for(teacher, needs) if needs.teacher else None, classes, seed=seed,
                          mixing=Mixing(mixup, cutmix, mix_prob, label_smoothing, mix_teacher_input), precision=precision,
-                         total_steps=total_steps, normalized=normalized, label_scale=float(labels))
+                         total_steps=total_steps, grad_accum_steps=grad_accum_steps, normalized=normalized, label_scale=float(labels))
     _refuse_alone(task.method, name, needs)
+    task.check_scale = True                                     # images of an unknown loop
     return task.train()
 
 # %% ../../nbs/training/69_task.ipynb #1d12aa3b
