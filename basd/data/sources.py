@@ -129,6 +129,8 @@ class _Pairs:
 # %% ../../nbs/data/46_sources.ipynb #710b1c23
 class Source(Dataset):
     "One split of a data set: images as a reader returns them, labels, names of the classes"
+    drawn = False    # from the images of all splits
+
     def __init__(self,
         dataset,      # anything with `len` that gives (image, label), image as in `decode_picture`
         labels=None,  # class of each image, as for `number_labels`, (n,); read from `dataset` if None
@@ -188,9 +190,11 @@ def under(self:Source,
     strange = next((self.classes[i] for i in self.labels.unique().tolist() if self.classes[i] not in at), None)
     if strange is not None:
         near = next((c for c in classes if c.casefold() == strange.casefold()), None)
+        advice = ("since it is drawn from all folders; name that of the test images with data.test_split" if self.drawn else
+                  f"{f'did you mean {near!r}; ' if near else ''}rename it, or leave it out")
         raise ClassMismatch(f"{self.name} has images of class {strange!r}, which is none of the {len(classes)} classes of "
                            f"{whose} ({', '.join(map(repr, classes[:5]))}{', …' if len(classes) > 5 else ''})"
-                           f"{f'; did you mean {near!r}' if near else ''}; rename it, or leave it out")
+                           f"{', ' if self.drawn else '; '}{advice}")
     out, known = copy.copy(self), sorted(at[c] for c in self.classes if c in at)
     out.labels = torch.tensor([at.get(c, -1) for c in self.classes])[self.labels]
     out.classes, out.among = list(classes), None if len(known) == len(classes) else known
@@ -247,7 +251,9 @@ def _open_digits(
 
 # %% ../../nbs/data/46_sources.ipynb #3efb4a9c
 _train = ('train', 'training')
-_eval = ('test', 'val', 'valid', 'validation', 'eval', 'evaluation')
+_test = ('test', 'testing')
+_val = ('val', 'valid', 'validation', 'eval', 'evaluation')
+_eval = _test + _val
 _torch = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist', 'imagenet', 'places365', 'inaturalist')
 
 # %% ../../nbs/data/46_sources.ipynb #7908b853
@@ -384,13 +390,49 @@ def without_labels(
     return out
 
 # %% ../../nbs/data/46_sources.ipynb #ec483d0e
+def _folded(name): return _same(name).casefold()
+
+def _split_folders(folder, there, split):
+    "The folder of a split among these, in a list: of this name, or of it but for capitals, or of a synonym; [] if there is none"
+    same = next((group for group in (_train, _test, _val) if _folded(split) in group), ())
+    for name in (split, *same):
+        found = [p for p in there if p.name == name] or [p for p in there if _folded(p.name) == _folded(name)]
+        if len(found) > 1:
+            raise ValueError(f"{folder} has folders {found[0].name!r} and {found[1].name!r}, which differ in capitals alone; "
+                             "name one of them with data.train_split or data.test_split")
+        if found: return found
+    return []
+
 def _lacks_splits(there, split):
     "Whether a folder, of which these are the folders, is to be divided into a training and a test split"
-    return split in _train + _eval and not any(p.name in _train + _eval for p in there)
+    return _folded(split) in _train + _eval and not any(_folded(p.name) in _train + _eval for p in there)
+
+def _words(name): return set(re.findall('[a-z]+', re.sub('([a-z])([A-Z])', r'\1 \2', name).lower()))
+
+def _like_splits(folder, paths, labels):
+    "The folders on the first level of a folder that look like splits, and why; None: they do not"
+    parts, below = [Path(p).relative_to(folder).parts for p in paths], {}     # '' stands for images that lie directly in a folder
+    for p in parts: below.setdefault(p[0] if len(p) > 1 else '', set()).add(_folded(p[1]) if len(p) > 2 else '')
+    names = sorted(below.keys() - {''}, key=natural_order)
+    of_train, of_eval = ([n for n in names if _words(n) & {*group}] for group in (_train, _eval))
+    if of_train and of_eval and of_train != of_eval: return sorted({*of_train, *of_eval}, key=natural_order), 'by their names'
+    if not labels or len(names) < 2 or '' in below: return None
+    shared = below[names[0]]
+    if len(shared) < 2 or '' in shared or any(below[n] != shared for n in names): return None
+    few = sorted({p[1] for p in parts if p[0] == names[0]}, key=natural_order)
+    return names, f"since each holds the same folders ({', '.join(map(repr, few[:3]))}{', …' if len(few) > 3 else ''})"
+
+def _check_division(folder, paths, labels):
+    "Refuse to divide a folder whose folders may be splits"
+    if not (found := _like_splits(folder, paths, labels)): return
+    names, why = found
+    raise ValueError(f"{folder} has no folders train and test, and {', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''} "
+                     f"look like splits {why}; name two of them with data.train_split and data.test_split, or if they are classes, "
+                     f"divide their images into train/{names[0]}, test/{names[0]} and so on")
 
 def _draw_split(folder, paths, numbers, split, notes):
     "The images of a split that is drawn, their class numbers, and the notes with one about it"
-    keep = stratified_split(len(paths), numbers or None, .2)[split in _eval]
+    keep = stratified_split(len(paths), numbers or None, .2)[_folded(split) in _eval]
     note = (f"{folder.name} has no folders of splits: a fifth of its {len(paths)} images"
             f"{', the same share of each class,' if numbers else ''} is drawn as its test split")
     return [paths[i] for i in keep], [numbers[i] for i in keep] if numbers else [], [*notes, note]
@@ -398,7 +440,7 @@ def _draw_split(folder, paths, numbers, split, notes):
 # %% ../../nbs/data/46_sources.ipynb #a4d965f1
 def _open_folder(
     folder,             # folder with one folder per split, in each one folder per class
-    split:str='train',  # also under a synonym, as "val" for "validation"; "" takes `folder` itself for the split
+    split:str='train',  # in any capitals, also under a synonym, as "val" for "validation"; "" takes `folder` itself for the split
     labels:bool|None=True, # read classes; False: images at any depth, without; None: the same, with classes where there are any
 )->Source:
     "Images in ImageNet's layout"
@@ -406,22 +448,24 @@ def _open_folder(
     try: there = sorted(p for p in folder.iterdir() if p.is_dir() and not _hidden(p.name))
     except OSError as e:
         raise ValueError(f"folder {folder} cannot be read ({e.strerror}); give the folder that holds the splits") from e
-    same = next((group for group in (_train, _eval[1:]) if split in group), ())
-    found = [p for s in (split, *same) for p in there if p.name == s] if split else [folder]
-    find, drawn = _find_images if labels else _find_any_images, _lacks_splits(there, split)
+    found = _split_folders(folder, there, split) if split else [folder]
+    find, drawn = _find_images if labels else _find_any_images, not found and _lacks_splits(there, split)
     paths, numbers, classes, left = find((found or [folder])[0]) if found or drawn else ([], [], [], Counter())
     if not found and not paths:
         raise ValueError(f"{folder} has no split {split!r}; "
-                         f"its folders are {', '.join(p.name for p in there) or 'none'}")
+                         f"its folders are {', '.join(p.name for p in there) or 'none'}; "
+                         "name those of the splits with data.train_split and data.test_split")
     if not paths:
         raise ValueError(f"{found[0]} holds no images in class folders; lay it out as {found[0].name}/class/image.jpg, "
                          "or set data.labels=none for images without classes"
                          if labels else f"{found[0]} holds no images")
     name, few = f"{folder.name}/{split}", ', '.join(f"{k} × {what}" for what,k in left.most_common(5))
     notes = [f"left out of {folder.name if drawn else name}: {few}"] if few else []
-    if drawn: paths, numbers, notes = _draw_split(folder, paths, numbers, split, notes)
+    if drawn:
+        _check_division(folder, paths, labels)
+        paths, numbers, notes = _draw_split(folder, paths, numbers, split, notes)
     source = ImageFolderSource(paths, numbers or [0]*len(paths), classes or None, name, notes)
-    source.root = str((found or [folder])[0])
+    source.root, source.drawn = str((found or [folder])[0]), drawn
     return source if labels or labels is None and numbers else without_labels(source)
 
 # %% ../../nbs/data/46_sources.ipynb #eef34995

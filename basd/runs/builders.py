@@ -120,7 +120,7 @@ def _unread_split(train, test):
     "A sentence about a folder beside those of the two splits that looks like a third"
     a, b = (Path(getattr(s, 'root', '')) for s in (train, test))
     if '' in (getattr(train, 'root', ''), getattr(test, 'root', '')) or a == b or a.parent != b.parent: return []
-    third = sorted(p.name for p in a.parent.iterdir() if p.is_dir() and p.name in _eval and p not in (a, b))
+    third = sorted(p.name for p in a.parent.iterdir() if p.is_dir() and p.name.casefold() in _eval and p not in (a, b))
     return [f"{n} beside {a.name} and {b.name} is not read: validation images are a share of {a.name} (data.val_size), and test images are "
             f"those of {b.name}; data.test_split={n} tests on {n} in its place" for n in third]
 
@@ -137,6 +137,7 @@ def build_datasets(
                             labels=known)
         test = (train if d.test_split == d.train_split else
                 open_images(d, d.test_split, classes=train.classes if known else None, labels=known or None))
+    _check_pair(d, train.source, test.source)
     if known and len(kinds := train.labels.unique()) < 2:
         raise ValueError(f"{train.source.name} has a single class, {train.classes[int(kinds)]!r}, "
                          "but training needs at least two; give each class a folder or a number of its own")
@@ -150,6 +151,13 @@ def build_datasets(
         keep = torch.randperm(len(fit), generator=torch.Generator().manual_seed(d.split_seed))[:d.train_size]
         fit = [fit[i] for i in sorted(keep.tolist())]
     return train, fit, val, test
+
+def _check_pair(d, train, test):
+    "Refuse a split that is a folder, beside one that is drawn from all folders"
+    if train.drawn == test.drawn: return
+    key, other = ('train', 'test') if train.drawn else ('test', 'train')
+    raise ValueError(f"data.{key}_split={getattr(d, f'{key}_split')!r} is no folder of {d.source}, so its images would be drawn from all of them, "
+                     f"those of data.{other}_split={getattr(d, f'{other}_split')!r} included; name its folder with data.{key}_split")
 
 # %% ../../nbs/runs/66_builders.ipynb #5c18c844
 def labeled_positions(
