@@ -58,6 +58,11 @@ def _open_picture(
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 # %% ../../nbs/data/45_pictures.ipynb #612eaa6a
+def _of_pgm(image):
+    "A PGM of more than 8 bits as a picture of 16, to which Pillow scales it; other pictures as they are"
+    if image.format != 'PPM' or image.mode != 'I': return image
+    return Image.fromarray(np.asarray(image).astype('uint16'))
+
 def _eight_bits(image):
     "Gray levels of 16 bits scaled to 8, where Pillow would clip them; other pictures as they are"
     if image.mode in ('I', 'F'):
@@ -82,7 +87,7 @@ def _shown(
     image:Image.Image, # of any mode
 )->Tensor:             # RGB, uint8, (3, h, w)
     "Pixels of a picture as a viewer shows it: upright, over white; of a moving one the first"
-    return F.pil_to_tensor(_over_white(_eight_bits(ImageOps.exif_transpose(image))))
+    return F.pil_to_tensor(_over_white(_eight_bits(ImageOps.exif_transpose(_of_pgm(image)))))
 
 # %% ../../nbs/data/45_pictures.ipynb #990b8ce2
 def _checked(x):
