@@ -30,7 +30,7 @@ from fastcore.basics import patch
 from timm.data import create_dataset
 from timm.data.readers.targets import get_field
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.transforms.v2 import functional as F
 
 from ..core.registry import call_imported, is_import_name
@@ -190,7 +190,9 @@ def under(self:Source,
     strange = next((self.classes[i] for i in self.labels.unique().tolist() if self.classes[i] not in at), None)
     if strange is not None:
         near = next((c for c in classes if c.casefold() == strange.casefold()), None)
+        bare = lambda names: names == [*map(str, range(len(names)))]
         advice = ("since it is drawn from all folders; name that of the test images with data.test_split" if self.drawn else
+                  "name the classes of both, of a data set in Python by an attribute classes" if bare(self.classes) != bare(classes) else
                   f"{f'did you mean {near!r}; ' if near else ''}rename it, or leave it out")
         raise ClassMismatch(f"{self.name} has images of class {strange!r}, which is none of the {len(classes)} classes of "
                            f"{whose} ({', '.join(map(repr, classes[:5]))}{', …' if len(classes) > 5 else ''})"
@@ -678,6 +680,19 @@ def _open_stream(
     return Source(pairs, [y for _,y in pairs], sorted(at, key=at.get) or None, called)
 
 # %% ../../nbs/data/46_sources.ipynb #2f82be2b
+def _class_names(dataset, name):
+    "Names of the classes of a data set, or those on which the data sets agree that torch made it of; None: there are none"
+    if (own := getattr(dataset, 'classes', None)) is not None: return own
+    if isinstance(dataset, Subset): return _class_names(dataset.dataset, name)
+    if not isinstance(dataset, ConcatDataset): return None
+    first, *others = (_class_names(d, name) for d in dataset.datasets)
+    if first is None or any(c is None for c in others): return None
+    if strange := next((c for c in others if list(c) != list(first)), None):
+        few = lambda c: f"{', '.join(map(repr, list(c)[:5]))}{', …' if len(c) > 5 else ''}"
+        raise ValueError(f"{name}: a ConcatDataset of data sets whose classes are ({few(first)}) and ({few(strange)}), so that one number "
+                         "stands for two classes; number the labels of all by one list")
+    return first
+
 def _open_own(name, split):
     "The data set that package.module:callable returns"
     found = call_imported(name, 'data.source', split)
@@ -685,7 +700,7 @@ def _open_own(name, split):
     if not (hasattr(found, '__len__') and hasattr(found, '__getitem__')):
         raise ValueError(f"data.source {name!r} returned a {type(found).__name__}; "
                          "it should return a data set with len that gives (image, label)")
-    return Source(found, classes=getattr(found, 'classes', None), name=f'{name}/{split}')
+    return Source(found, classes=_class_names(found, f'{name}/{split}'), name=f'{name}/{split}')
 
 # %% ../../nbs/data/46_sources.ipynb #6fe7aef9
 def has_columns(source:str)->bool:
@@ -733,6 +748,7 @@ class ImageDataset(Dataset):
         self.source = source if isinstance(source, Source) else Source(source)
         self.skip, self.max_pixels, self.labels, self.pixels = on_error == 'skip', max_pixels, self.source.labels, None
         self.bad = torch.zeros(len(self.source), dtype=torch.bool).share_memory_() # seen by reader processes, too
+        self._check_steady()
         if memory and self._estimate() <= limit: self._load()
 
     def __len__(self): return len(self.labels)
@@ -762,6 +778,22 @@ class ImageDataset(Dataset):
     def __getitem__(self, i:int): # (uint8 (3, h, w), label)
         x, i = self.read(i)
         return x, int(self.labels[i])
+
+# %% ../../nbs/data/46_sources.ipynb #2e1d2213
+@patch
+def _check_steady(self:ImageDataset, pairs=8):
+    "Refuse images that differ from one reading to the next; what cannot be read is left to `read`"
+    n, s = len(self.source), self.source
+    if s.stacked_images() is not None: return
+    for i in (k*n//pairs for k in range(pairs)):
+        try:
+            a, b = ([x() if callable(x) else x for x in s.encoded_images(i, i + 1)][0] for _ in range(2))
+            if a is b or isinstance(a, (bytes, str, Path)) and a == b: continue
+            a, b = (s.decode(i, x, self.max_pixels) for x in (a, b))
+        except Exception: continue                                         # `decode` raises for what a reader raises
+        if not torch.equal(a, b):
+            raise ValueError(f"item {i} of {s.name} differs from one reading to the next; give the images without random transforms, "
+                             "since augmentation is set in views")
 
 # %% ../../nbs/data/46_sources.ipynb #ec1ce016
 @patch
