@@ -8,6 +8,7 @@ __all__ = ['chunk_size', 'chunked_mean']
 # %% ../../nbs/core/03_chunking.ipynb #ad420504
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .numerics import autocast_disabled
 
@@ -51,13 +52,25 @@ def _joined(pieces, by_image): # gradients of the pieces: those of images follow
     if None in pieces: return None
     return torch.cat(pieces) if by_image else sum(pieces)
 
+# %% ../../nbs/core/03_chunking.ipynb #9ea62744
+def _is_fp16(xs): # is there fp16 in what `f` computes from them?
+    device = xs[0].device.type
+    return torch.float16 in [x.dtype for x in xs] or (torch.is_autocast_enabled(device)
+                                                      and torch.get_autocast_dtype(device) == torch.float16)
+
+def _recomputed(f, size, xs): # the same sum, each piece with its graph in the backward pass alone
+    return sum(checkpoint(f, slice(start, start + len(mine[0])), *mine, use_reentrant=False)
+               for start,mine in zip(range(0, len(xs[0]), size), zip(*(x.split(size) for x in xs))))
+
 # %% ../../nbs/core/03_chunking.ipynb #a175988b
 def chunked_mean(
-    f,           # (slice of images, their rows of each of `xs`) → their share of a mean over images, ()
+    # (slice of images, their rows of each of `xs`) → their share of a mean over images, (); called twice in fp16
+    f,
     xs:list,     # tensors with one entry per image, (B, ...)
     params=(),   # parameters that `f` uses
     size:int|None=None, # images at a time; all of them if None
 )->Tensor:       # the mean, ()
     "A mean over images whose graph never holds more than `size` of them; gradient to `xs` and `params`"
     if torch.compiler.is_compiling() or size is None or size >= len(xs[0]): return f(slice(0, len(xs[0])), *xs)
+    if _is_fp16([*xs, *params]): return _recomputed(f, size, xs)
     return _InPieces.apply(f, size, len(xs), *xs, *params)
