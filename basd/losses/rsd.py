@@ -155,6 +155,10 @@ class RSDLoss(FeatureLoss):
         if self.pooled: return x.mean(-2)
         return (x if places is None else x.index_select(-2, places)).flatten(-3, -2)
 
+    def no_weight_decay(self)->set: # names, timm's convention
+        "Names of the scale and shift of the heads' normalization"
+        return {n for n,_ in self.named_parameters() if n.endswith(('.scale', '.shift'))}
+
 # %% ../../nbs/losses/21_rsd.ipynb #6dd48b0d
 @patch
 def draw(self:RSDLoss,

@@ -485,7 +485,7 @@ def notes(self:BASD, steps:int, log_every:int)->list:
 # %% ../../nbs/methods/51_basd.ipynb #ea90c508
 @patch
 def no_weight_decay(self:BASD)->set:
-    "Names of the selector's temperatures and projections and of the aligners' queries"
+    "Names of the selector's temperatures and projections, of the aligners' queries, and of what the losses themselves name"
     queries = {f'aligners.{n}' for n,_ in self.aligners.named_parameters() if n.endswith('queries')}
     own = {f'losses.{n}.{p}' for n,loss in self.losses.items() for p in loss.no_weight_decay()}
     return {f'selector.{n}' for n in self.selector.no_weight_decay()} | queries | own
