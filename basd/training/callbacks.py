@@ -357,7 +357,7 @@ class Checkpoint(Callback):
         "Resume from `last.pt`, if there is one"
         state = load_last(self.run)
         if state is None: return
-        own = self.checked(state, t.callbacks)
+        own = self.checked(state, t.callbacks, t.optimizer)
         t.step, t.epoch = state['step'], state['epoch']
         t.task.load_state_dict(state['task'])
         t.optimizer.load_state_dict(state['optimizer'])
@@ -371,11 +371,16 @@ class Checkpoint(Callback):
     def checked(self,
         state,     # of a checkpoint
         callbacks, # that are given
+        optimizer, # likewise
     )->dict: # states of the callbacks
         "States of the callbacks; refuses a checkpoint from which the run cannot resume"
         if state.get('form') != self.form:
             raise ValueError(f"last.pt in {self.run} was written by another version of this package, which kept other things; "
                              "go on with that version, or begin a new run")
+        were, are = ([len(g['params']) for g in groups] for groups in (state['optimizer']['param_groups'], optimizer.param_groups))
+        if were != are:
+            raise ValueError(f"the optimizer in last.pt in {self.run} has groups of {were} parameters, and here they are {are}: which of them "
+                             "have weight decay depends on the version of this package; go on with that version, or begin a new run")
         own, log = state['callbacks'], self.run/'metrics.jsonl'
         if lost := own.keys() - {name for name,_ in _by_name(callbacks)}:
             raise ValueError(f"last.pt in {self.run} has the state of the callback {min(lost)}, which is not given here; "
