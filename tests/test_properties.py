@@ -475,9 +475,11 @@ def test_selectors(name):
                 mix = selector(s.tokens, t.tokens, s.grid_sizes, t.grid_sizes, places, time=torch.tensor(step/2))
                 return mix, selector.mix(mix.weights, t.tokens, n, t.grid_sizes, s.grid_sizes)
         for step in range(2):                                             # the second after an update
+            known = selector.mixed_layers
             out = attempt(run, tally)
             if out is None: return
             mix, mixed = out
+            assert known is None or not mix.weights[:, [l for l in range(L) if l not in known]].any()
             assert mix.weights.shape == (P, L) and (mix.weights >= 0).all()
             assert_close(mix.weights.float().sum(-1), torch.ones(P), rtol=1e-5, atol=1e-5)
             for k, v in mix.metrics.items(): finite(v, f"report of {k}")

@@ -41,9 +41,9 @@ def test_stop_and_go_on(name, tmp_path):
     for stop in (5, 6, 11):             # the second right after a row of the log
         trainer.agreed_to_stop = lambda t=trainer, stop=stop: t.step >= stop
         assert trainer.fit() is None
-        depth = trainer.task.method.selector.depth
+        layers = [(s.depth, s.mixed_layers) for s in [trainer.task.method.selector]]
         trainer = build_trainer(recipe, run, resume=True, bars=False)
-        assert trainer.step == stop and trainer.task.method.selector.depth == depth
+        assert trainer.step == stop and [(s.depth, s.mixed_layers) for s in [trainer.task.method.selector]] == layers
     trainer.fit()
     assert state_of(run) == state_of(tmp_path/"whole") and moved(run) == moved(tmp_path/"whole")
     row = next(r for r in read_metrics(tmp_path/"whole") if r["kind"] == "step")

@@ -111,6 +111,7 @@ def normalized_entropy(
 # %% ../../nbs/geometry/13_frequency_selector.ipynb #891afeea
 class FrequencySelector(nn.Module):
     "Mixing weights over teacher layers from the spread of energy over spatial frequencies"
+    mixed_layers = None    # teacher layers that can have weight, in order, where the host knows them; None: any of those given
     def __init__(self,
         widths_s:list,       # widths of the student layers, P integers
         widths_t:list,       # widths of the teacher's layers, L integers

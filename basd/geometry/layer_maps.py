@@ -67,7 +67,9 @@ class FixedSelector(FrequencySelector):
         if rule != 'mean':
             pairs = dict(layer_pairs(rule, P, L, once=True))
             w = torch.eye(L)[[pairs.get(p, pairs[max(pairs)]) for p in range(P)]]
-        self.read = 1 + max(w.nonzero()[:, 1].tolist())
+        read = sorted(set(w.nonzero()[:, 1].tolist()))
+        self.read = read[-1] + 1
+        if type(self).forward is FixedSelector.forward: self.mixed_layers = tuple(read)       # else weights are not the rule's
         self.register_buffer('weights', w)
 
     @property

@@ -170,6 +170,7 @@ def _check_options(
 @SELECTORS.register('nearest')
 class GrassmannSelector(nn.Module):
     "Mixing weights over teacher layers from distances between subspaces"
+    mixed_layers = None    # teacher layers that can have weight, in order, where the host knows them; None: any of those given
     def __init__(self,
         widths_s:list,     # widths of the student layers, P integers
         widths_t:list,     # widths of the teacher's layers, L integers

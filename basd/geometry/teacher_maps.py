@@ -108,9 +108,13 @@ class _MeasuredOnce(TeacherDepth, GrassmannSelector):
     def refresh(self):
         "Fix the weights once enough is measured, and run no layer beyond them; waits for the device"
         if self.warmed_up or self.seen < self.batches: return
-        self.open_layers(int(self.settle()) + 1)
-        self.warmed_up = True
+        self.settle()
+        self.warmed_up, self.mixed_layers = True, self.weighted_layers()
+        self.open_layers(self.mixed_layers[-1] + 1)
         self.seen.fill_(torch.inf)                                               # settled, for a checkpoint
+
+    def settle(self):
+        "Make the weights final"
 
     def sample(self, tokens:list, grids:list|None, batch:int, generator=None, device='cpu')->dict:
         "As `GrassmannSelector`'s while it measures; afterwards no places"
@@ -128,6 +132,7 @@ class _MeasuredOnce(TeacherDepth, GrassmannSelector):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self.warmed_up = bool(self.seen.isinf())
+        self.mixed_layers = self.weighted_layers() if self.warmed_up else None
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #9d067611
 class TeacherMap(_MeasuredOnce, ABC):
@@ -151,9 +156,9 @@ class TeacherMap(_MeasuredOnce, ABC):
     )->Tensor:       # layers, (P,)
         "The map"
 
-    def settle(self)->Tensor: # ()
-        "The deepest layer that was chosen"
-        return self.chosen.max()
+    def weighted_layers(self)->tuple: # in order
+        "The layers that are chosen; waits for the device"
+        return tuple(self.chosen.unique().tolist())
 
 # %% ../../nbs/geometry/18_teacher_maps.ipynb #0f3bfb4d
 @patch
@@ -232,12 +237,15 @@ class NearestOnceSelector(_MeasuredOnce):
         P, L = len(self.widths_s), len(self.widths_t)
         self.register_buffer('mean_weights', torch.full((P, L), 1/L))
 
-    def settle(self)->Tensor: # ()
-        "Drop what is below `least`, and say which is the deepest layer that stays"
+    def settle(self):
+        "Drop what is below `least`"
         w = self.mean_weights
         kept = w*((w >= self.least) | (w == w.amax(-1, keepdim=True)))
         w.copy_(kept/kept.sum(-1, keepdim=True))
-        return w.amax(0).nonzero().max()
+
+    def weighted_layers(self)->tuple: # in order
+        "The layers that have weight; waits for the device"
+        return tuple(self.mean_weights.amax(0).nonzero().flatten().tolist())
 
     @torch.no_grad()
     def observe(self, groups:list):
