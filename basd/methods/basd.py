@@ -303,6 +303,20 @@ def mixed_grid_sizes(
     places = {(x.shape[1], g) for x,g in zip(teacher.tokens, teacher.grid_sizes)}
     return teacher.grid_sizes[:1]*len(student.tokens) if len(places) == 1 else student.grid_sizes
 
+# %% ../../nbs/methods/51_basd.ipynb #c88789a6
+@patch
+def mixed_layers(self:BASD,
+    weights:Tensor, # mixing weights, (P, L)
+    teacher:Features,
+)->tuple: # (P, L') and `Features`, of the L' layers that can have weight
+    "Weights and features of the layers that are mixed, as far as the selector knows them on the host"
+    t, layers = self.teacher, self.selector.mixed_layers
+    alike = len(set(zip(t.widths, t.tokens, t.grid_sizes))) == 1
+    if layers is None or not alike or len(layers) >= len(teacher): return weights, teacher
+    some = lambda xs: [xs[l] for l in layers]
+    return (torch.stack(some(weights.unbind(1)), 1),
+            Features(some(teacher.tokens), some(teacher.attention), None, some(teacher.grid_sizes)))
+
 # %% ../../nbs/methods/51_basd.ipynb #a07276ad
 @patch
 def align(self:BASD,
@@ -312,6 +326,7 @@ def align(self:BASD,
     images:Tensor|None=None, # which of them train the aligner; None: all
 )->tuple: # mixed teacher tokens, P × (B, N_t, D_t); targets, P × (B, N_s, D_s); L_align, ()
     "Teacher tokens, mixed over layers and mapped to the student's grid and width"
+    weights, teacher = self.mixed_layers(weights, teacher)
     mixed = self.selector.mix(weights, teacher.tokens, [x.shape[1] for x in student.tokens], teacher.grid_sizes, student.grid_sizes)
     mixed = [x.detach() for x in mixed]
     ys, losses = zip(*(align_and_reconstruct(a, x, g, images)
@@ -357,7 +372,9 @@ def sides(self:BASD, name:str, loss, student:Features, teacher:Features, weights
     "Student layers, teacher layers and further arguments of the target of a loss"
     attends = loss.inputs == 'attention'
     xs = Layers(student.attention if attends else student.tokens, student.grid_sizes)
-    if name == 'attn': return xs, Layers([a.detach() for a in teacher.attention], teacher.grid_sizes), dict(weights=weights)
+    if name == 'attn':
+        if loss.scope != 'all_layers': weights, teacher = self.mixed_layers(weights, teacher)
+        return xs, Layers([a.detach() for a in teacher.attention], teacher.grid_sizes), dict(weights=weights)
     if name == 'spectral': return xs, Layers(mixed), {}
     if attends: return xs, Layers(*zip(*[(teacher.attention[l].detach(), teacher.grid_sizes[l]) for l in self.uniform()])), {}
     return xs, (Layers(teacher.tokens, teacher.grid_sizes) if loss.inputs == 'all_layers' else Layers(ys, student.grid_sizes)), {}
