@@ -200,7 +200,7 @@ def _grids(grid, known):
     return f'the patch embedding gives {grid[0]}×{grid[1]} patches' if grid else 'no patch embedding was found'
 
 def _refuse_compiled(model):
-    if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules()):
+    if any('_orig_mod' in m._modules or m.__dict__.get('_compiled_call_impl') is not None for m in model.modules()):
         raise ValueError(f"{type(model).__name__} is compiled, and compiled code does not see hooks added later; "
                          "tap the plain model and compile the whole: torch.compile(TappedModel(model))")
 
@@ -224,7 +224,7 @@ def tap(
 
 # %% ../../nbs/models/40_taps.ipynb #fd97967d
 class _Enough(BaseException):
-    "Ends a forward pass from which nothing more is read; carries the `Taps` that raised it"
+    "Ends a forward pass from which nothing more is read; carries what ended it, as the `Taps`"
 
 # %% ../../nbs/models/40_taps.ipynb #7fb28f17
 @patch
