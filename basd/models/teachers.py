@@ -37,6 +37,7 @@ class FrozenTeacher(TappedModel):
     @torch.no_grad()
     def forward(self, x, *args, **kwargs)->Features:
         "One forward pass without gradient; logits reduced to `columns`, None where `columns` is empty"
+        if any(m.training for m in self.model.modules()): self.model.eval()     # reached by way of another module
         f = super().forward(x, *args, **kwargs)
         if self.columns is None or f.logits is None: return f
         return replace(f, logits=f.logits.index_select(1, self.columns) if len(self.columns) else None)
