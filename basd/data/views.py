@@ -266,15 +266,16 @@ class ViewDataset(Dataset):
 
     def __len__(self): return len(self.indices)
 
-    def address(self, at)->tuple: # (epoch, position, twin)
-        "Where the item is found in the data set of all images"
-        epoch, k, twin = (*at, 0)[:3] if isinstance(at, tuple) else (0, at, 0)
-        return epoch + 1_000_000*int(self.copies[k]), int(self.indices[k]), twin
+    def addresses(self, batch)->list: # (epoch, position, twin) of each
+        "Where items are found in the data set of all images"
+        epochs, ks, twins = zip(*((*at, 0)[:3] if isinstance(at, tuple) else (0, at, 0) for at in batch))
+        ks = torch.tensor(ks)                                   # one look-up per batch: a tensor is slow to index by single numbers
+        return [(e + 1_000_000*c, i, t) for e,c,i,t in zip(epochs, self.copies[ks].tolist(), self.indices[ks].tolist(), twins)]
 
     def __getitem__(self, at)->dict:
         # student (3, s, s), teacher (3, t, t) if any, label, index (position in `images` of what is shown), requested (that of
         # `indices`, which differs from index where it is unreadable), and view (which one) if views are recorded
-        epoch, i, twin = self.address(at)
+        (epoch, i, twin), = self.addresses([at])
         x, shown = self.images.read(i)
         keys, which, named = (self.seed, epoch + 500_000*twin, i), {}, {}
         if self.train and self.views.recorded is not None:
@@ -416,7 +417,7 @@ class ReaderPool:
         batches,           # `DistributedBatchSampler` of the positions in `chosen`
     ): # iterator of batches; the one before ends with it
         "Read some images; the processes start at the first time"
-        self.requests.batches = ([(name, chosen.address(at)) for at in b] for b in batches)
+        self.requests.batches = ([(name, at) for at in chosen.addresses(b)] for b in batches)
         if self.loader is None:
             self.loader = DataLoader(_Named(self.data), batch_sampler=self.requests, num_workers=self.workers,
                                      persistent_workers=self.workers > 0, pin_memory=self.pin,
