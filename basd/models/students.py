@@ -23,7 +23,7 @@ from ..core.registry import is_given_name, is_import_name, offered
 from .layers import layer_names
 from .taps import TappedModel
 from .teachers import (
-    create_timm_model, check_module, input_config, load_weights, square_side, weights_origin)
+    _check_given, _configured, create_timm_model, check_module, input_config, load_weights, square_side, weights_origin)
 
 # %% ../../nbs/models/42_students.ipynb #c87cdcfe
 def _default_student_layers(
@@ -63,7 +63,7 @@ def create_student(
         raise ValueError(f"width={width} cannot be shared by heads={heads}; make it a multiple")
     args = ({k: v for k,v in size.items() if v is not None} | ({'drop_path_rate': drop_path} if drop_path else {})
             | kwargs)
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str):
         img_size = check_module(model, img_size, mean, dict(pretrained=pretrained, num_classes=num_classes)
                                 | {k: v for k,v in args.items() if k != 'img_size'}, trained=False)
         student = wrap_student(model, None, None, layers, attention, img_size, prefix, grid, mean, std)
@@ -95,13 +95,14 @@ def wrap_student(
     img_size:int|None=None,  # pixels; None: the model's own
     prefix:int|None=None,    # class and register tokens; None: worked out
     grid:tuple|None=None,    # (rows, columns) of the patches; None: worked out
-    mean=None,               # of each channel of images in [0, 1]; None: the model's own, for a foreign one ImageNet's
+    mean=None,               # of each channel of images in [0, 1]; None: its own or its timm part's, for a foreign one ImageNet's
     std=None,                # likewise
 )->TappedModel:
     "Tap a model that is there already; your own `nn.Module` too"
+    _check_given(model)
     config, kind = input_config(model, mean, std), type(model).__name__
-    img_size = square_side(img_size) or square_side(config['input_size'][1:], f'input_size of {kind}')
-    square_side(getattr(getattr(model, 'patch_embed', None), 'img_size', None), f'patch_embed.img_size of {kind}')
+    own = square_side(getattr(getattr(_configured(model), 'patch_embed', None), 'img_size', None), f'patch_embed.img_size of {kind}')
+    img_size = square_side(img_size) or own or square_side(config['input_size'][1:], f'input_size of {kind}')
     t = TappedModel(model, _default_student_layers(len(layer_names(model))) if layers is None else layers, attention,
                config['mean'], config['std'], prefix, grid=grid)
     t.input_size = 3, img_size, img_size

@@ -13,6 +13,7 @@ import inspect
 import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from ..core.features import Features
 from ..core.registry import admit, call_imported, imported, is_import_name
-from .taps import TappedModel
+from .layers import _timm_part
+from .taps import TappedModel, _Enough, _refuse_compiled, evaluating
 
 # %% ../../nbs/models/41_teachers.ipynb #92563b14
 class FrozenTeacher(TappedModel):
@@ -407,20 +409,64 @@ def weights_origin(
     cfg = getattr(m, 'pretrained_cfg', None) or {}
     return f"published {cfg.get('hf_hub_id') or cfg.get('url') or 'weights'}" if pretrained else 'untrained'
 
+# %% ../../nbs/models/41_teachers.ipynb #df9f5ce8
+def _configured(
+    m:nn.Module, # of your own, or of timm
+)->nn.Module:
+    "The module whose configuration holds for the images of `m`: the one part of timm's that they enter unchanged, or `m` itself"
+    part = _timm_part(m)[1]
+    inner = part is not None and part is not m and not getattr(m, 'pretrained_cfg', None) and getattr(part, 'pretrained_cfg', None)
+    if not inner: return m
+    own = getattr(getattr(part, 'patch_embed', None), 'img_size', None)
+    size = square_side(own, f'patch_embed.img_size of {type(part).__name__}') or resolve_model_data_config(part)['input_size'][-1]
+    return part if _enters_unchanged(m, part, size) else m
+
+def _enters_unchanged(m, part, size):
+    "Whether an image of `size` pixels that `m` is given comes to `part` as it is; False where that cannot be run"
+    if part is m: return True
+    x, seen = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)), []
+    def note(module, args, kwargs):
+        seen.extend([*args, *kwargs.values()][:1])
+        raise _Enough(part)
+    handle = part.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        x = x.to(next(part.parameters()))
+        with evaluating(m): m(x.clone())                      # it may write into it
+    except _Enough: return len(seen) == 1 and isinstance(seen[0], Tensor) and seen[0].dtype == x.dtype and torch.equal(seen[0], x)
+    except Exception: pass
+    finally: handle.remove()
+    return False
+
 # %% ../../nbs/models/41_teachers.ipynb #eafd1fbb
 def input_config(
     model:nn.Module,
     mean=None, # three numbers; None: the model's own
     std=None,  # three positive numbers; None: the model's own
 )->dict: # input_size, mean, std
-    "The images that a model takes; raises `ValueError` for numbers that cannot be meant"
-    config = resolve_model_data_config(model)
+    "The images that a model takes; raises `ValueError` for one of both alone, and for numbers that cannot be meant"
+    config = resolve_model_data_config(_configured(model))
     for name, v in dict(mean=mean, std=std).items():
         if v is None: continue
-        if len(v) != 3 or not all(-10 < x < 10 and (x > 0 or name == 'mean') for x in v):
-            raise ValueError(f"{name}={list(v)}: give three numbers, for images in [0, 1]" + ', above 0'*(name == 'std'))
-        config[name] = tuple(v)
+        numbers = _numbers(v)
+        if len(numbers) != 3 or not all(-10 < x < 10 and (x > 0 or name == 'mean') for x in numbers):
+            raise ValueError(f"{name}={numbers or repr(v)}: give three numbers, for images in [0, 1]" + ', above 0'*(name == 'std'))
+        config[name] = tuple(numbers)
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean={mean} and std={std}: give both, or neither for the model's own")
     return config
+
+def _numbers(v):
+    "A list, tuple, array or tensor as a list of floats; [] for anything else"
+    try: return [] if isinstance(v, (str, bytes, Mapping)) else [float(x) for x in v]
+    except (TypeError, ValueError): return []
+
+# %% ../../nbs/models/41_teachers.ipynb #3c1b7dea
+def _check_given(model):
+    "Refuse what is no module, as a class of modules, and a module that is compiled"
+    if isinstance(model, type): raise ValueError(f"{model.__name__} is a class; give an instance of it, as {model.__name__}()")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"a {type(model).__name__} is no model; give an nn.Module, or the name of a model")
+    _refuse_compiled(model)
 
 # %% ../../nbs/models/41_teachers.ipynb #5ea4e0d4
 def check_module(
@@ -430,12 +476,18 @@ def check_module(
     built:dict,          # arguments by which a model is built
     trained:bool=True,   # has it been trained, so that images must be normalized as they were then
 )->int|None:             # pixels of its images; None: its configuration holds them
-    ("Refuse arguments by which a model is built, where it is there, and a model for rectangles; require what its configuration does "
-     "not hold")
-    kind, foreign = type(m).__name__, not getattr(m, 'pretrained_cfg', None)
+    ("Refuse what is no module or is compiled, arguments by which a model is built, where it is there, and a model for rectangles or "
+     "another size; require what its configuration does not hold")
+    _check_given(m)
+    known = _configured(m)
+    kind, foreign, embed = type(m).__name__, not getattr(known, 'pretrained_cfg', None), getattr(known, 'patch_embed', None)
     if extra := [k for k,v in built.items() if v not in (None, False, 0)]:
         raise ValueError(f"{kind} is built already, and {extra[0]} is for a model that is built by its name; leave it out")
-    own = square_side(getattr(getattr(m, 'patch_embed', None), 'img_size', None), f'patch_embed.img_size of {kind}')
+    own = square_side(getattr(embed, 'img_size', None), f'patch_embed.img_size of {kind}')
+    fixed = own and getattr(embed, 'strict_img_size', False)
+    if img_size and fixed and img_size != own and _enters_unchanged(m, known, img_size):
+        raise ValueError(f"{kind} was built for images of {own} pixels, and img_size={img_size}; leave img_size out, or build it with "
+                         f"img_size={img_size} or dynamic_img_size=True")
     size = img_size or own
     if foreign and size is None:
         raise ValueError(f"{kind} has no configuration of timm's with the size of its images; give img_size, in pixels")
@@ -466,7 +518,7 @@ def create_teacher(
     if pretrained and checkpoint is not None:
         raise ValueError("a teacher's weights come from the hub (pretrained) or from a file (checkpoint), "
                          "not from both; choose one")
-    given, img_size = isinstance(model, nn.Module), square_side(img_size)
+    given, img_size = not isinstance(model, str), square_side(img_size)
     if given: img_size = check_module(model, img_size, mean, dict(pretrained=pretrained, num_classes=num_classes) | kwargs)
     m, args = (model, {}) if given else create_timm_model(model, pretrained, img_size=img_size, num_classes=num_classes, **kwargs)
     named = not given and is_import_name(model)             # its weights are its callable's matter

@@ -28,7 +28,7 @@ from ..data.sources import (
 from ..methods.base import Requires, FeatureShapes
 from ..models.students import create_student, export_config, load_student
 from ..models.taps import TappedModel, _out_of_order
-from ..models.teachers import FrozenTeacher, TeacherEnsemble, create_teacher, freeze
+from ..models.teachers import FrozenTeacher, TeacherEnsemble, _check_given, _configured, create_teacher, freeze
 from .recipe_files import read_recipe
 from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, teachers_of
 from .run_directory import read_classes
@@ -354,9 +354,11 @@ def _given_model(role, found):
     own, module = {}, found.model if isinstance(found, TappedModel) else found
     if not isinstance(module, nn.Module):
         raise ValueError(f"{role} is a {type(module).__name__}; give an nn.Module, or a dictionary of the section with it as model")
-    sized = getattr(module, 'pretrained_cfg', None) or getattr(getattr(module, 'patch_embed', None), 'img_size', None)
-    if role == 'teacher' or sized: own = dict(img_size=None)
-    if role == 'teacher' or getattr(module, 'pretrained_cfg', None): own |= dict(mean=None, std=None)
+    _check_given(module)
+    known = _configured(module)
+    normalized = role == 'teacher' or getattr(known, 'pretrained_cfg', None)
+    if normalized or getattr(getattr(known, 'patch_embed', None), 'img_size', None): own = dict(img_size=None)
+    if normalized: own |= dict(mean=None, std=None)
     empty = dict(pretrained=False, checkpoint=None, checkpoint_key=None, kwargs=None)
     if module is not found: own |= _of_wrapper(role, found)
     empty |= (dict(run=None, untrained=False) if role == 'teacher' else
