@@ -131,7 +131,7 @@ def train(
     *overrides,           # "key=value" with dotted keys, as in "train.epochs=3", or lists of them
     run_dir:str|None=None,# where the run goes; runs/<recipe>-<time> if None
     resume:bool=False,    # resume the run in `run_dir`
-    device:str|None=None, # "cpu", "cuda" or "mps"; a GPU where there is one if None
+    device=None,          # "cpu", "cuda" or "mps", or a `torch.device`; a GPU where there is one if None
     bars:bool|None=None,  # progress bars; None: in a terminal or a notebook
     trust:bool=False,     # a recipe that was found in a run may import code of its own and download what it names
     callbacks=(),         # of your own: `Callback` instances, or classes, of which each stage gets a new instance
@@ -157,7 +157,7 @@ def train(
     with on_stop(_stopped) as stop_requests, offering(objects):
         stages = load_recipe(_at_home(recipe), *brought, *as_overrides(*overrides, **sections), trust=trust, notify=loud)
         require_given(f'resume({str(run_dir)!r}, ' if resume else f'train({recipe!r}, ', *_names_of(stages))
-        _check_device(device)
+        device = _check_device(device)
         if stop_requests: _stopped()
         with trusting(trust, Path.cwd()), process_group(device, max(r.train.rank_timeout for r in stages.values())) as here:
             run, results = Path(_at_home(run_dir) or _default_run_dir(recipe)), {}
@@ -228,7 +228,7 @@ def _moved(
 def resume(
     run_dir:str,          # of a run, or of a stage
     *overrides,           # changes to keys that may change, as "data.root=elsewhere"
-    device:str|None=None, # "cpu", "cuda" or "mps"; a GPU where there is one if None
+    device=None,          # "cpu", "cuda" or "mps", or a `torch.device`; a GPU where there is one if None
     bars:bool|None=None,  # progress bars; None: in a terminal or a notebook
     trust:bool=False,     # its recipe may import code of its own and download what it names
     **sections,           # changes as of `train`; `student`, `teacher` and `data` again where they were objects
@@ -314,14 +314,16 @@ def _headline(
 
 # %% ../nbs/90_cli.ipynb #b5807b62
 def _check_device(
-    device:str|None, # "cpu", "cuda", "mps" or None
-):
+    device, # "cpu", "cuda", "mps" or None; a `torch.device` of that name
+)->str|None: # its name
     "Refuse a device that is not available"
+    device = device and str(device)
     if device not in (None, 'cpu', 'cuda', 'mps'): raise ValueError(f"--device {device}: choose cpu, cuda or mps")
-    if device in (None, 'cpu'): return
+    if device in (None, 'cpu'): return device
     import torch
     if not (torch.cuda if device == 'cuda' else torch.backends.mps).is_available():
         raise ValueError(f"--device {device}: there is no GPU here that torch can use so; choose cpu")
+    return device
 
 # %% ../nbs/90_cli.ipynb #a0042e0c
 def _default_run_dir(
@@ -630,8 +632,11 @@ def _prepare(
     weights = ('last', 'best', 'ema', 'exported') + ('all',)*(args.command == 'evaluate')
     if getattr(args, 'weights', weights[0]) not in weights:
         raise ValueError(f"--weights {args.weights}: choose {', '.join(weights)}{suggestion(args.weights, weights)}")
-    for name in (getattr(args, 'metrics', None) or '').split(','):
-        if name and name not in _metrics:
+    if getattr(args, 'metrics', None) is not None: args.metrics = [name for name in args.metrics.split(',') if name]
+    if getattr(args, 'metrics', None) == []:
+        raise ValueError(f"--metrics names none; choose some of {', '.join(_metrics)}, with commas, or leave it out for all")
+    for name in getattr(args, 'metrics', None) or []:
+        if name not in _metrics:
             raise ValueError(f"metric {name!r} does not exist{suggestion(name, _metrics)}; known: {', '.join(_metrics)}")
     # torch's profiler reports each start on stderr, unless it finds this when torch is imported
     if args.command == 'bench': os.environ.setdefault('KINETO_LOG_LEVEL', '99')
@@ -652,7 +657,7 @@ def dispatch(
         _evaluate_command(args)
     elif args.command == 'analyze':
         from basd.analysis.compare_runs import analyze, summary_lines
-        done, left = summary_lines(analyze(*args.run_dirs, metrics=args.metrics and args.metrics.split(','),
+        done, left = summary_lines(analyze(*args.run_dirs, metrics=args.metrics,
                                   output_dir=args.output_dir, weights=args.weights, images=args.images,
                                   device=args.device, trust=args.trust), args.output_dir)
         for line in done: print(line)

@@ -150,6 +150,8 @@ def analyze(
 )->dict: # metric → run → result, or {skipped: why}; problems: sentences about runs and metrics that do not exist
     "Measure runs and draw them side by side"
     if not run_dirs: raise ValueError("there are no runs to analyze; name at least one run directory")
+    if metrics is not None and not metrics:
+        raise ValueError(f"metrics={metrics!r} leaves nothing to measure; name some of {', '.join(METRICS)}, or leave it out for all")
     out, folder = dict(problems=[]), Path(output_dir)
     for name in [m for m in metrics or [] if m not in METRICS]:
         out['problems'].append(f"metric {name!r} does not exist; known: {', '.join(METRICS)}")

@@ -236,13 +236,14 @@ def compare(
     folder='runs/compare',    # of the benchmark; an existing one is resumed
     jobs:int=1,               # runs at the same time, each in its own process
     baseline:str='ce',        # entry with which the others are compared; "ce", with labels only, is added if it is not one
-    device:str|None=None,     # "cpu", "cuda" or "mps"; a GPU where there is one if None
+    device=None,              # "cpu", "cuda" or "mps", or a `torch.device`; a GPU where there is one if None
     trust:bool=False,         # recipes found in run directories may import code and download models
 )->dict: # of `collect`; also results.json, table.md, table.csv and race.png in `folder`
     "Train each recipe with each seed under one budget, and write the table"
     seeds, folder = list(range(seeds)) if isinstance(seeds, int) else list(seeds), Path(folder)
     recipes = [r for x in recipes for r in ([x] if isinstance(x, str) else x)]
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds}: give at least one, each once")
+    device = device and str(device)                           # processes take words
     if jobs < 1: raise ValueError(f"jobs={jobs}: should be at least 1")
     if is_launched().world > 1:
         raise ValueError("a benchmark starts its own processes; "

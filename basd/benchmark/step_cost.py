@@ -409,13 +409,14 @@ def bench(
     *overrides:str,       # "key=value" with dotted keys, as in "data.batch_size=16"
     out:str|None=None,    # folder for bench.json and bench.png; not written if None
     reps:int=7,           # pairs of steps
-    device:str|None=None, # "cpu" or "cuda"; a GPU where there is one if None
+    device=None,          # "cpu" or "cuda", or a `torch.device`; a GPU where there is one if None
     cached:bool=False,    # read the teacher's features from disk
     hold:bool=True,       # keep freed memory, as the trainer does on a CPU
     trust:bool=False,     # a recipe found in a run directory may import code and download models
     gpu_checks:bool=True, # on a GPU: list the largest kernels, and run 20 steps in which waiting for it is an error
 )->dict:
     "Measure a recipe's step relative to its lower bound"
+    device = device and str(device)
     if device == 'mps': raise ValueError("bench times a CPU or a GPU of CUDA, since its clock does not wait for Apple's GPU; choose --device cpu")
     stage, r = last_stage(load_recipe(recipe, *overrides, trust=trust))
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
