@@ -59,7 +59,7 @@ def _is_fp16(xs): # is there fp16 in what `f` computes from them?
                                                       and torch.get_autocast_dtype(device) == torch.float16)
 
 def _recomputed(f, size, xs): # the same sum, each piece with its graph in the backward pass alone
-    return sum(checkpoint(f, slice(start, start + len(mine[0])), *mine, use_reentrant=False)
+    return sum(checkpoint(f, slice(start, start + len(mine[0])), *mine, use_reentrant=False, preserve_rng_state=False)
                for start,mine in zip(range(0, len(xs[0]), size), zip(*(x.split(size) for x in xs))))
 
 # %% ../../nbs/core/03_chunking.ipynb #a175988b
