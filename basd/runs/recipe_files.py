@@ -234,14 +234,18 @@ def method_names()->list:
     return sorted(p.stem for p in (RECIPES_DIR/'methods').glob('*.yaml'))
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #60733aba
+@cache
+def _packaged()->dict: # name, with its folder and without → file
+    "The packaged recipes, listed once per process"
+    whole, files = lambda p: p.relative_to(RECIPES_DIR).with_suffix('').as_posix(), sorted(RECIPES_DIR.rglob('*.yaml'))
+    return {whole(p): p for p in files} | {p.stem: p for p in files if not p.stem.startswith('_') and p.parent.name != 'frames'}
+
 def packaged_file(
     name:str, # with or without its folder; a frame by both
 )->Path:
     "The file of a packaged recipe"
     if re.fullmatch(r'\w{1,99}/\w{1,99}', name) and (path := RECIPES_DIR/f'{name}.yaml').is_file(): return path
-    whole = lambda p: p.relative_to(RECIPES_DIR).with_suffix('').as_posix()
-    files = sorted(RECIPES_DIR.rglob('*.yaml'))
-    known = {whole(p): p for p in files} | {p.stem: p for p in files if not p.stem.startswith('_') and p.parent.name != 'frames'}
+    known = _packaged()
     former, _, method = name.partition('/')               # folders in which methods lay before they had frames
     if former in ('digits', 'ablations') and f'methods/{method}' in known: name = f'methods/{method}'
     if name in known: return known[name]
