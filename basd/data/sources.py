@@ -130,6 +130,7 @@ class _Pairs:
 class Source(Dataset):
     "One split of a data set: images as a reader returns them, labels, names of the classes"
     drawn = False    # from the images of all splits
+    inherited = False # its classes' names are those of the data sets of which torch made it
 
     def __init__(self,
         dataset,      # anything with `len` that gives (image, label), image as in `decode_picture`
@@ -186,11 +187,12 @@ def under(self:Source,
     whose:str='the training split', # they are, for the message
 )->Source:
     "The same images, numbered by the names in `classes`; refuses the first name that is not there"
-    at = {c: i for i,c in enumerate(classes)}
+    bare = lambda names: names == [*map(str, range(len(names)))]
+    by_number = self.inherited and bare(classes) and len(classes) == len(self.classes)  # of a run from before names were inherited
+    at = {c: i for i,c in enumerate(self.classes if by_number else classes)}
     strange = next((self.classes[i] for i in self.labels.unique().tolist() if self.classes[i] not in at), None)
     if strange is not None:
         near = next((c for c in classes if c.casefold() == strange.casefold()), None)
-        bare = lambda names: names == [*map(str, range(len(names)))]
         advice = ("since it is drawn from all folders; name that of the test images with data.test_split" if self.drawn else
                   "name the classes of both, of a data set in Python by an attribute classes" if bare(self.classes) != bare(classes) else
                   f"{f'did you mean {near!r}; ' if near else ''}rename it, or leave it out")
@@ -412,22 +414,27 @@ def _lacks_splits(there, split):
 def _words(name): return set(re.findall('[a-z]+', re.sub('([a-z])([A-Z])', r'\1 \2', name).lower()))
 
 def _like_splits(folder, paths, labels):
-    "The folders on the first level of a folder that look like splits, and why; None: they do not"
+    "The folders on the first level of a folder that look like splits, why, and whether that is certain; None: they do not"
     parts, below = [Path(p).relative_to(folder).parts for p in paths], {}     # '' stands for images that lie directly in a folder
     for p in parts: below.setdefault(p[0] if len(p) > 1 else '', set()).add(_folded(p[1]) if len(p) > 2 else '')
     names = sorted(below.keys() - {''}, key=natural_order)
     of_train, of_eval = ([n for n in names if _words(n) & {*group}] for group in (_train, _eval))
-    if of_train and of_eval and of_train != of_eval: return sorted({*of_train, *of_eval}, key=natural_order), 'by their names'
+    both = sorted({*of_train, *of_eval}, key=natural_order)
+    if of_train and of_eval and of_train != of_eval and (both == names or all('' not in below[n] for n in both)):
+        return both, 'by their names', True
     if not labels or len(names) < 2 or '' in below: return None
     shared = below[names[0]]
     if len(shared) < 2 or '' in shared or any(below[n] != shared for n in names): return None
     few = sorted({p[1] for p in parts if p[0] == names[0]}, key=natural_order)
-    return names, f"since each holds the same folders ({', '.join(map(repr, few[:3]))}{', …' if len(few) > 3 else ''})"
+    return names, f"since each holds the same folders ({', '.join(map(repr, few[:3]))}{', …' if len(few) > 3 else ''})", False
 
-def _check_division(folder, paths, labels):
-    "Refuse to divide a folder whose folders may be splits"
-    if not (found := _like_splits(folder, paths, labels)): return
-    names, why = found
+def _check_division(folder, paths, labels)->list: # of notes
+    "Refuse to divide a folder whose folders are called like splits, and note where they may be some"
+    if not (found := _like_splits(folder, paths, labels)): return []
+    names, why, certain = found
+    if not certain:
+        return [f"{', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''} are read as classes, and may be splits {why}; if so, "
+                "name two of them with data.train_split and data.test_split"]
     raise ValueError(f"{folder} has no folders train and test, and {', '.join(map(repr, names[:5]))}{', …' if len(names) > 5 else ''} "
                      f"look like splits {why}; name two of them with data.train_split and data.test_split, or if they are classes, "
                      f"divide their images into train/{names[0]}, test/{names[0]} and so on")
@@ -464,8 +471,8 @@ def _open_folder(
     name, few = f"{folder.name}/{split}", ', '.join(f"{k} × {what}" for what,k in left.most_common(5))
     notes = [f"left out of {folder.name if drawn else name}: {few}"] if few else []
     if drawn:
-        _check_division(folder, paths, labels)
-        paths, numbers, notes = _draw_split(folder, paths, numbers, split, notes)
+        more = _check_division(folder, paths, labels)
+        paths, numbers, notes = _draw_split(folder, paths, numbers, split, [*notes, *more])
     source = ImageFolderSource(paths, numbers or [0]*len(paths), classes or None, name, notes)
     source.root, source.drawn = str((found or [folder])[0]), drawn
     return source if labels or labels is None and numbers else without_labels(source)
@@ -700,7 +707,9 @@ def _open_own(name, split):
     if not (hasattr(found, '__len__') and hasattr(found, '__getitem__')):
         raise ValueError(f"data.source {name!r} returned a {type(found).__name__}; "
                          "it should return a data set with len that gives (image, label)")
-    return Source(found, classes=_class_names(found, f'{name}/{split}'), name=f'{name}/{split}')
+    source = Source(found, classes=_class_names(found, f'{name}/{split}'), name=f'{name}/{split}')
+    source.inherited = isinstance(found, (Subset, ConcatDataset))
+    return source
 
 # %% ../../nbs/data/46_sources.ipynb #6fe7aef9
 def has_columns(source:str)->bool:

@@ -283,15 +283,15 @@ def align_and_reconstruct(
     "Aligned targets and the aligner's loss, computed in chunks of images"
     if not any(p.requires_grad for p in aligner.parameters()):
         return (y := aligner(x, grid)).detach(), aligner.reconstruction(y, x, grid)
-    usual, ys, some = aligner.mean_prediction(x, grid), [], x if images is None else x[images]
-    def share(_, part):
+    usual, ys, some = aligner.mean_prediction(x, grid), {}, x if images is None else x[images]
+    def share(which, part):                                 # in fp16 called twice, with the same result
         y = aligner(part, grid)
-        if images is None: ys.append(y.detach())
+        if images is None: ys[which.start] = y.detach()
         return aligner.reconstruction(y, part, grid, usual) * (len(part)/len(some))
     width = max(x.shape[-1], 2*aligner.queries.shape[-1])
     loss = chunked_mean(share, [some], list(aligner.parameters()),
                      chunk_size(4*x.shape[1]*width, len(some), x.device))
-    if images is None: return torch.cat(ys), loss
+    if images is None: return torch.cat([*ys.values()]), loss
     with torch.no_grad(): return aligner(x, grid), loss
 
 # %% ../../nbs/methods/51_basd.ipynb #64340455

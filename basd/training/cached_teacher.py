@@ -42,7 +42,7 @@ def check_static_teacher_view(
     if _moves(views) and views.recorded is None:
         raise ValueError("teacher.cache with views.crop='shared': crops and flips show the teacher another view "
                          "in every epoch; set teacher.cache_views to the number of views to record of each image (8, say), "
-                         "or views.crop to 'center' or 'student_only', or leave the cache out")
+                         "or views.crop to 'center' (of square images what crop_scale=[1, 1] without flips is) or 'student_only', or leave the cache out")
     if blended:
         raise ValueError("teacher.cache with views.mix_teacher_input=true: the teacher sees other images "
                          "in every epoch; set it to false, or leave the cache out")

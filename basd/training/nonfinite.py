@@ -16,7 +16,6 @@ import torch.distributed as dist
 from ..core.distributed import gather_objects, rank, world_size
 from ..core.features import Features
 from ..core.files import disk_error
-from ..runs.inference import autocast
 from ..runs.run_directory import load_checkpoint, rng_state, set_rng_state
 from .task import loss_gradients
 
@@ -121,7 +120,7 @@ def rerun_step(
 )->dict:
     "Repeat a step's forward pass and gradients, and check every tensor from the images on"
     x, features_t, target, progress = task.prepare_batch(*batch, **at, should_log=True)
-    with autocast(x.device, task.precision):
+    with task.amp_context(x.device):
         features_s = task.student(x)
         with _nonfinite_outputs(task.method) as between: out = task.method(features_s, features_t, target, progress)
     parts, of = out['losses'], 'loss'

@@ -77,7 +77,8 @@ class DistillationTask(nn.Module):
         self.student, self.method, self.mixing, self.cache = student, method, mixing, cache
         self.__dict__['teacher'] = self.__dict__['teacher_fn'] = teacher
         self.classes, self.seed, self.grad_accum_steps, self.precision, self.label_scale = classes, seed, grad_accum_steps, precision, label_scale
-        self.total_steps, self.normalized, self.check_scale = total_steps, normalized, False
+        self.total_steps, self.normalized = total_steps, normalized
+        self.check_scale, self.looks, self.check_mix = False, 0, True     # what is still to be checked: see `check_batch`, `check_loop`
         self.updates, self.versions = 0, []                     # optimizer steps, counted by `after_update`; see `check_loop`
         self.compare_fn, self.depth = self.compare, None             # teacher layers that the last step read; None: all
 
@@ -91,7 +92,7 @@ class DistillationTask(nn.Module):
         return {k: v for k,v in self.__dict__.items() if k not in ('compare_fn', 'teacher_fn')}
 
     def __setstate__(self, state):
-        super().__setstate__(dict(check_scale=False) | state | dict(versions=[]))         # of an object from before they were there
+        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True) | state | dict(versions=[]))         # of an object from before they were there
         self.compare_fn, self.__dict__['teacher_fn'] = self.compare, self.teacher
 
     def get_extra_state(self): return torch.tensor(self.updates)
@@ -148,12 +149,14 @@ def progress(self:DistillationTask,
 def check_loop(self:DistillationTask,
     counts:bool, # does the task count the steps
 ):
-    "Warn once if an optimizer has changed the student twice, and the method's parameters never or no update was counted"
-    if len(self.versions) == 3: return
+    "Warn once if an optimizer has changed the student twice, and the method's parameters never or no update was counted; not if it is fused"
+    if not self.looks: return
+    self.looks -= 1
     # of each parameter, counted on the host at each change
     now = tuple(sum(p._version for p in m.parameters() if p.requires_grad) for m in (self.student, self.method))
     if now[0] not in [s for s,_ in self.versions]: self.versions.append(now)
     if len(self.versions) < 3: return
+    self.looks = 0
     own = [n for n,p in self.method.named_parameters() if p.requires_grad]
     if own and now[1] == self.versions[0][1]:
         warnings.warn(f"the student is trained, and the method's own parameters are not ({own[0]}, …), which make its targets; "
@@ -202,10 +205,10 @@ def check_batch(self:DistillationTask,
     if self.normalized and images.dtype == torch.uint8: raise ValueError("images are bytes, and normalized=True says they are normalized; leave it out")
     if self.normalized or not self.check_scale or not images.is_floating_point(): return
     low, high = (x.item() for x in images.aminmax())               # of the first batch alone: the host waits for it
-    self.check_scale = False
     if not -.5 <= low <= high <= 1.5:                              # interpolation may leave [0, 1] by a little
         raise ValueError(f"pixels from {low:.2f} to {high:.2f}; give images in [0, 1], or bytes, or normalized=True to create_task "
                          "if they are normalized for the student")
+    self.check_scale = False
 
 # %% ../../nbs/training/69_task.ipynb #f3d94cba
 def _resized(
@@ -250,7 +253,8 @@ def prepare_batch(self:DistillationTask,
     if not 0 <= micro < self.grad_accum_steps:
         raise ValueError(f"micro={micro} of {self.grad_accum_steps} micro-batches; count from 0, and give grad_accum_steps to create_task")
     if labels is None and self.label_scale: raise ValueError("this task learns from labels; give them with the images, or make it with labels=False")
-    if mix is not None: mix.check_pairs(len(images))
+    if mix is not None and self.check_mix: mix.check_pairs(len(images))            # the first, as the host waits for it
+    if mix is not None: self.check_mix = False
     elif self.training: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(images), m.mixup, m.cutmix,
                                          m.prob, images.device)
     x = mix_images(self.scaled(images), mix)
@@ -288,11 +292,13 @@ def after_update(self:DistillationTask,
 @patch
 def follow(self:DistillationTask,
     optimizer, # of the task's parameters
+    *others,   # that hold some of them and are stepped before it
 )->DistillationTask:
-    "Call `after_update` after each step of `optimizer`, by a hook; raises ValueError if it lacks parameters of the method"
-    held = {id(p) for group in optimizer.param_groups for p in group['params']}
+    "Call `after_update` after each step of `optimizer`, by a hook; raises ValueError if none of them has a parameter of the method"
+    held = {id(p) for o in (optimizer, *others) for group in o.param_groups for p in group['params']}
     if left := [n for n,p in self.method.named_parameters() if p.requires_grad and id(p) not in held]:
-        raise ValueError(f"the optimizer lacks {len(left)} parameters of the method, as {left[0]}, which make its targets; give it task.parameters()")
+        raise ValueError(f"the optimizer lacks {len(left)} parameters of the method, as {left[0]}, which make its targets; give it task.parameters(), or "
+                         "further optimizers to follow")
     optimizer.register_step_post_hook(lambda *_: self.after_update())
     return self
 
@@ -336,8 +342,9 @@ def assemble_task(
     "Task of a student, a teacher and a method built for the shapes of both"
     device = next(student.parameters()).device
     if teacher is not None: teacher = teacher.to(device)
-    if isinstance(teacher, TeacherEnsemble) and not method.requires(options).several:
-        raise ValueError(f"{len(teacher.members)} teachers, and {method.__name__} learns from one; give one, or take amtml or diverse")
+    if len(getattr(teacher, 'members', ())) > 1 and not method.requires(options).several:
+        raise ValueError(f"{len(teacher.members)} teachers, and {method.__name__} learns from one; give one, or take amtml or diverse, or a method "
+                         "whose Requires has several=True")
     check_shared_modules(student, teacher)
     check_trained(student)
     with torch.random.fork_rng(devices=[]):
@@ -480,7 +487,7 @@ def create_task(
                          mixing=Mixing(mixup, cutmix, mix_prob, label_smoothing, mix_teacher_input), precision=precision,
                          total_steps=total_steps, grad_accum_steps=grad_accum_steps, normalized=normalized, label_scale=float(labels))
     _refuse_alone(task.method, name, needs)
-    task.check_scale = True                                     # images of an unknown loop
+    task.check_scale, task.looks = True, 200                    # an unknown loop
     return task.train()
 
 # %% ../../nbs/training/69_task.ipynb #1d12aa3b
