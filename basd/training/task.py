@@ -92,7 +92,9 @@ class DistillationTask(nn.Module):
         return {k: v for k,v in self.__dict__.items() if k not in ('compare_fn', 'teacher_fn')}
 
     def __setstate__(self, state):
-        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True) | state | dict(versions=[]))         # of an object from before they were there
+        # an object from before these attributes were there, or of another form
+        versions = [v for v in state.get('versions', ()) if isinstance(v, tuple)]
+        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True) | state | dict(versions=versions))
         self.compare_fn, self.__dict__['teacher_fn'] = self.compare, self.teacher
 
     def get_extra_state(self): return torch.tensor(self.updates)
@@ -150,13 +152,12 @@ def check_loop(self:DistillationTask,
     counts:bool, # does the task count the steps
 ):
     "Warn once if an optimizer has changed the student twice, and the method's parameters never or no update was counted; not if it is fused"
-    if not self.looks: return
-    self.looks -= 1
+    if len(self.versions) == 3 or not self.looks and (self.updates or not counts): return
+    self.looks = max(0, self.looks - 1)
     # of each parameter, counted on the host at each change
     now = tuple(sum(p._version for p in m.parameters() if p.requires_grad) for m in (self.student, self.method))
     if now[0] not in [s for s,_ in self.versions]: self.versions.append(now)
     if len(self.versions) < 3: return
-    self.looks = 0
     own = [n for n,p in self.method.named_parameters() if p.requires_grad]
     if own and now[1] == self.versions[0][1]:
         warnings.warn(f"the student is trained, and the method's own parameters are not ({own[0]}, …), which make its targets; "
@@ -294,7 +295,7 @@ def follow(self:DistillationTask,
     optimizer, # of the task's parameters
     *others,   # that hold some of them and are stepped before it
 )->DistillationTask:
-    "Call `after_update` after each step of `optimizer`, by a hook; raises ValueError if none of them has a parameter of the method"
+    "Call `after_update` after each step of `optimizer`, by a hook; raises ValueError if a parameter of the method is in none of them"
     held = {id(p) for o in (optimizer, *others) for group in o.param_groups for p in group['params']}
     if left := [n for n,p in self.method.named_parameters() if p.requires_grad and id(p) not in held]:
         raise ValueError(f"the optimizer lacks {len(left)} parameters of the method, as {left[0]}, which make its targets; give it task.parameters(), or "
