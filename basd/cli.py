@@ -140,14 +140,13 @@ def train(
     **sections,
 )->dict:                  # stage → result with `run`, its directory; the key is '' for a recipe without stages
     "Train a recipe, all its stages in turn"
-    from basd.runs.run_directory import create_run_directory, start_stages
+    from basd.runs.run_directory import start_stages
     from basd.core.processes import process_group
     from basd.core.distributed import rank
     from basd.core.processes import is_launched
     from basd.core.registry import offering, require_given, trusting
     from basd.runs.builders import take_objects
     from basd.runs.recipes import load_recipe
-    from basd.training.build import build_trainer
     from basd.training.callbacks import Stopped, on_stop
     aloud = lambda text: print(f'basd: {text}', file=sys.stderr) if not is_launched().rank else None
     objects, brought, sections = take_objects(sections)
@@ -169,18 +168,24 @@ def train(
             if '' not in stages and rank() == 0: start_stages(run, whole, resume)
             with suppress(Stopped), _nothing_left(run if begun and rank() == 0 else None):
                 for stage,r in stages.items():
-                    place, results[stage] = run/stage, None
-                    if resume and (place/'result.json').is_file():
-                        if rank() == 0: create_run_directory(place, r, resume=True, images=_moved(place, r)) # of the same recipe?
-                        results[stage] = _read_result(place)
-                        continue
-                    trainer = build_trainer(r, place, here, resume=resume and place.is_dir() and any(place.iterdir()), bars=bars, callbacks=callbacks)
-                    if stop_requests: _stopped()
-                    results[stage] = trainer.fit()
-                    if results[stage] is None: break
-                    if trainer.stopping: _stopped()
+                    results[stage] = None
+                    results[stage], go_on = _train_stage(r, run/stage, here, resume, stop_requests, bars=bars, callbacks=callbacks)
+                    if not go_on: break
             if rank() == 0: _print_summary(run, results)
     return {stage: r and r | dict(run=str(run/stage)) for stage,r in results.items()}
+
+def _train_stage(recipe, place, here, resume, stop_requests, **kwargs):
+    "Result of a stage, whose directory is `place`: the one that it left, or that of its training; and whether the next may begin"
+    from basd.core.distributed import rank
+    from basd.runs.run_directory import create_run_directory
+    from basd.training.build import build_trainer
+    if resume and (place/'result.json').is_file():
+        if rank() == 0: create_run_directory(place, recipe, resume=True, images=_moved(place, recipe)) # of the same recipe?
+        return _read_result(place), True
+    trainer = build_trainer(recipe, place, here, resume=resume and place.is_dir() and any(place.iterdir()), **kwargs)
+    if stop_requests: _stopped()
+    result = trainer.fit()
+    return result, result is not None and not trainer.stopping
 
 def _of_stages(recipe, brought, sections):
     "A teacher that is given leaves out the stage that would train one; a student that is given is not that of this stage"
@@ -380,94 +385,224 @@ def _int_range(
     return read
 
 # %% ../nbs/90_cli.ipynb #a24a4f0d
+# options that several commands share
+_shared = dict(
+    frame=dict(flag='--on', dest='frame', metavar='FRAME', help='put the method on a frame: images, models and schedule (see basd recipes)'),
+    device=dict(flag='--device', help='cpu, cuda or mps (default: a GPU where there is one)'),
+    trust=dict(flag='--trust', action='store_true', help='let recipes found in runs import code of their own, and fetch what they name'))
+
+def _add_shared(p, *names):
+    for name in names: p.add_argument(_shared[name]['flag'], **{k: v for k,v in _shared[name].items() if k != 'flag'})
+
+def _add_overrides(p, about): p.add_argument('overrides', nargs='*', metavar='key=value', default=[], help=about)
+
+
+# %% ../nbs/90_cli.ipynb #cd2fe88b
+def _add_train(sub):
+    p = sub.add_parser('train', help='train a recipe', description=train.__doc__)
+    p.add_argument('recipe', help='name of a packaged recipe (see `basd recipes`) or a .yaml file')
+    _add_overrides(p, 'change the recipe, as in train.epochs=3; basd keys lists what may be changed')
+    p.add_argument('--run-dir', help='where the run goes (default runs/<recipe>-<time>)')
+    p.add_argument('--resume', action='store_true', help='go on with the run in --run-dir')
+    p.add_argument('--print', action='store_true', help='print the recipe with every default filled in; train and write nothing')
+    _add_shared(p, 'frame', 'device', 'trust')
+    p.example = 'basd train quickstart'
+    return p
+
+def _train_command(args):
+    if args.print: print(_resolved_text(args.recipe, *args.overrides, trust=args.trust), end='')
+    else: train(args.recipe, *args.overrides, run_dir=args.run_dir, resume=args.resume, device=args.device, trust=args.trust)
+
+def _add_resume(sub):
+    p = sub.add_parser('resume', help='go on with a run by its stored recipe', description=resume.__doc__)
+    p.add_argument('run_dir')
+    _add_overrides(p, 'change what may change, as data.root=elsewhere')
+    _add_shared(p, 'device', 'trust')
+    return p
+
+def _resume_command(args): resume(args.run_dir, *args.overrides, device=args.device, trust=args.trust)
+
+def _add_compare(sub):
+    p = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure',
+                       description='Resumes what was interrupted. Labels alone are added as the baseline. '
+                                   'One teacher a seed is trained for all.')
+    p.add_argument('recipes', nargs='+', metavar='recipe|key=value',
+                   help='names of packaged recipes or .yaml files; changes to all of them, as in train.epochs=3')
+    p.add_argument('--seeds', type=_int_range(1, 1000), default=3, help='how many (default 3)')
+    # of the commands recorded by earlier benchmarks
+    p.add_argument('--set', nargs='*', action='extend', default=[], dest='overrides', help=argparse.SUPPRESS)
+    p.add_argument('--jobs', type=_int_range(1, 1000), default=1, help='runs side by side (default 1)')
+    p.add_argument('--folder', default='runs/compare', help='runs, table.md, table.csv, results.json and race.png (default runs/compare)')
+    _add_shared(p, 'frame', 'device', 'trust')
+    p.example = 'basd compare kd rkd'
+    return p
+
+def _compare_command(args):
+    from basd.benchmark.compare import compare
+    from basd.benchmark.results import format_table
+    found = compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder,
+                    jobs=args.jobs, device=args.device, trust=args.trust)
+    print(format_table(found))
+    return int(any(r['failed'] for r in found['rows']))
+
+
+# %% ../nbs/90_cli.ipynb #52ae0217
+def _add_evaluate(sub):
+    p = sub.add_parser('evaluate', help="measure a run's weights on its test split",
+                       description='Accuracy of every set of weights; then, for one of them, report.json and report.png in the run directory.')
+    p.add_argument('run_dir')
+    p.add_argument('--weights', default='all',
+                   help='last, best, ema, exported or all (default); the report is about the exported weights unless one is named')
+    p.add_argument('--on', metavar='SOURCE', help="judge on other images, in the words of data.source, as torch/cifar10 or a folder")
+    p.add_argument('--quick', action='store_true', help='accuracy only: no report.json and no figure sheet')
+    p.add_argument('--corrupted', type=_int_range(0), default=1000, metavar='N',
+                   help='test images for robustness (default 1000; 0: leave it out)')
+    _add_shared(p, 'device', 'trust')
+    return p
+
+def _evaluate_command(args):
+    "Accuracies, then the report"
+    from basd.core.processes import is_launched
+    from basd.analysis.reports import evaluate_student, evaluate_run, summary, write_evaluation
+    from basd.data.sources import ClassMismatch
+    try: found = evaluate_student(args.run_dir, args.weights, args.device, args.on, args.trust, keep=False)
+    except ClassMismatch as e: found = print(f'basd: {e}', file=sys.stderr) or {}
+    if is_launched().rank: return                    # one rank prints for all
+    for name,r in found.items():
+        if 'knn' in r: print(f"{name:5} k-NN {r['knn']:6.2f} %  (k = {r['k']}, each of {r['n']} images among the others)"); continue
+        print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  "
+              f"cross-entropy {r['loss']:.4f}  ({r['n']} images{_of_some(r)})")
+    try: found and write_evaluation(args.run_dir, found, args.on)
+    except OSError as e: _print_error(e); return                     # a run that cannot be written to is evaluated all the same
+    if args.quick or is_launched().world > 1: return
+    print(summary(evaluate_run(args.run_dir, 'exported' if args.weights == 'all' else args.weights, args.device, args.on,
+                       args.corrupted, trust=args.trust)))
+
+def _of_some(r): return f", judged among their own {r['classes']} classes" if 'classes' in r else ''
+
+_metrics = ('attention', 'cka', 'hessian', 'spectrum', 'mixing') # as `METRICS` of page 84 has them
+
+def _add_analyze(sub):
+    p = sub.add_parser('analyze', help='attention, CKA, curvature, spectra and mixing of runs, side by side',
+                       description=f"Metrics: {', '.join(_metrics)}.")
+    p.add_argument('run_dirs', nargs='+', metavar='run_dir')
+    p.add_argument('--metrics', help='which of them, with commas (default: all)')
+    p.add_argument('--output-dir', default='analysis', help='gets analysis.json and the figures (default analysis)')
+    p.add_argument('--weights', default='exported', help='last, best, ema or exported (default)')
+    p.add_argument('--images', type=_int_range(1), default=512, help='images shown (default 512)')
+    _add_shared(p, 'device', 'trust')
+    return p
+
+def _analyze_command(args):
+    from basd.analysis.compare_runs import analyze, summary_lines
+    found = analyze(*args.run_dirs, metrics=args.metrics, output_dir=args.output_dir, weights=args.weights, images=args.images,
+                    device=args.device, trust=args.trust)
+    done, left = summary_lines(found, args.output_dir)
+    for line in done: print(line)
+    for line in left: print(f'basd: {line}', file=sys.stderr)
+    if not done: raise ValueError("nothing could be analyzed; the lines above say why")
+
+def _add_export(sub):
+    p = sub.add_parser('export', help="write a run's student as a folder that timm, the hub or ONNX runtimes open",
+                       description='Writes config.json, model.safetensors and a model card, checked against the student; '
+                                   'a student of your own code also as ONNX.')
+    p.add_argument('run_dir')
+    p.add_argument('--weights', default='exported', help='last, best, ema or exported (default): which weights go')
+    p.add_argument('--to', metavar='FOLDER', help='where it goes, new or empty (default export in the run directory)')
+    p.add_argument('--onnx', action='store_true', help='write model.onnx too, checked by ONNX Runtime (always for a student that timm does not know)')
+    p.add_argument('--push', metavar='NAME', help='upload the folder to the Hugging Face hub as user/name, private')
+    p.add_argument('--public', action='store_true', help='with --push: let everybody see it')
+    _add_shared(p, 'trust')
+    return p
+
+def _export_command(args):
+    "The folder, then the upload if it is requested"
+    from basd.core.registry import trusting
+    from basd.runs.export import export_run, push_folder
+    if args.public and not args.push: raise ValueError("--public belongs to --push; give the name of the repository, too")
+    with trusting(args.trust, args.run_dir, Path.cwd()): found = export_run(args.run_dir, args.to, args.onnx, args.weights)
+    print(f"{found['folder']}: {', '.join(found['files'])}" + (f"; {found['weights']} weights" if found['weights'] else '')
+          + (f"; ONNX opset {found['opset']}, logits within {found['difference']:.1e}" if 'opset' in found else ''))
+    if 'reason' in found: print(f"not for timm: {found['reason']}")
+    if args.push: print(push_folder(found['folder'], args.push, args.public))
+
+def _add_bench(sub):
+    p = sub.add_parser('bench', help="time a recipe's step beside its lower bound",
+                       description='Needs neither data nor weights. For a CPU, choose a batch it can hold: data.batch_size=16')
+    p.add_argument('recipe', nargs='?', default='basd_imagenet',
+                   help='name of a packaged recipe or a .yaml file (default basd_imagenet)')
+    _add_overrides(p, 'change the recipe, as in data.batch_size=16')
+    p.add_argument('--out', help='folder for bench.json and bench.png')
+    p.add_argument('--reps', type=_int_range(1), default=7, help='pairs of steps (default 7)')
+    p.add_argument('--cached', action='store_true', help="read the teacher's answers from a cache, as from the second epoch on")
+    p.add_argument('--release', action='store_true', help='let freed memory go back to the system, which a CPU run otherwise keeps')
+    _add_shared(p, 'frame', 'device', 'trust')
+    return p
+
+def _bench_command(args):
+    from basd.benchmark.step_cost import bench, bench_table
+    print(bench_table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device,
+                      cached=args.cached, trust=args.trust, hold=not args.release)))
+
+
+# %% ../nbs/90_cli.ipynb #9c632c05
+def _add_keys(sub):
+    p = sub.add_parser('keys', help='explain what a recipe may hold: its sections, the options of a method, a key',
+                       description='Type, default and meaning of each key of a recipe, from the words beside its definition.')
+    p.add_argument('name', nargs='?', help='section, method, loss, selector, recipe or key; without it, an overview')
+    p.add_argument('--json-schema', action='store_true', help='print the JSON schema of recipes, from which editors complete')
+    return p
+
+def _keys_command(args): print(SCHEMA_FILE.read_text(encoding='utf-8') if args.json_schema else keys_text(args.name, _width()))
+
+def _add_completion(sub):
+    p = sub.add_parser('completion', help='print a script that completes commands, options, recipes and keys in a shell',
+                       description='For bash, in ~/.bashrc: eval "$(basd completion bash)". Needs shtab (pip install basd-distill[completion]).')
+    p.add_argument('shell', choices=('bash', 'zsh'))
+    return p
+
+def _completion_command(args):
+    try: import shtab
+    except ImportError: raise ValueError("completion is made by shtab, which is not installed; pip install basd-distill[completion]") from None
+    p, keys = parser(), ' '.join(f'{k.key}=' for n in recipe_sections()['frame'] for k in recipe_keys(n))
+    names, sections = ' '.join(recipe_names()), ' '.join(n for group in recipe_sections().values() for n in group)
+    words = dict(frame=' '.join(frame_names()), recipe=names, recipes=f'{names} {keys}', overrides=keys, name=f'{names} {sections}')
+    for command in p.commands.values():
+        for action in command._actions:
+            if action.dest in ('run_dir', 'run_dirs', 'to', 'output_dir', 'folder', 'out'): action.complete = shtab.DIRECTORY
+            elif action.dest in words: action.complete = {args.shell: f'_basd_{action.dest}'}
+    made = {'bash': lambda n, w: f'_basd_{n}() {{ compgen -W "{w}" -- "$1"; compgen -f -X "!*.yaml" -- "$1"; }}',
+            'zsh': lambda n, w: f"_basd_{n}() {{ _alternative 'names:name:({w})' 'files:file:_files -g \"*.yaml\"' }}"}[args.shell]
+    print(shtab.complete(p, args.shell, preamble={args.shell: '\n'.join(made(*item) for item in words.items())}))
+
+def _add_recipes(sub):
+    p = sub.add_parser('recipes', help='list the packaged recipes, or print one')
+    p.add_argument('name', nargs='?', help='print this recipe: a packaged one, or a .yaml file')
+    p.add_argument('--all', action='store_true', help='with every key, its meaning, its choices and its default')
+    _add_shared(p, 'frame', 'trust')
+    return p
+
+def _recipes_command(args):
+    if args.name: print(_as_text(args.name, args.all, args.trust), end='')
+    else: print(_recipes_table(_width()))
+
+def _width(): return min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
+
+
+# %% ../nbs/90_cli.ipynb #1dd09916
 def parser()->argparse.ArgumentParser:
-    "Parser of the `basd` command"
+    "Parser of the `basd` command; what it parses holds, as `run`, the function of its command"
     p = _Parser('basd', description='Bias-Aware Structural Distillation: train, evaluate and compare by recipe.')
     p.add_argument('--version', action='version', version=f'basd {basd.__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_Parser)
+    for add, run in ((_add_train, _train_command), (_add_resume, _resume_command), (_add_evaluate, _evaluate_command),
+                     (_add_analyze, _analyze_command), (_add_export, _export_command), (_add_compare, _compare_command),
+                     (_add_bench, _bench_command), (_add_keys, _keys_command), (_add_completion, _completion_command),
+                     (_add_recipes, _recipes_command)):
+        add(sub).set_defaults(run=run)
     p.commands = sub.choices
-    t = sub.add_parser('train', help='train a recipe', description=train.__doc__)
-    t.add_argument('recipe', help='name of a packaged recipe (see `basd recipes`) or a .yaml file')
-    t.add_argument('overrides', nargs='*', metavar='key=value', default=[],
-                   help='change the recipe, as in train.epochs=3; basd keys lists what may be changed')
-    t.add_argument('--run-dir', help='where the run goes (default runs/<recipe>-<time>)')
-    t.add_argument('--resume', action='store_true', help='go on with the run in --run-dir')
-    t.add_argument('--print', action='store_true', help='print the recipe with every default filled in; train and write nothing')
-    t.example = 'basd train quickstart'
-    g = sub.add_parser('resume', help='go on with a run by its stored recipe', description=resume.__doc__)
-    g.add_argument('run_dir')
-    g.add_argument('overrides', nargs='*', metavar='key=value', default=[], help='change what may change, as data.root=elsewhere')
-    e = sub.add_parser('evaluate', help="measure a run's weights on its test split",
-                       description='Accuracy of every set of weights; then, for one of them, '
-                                   'report.json and report.png in the run directory.')
-    e.add_argument('run_dir')
-    e.add_argument('--weights', default='all',
-                   help='last, best, ema, exported or all (default); '
-                        'the report is about the exported weights unless one is named')
-    e.add_argument('--on', metavar='SOURCE',
-                   help="judge on other images, in the words of data.source, as torch/cifar10 or a folder")
-    e.add_argument('--quick', action='store_true', help='accuracy only: no report.json and no figure sheet')
-    e.add_argument('--corrupted', type=_int_range(0), default=1000, metavar='N',
-                   help='test images for robustness (default 1000; 0: leave it out)')
-    a = sub.add_parser('analyze', help='attention, CKA, curvature, spectra and mixing of runs, side by side',
-                       description=f"Metrics: {', '.join(_metrics)}.")
-    a.add_argument('run_dirs', nargs='+', metavar='run_dir')
-    a.add_argument('--metrics', help='which of them, with commas (default: all)')
-    a.add_argument('--output-dir', default='analysis', help='gets analysis.json and the figures (default analysis)')
-    a.add_argument('--weights', default='exported', help='last, best, ema or exported (default)')
-    a.add_argument('--images', type=_int_range(1), default=512, help='images shown (default 512)')
-    x = sub.add_parser('export', help="write a run's student as a folder that timm, the hub or ONNX runtimes open",
-                       description='Writes config.json, model.safetensors and a model card, checked against the student; a student of your own code also as ONNX.')
-    x.add_argument('run_dir')
-    x.add_argument('--weights', default='exported', help='last, best, ema or exported (default): which weights go')
-    x.add_argument('--to', metavar='FOLDER', help='where it goes, new or empty (default export in the run directory)')
-    x.add_argument('--onnx', action='store_true', help='write model.onnx too, checked by ONNX Runtime (always for a student that timm does not know)')
-    x.add_argument('--push', metavar='NAME', help='upload the folder to the Hugging Face hub as user/name, private')
-    x.add_argument('--public', action='store_true', help='with --push: let everybody see it')
-    c = sub.add_parser('compare', help='train recipes and seeds under one budget; one table, one figure',
-                       description='Resumes what was interrupted. Labels alone are added as the baseline. '
-                                   'One teacher a seed is trained for all.')
-    c.add_argument('recipes', nargs='+', metavar='recipe|key=value',
-                   help='names of packaged recipes or .yaml files; changes to all of them, as in train.epochs=3')
-    c.add_argument('--seeds', type=_int_range(1, 1000), default=3, help='how many (default 3)')
-    # of the commands recorded by earlier benchmarks
-    c.add_argument('--set', nargs='*', action='extend', default=[], dest='overrides', help=argparse.SUPPRESS)
-    c.add_argument('--jobs', type=_int_range(1, 1000), default=1, help='runs side by side (default 1)')
-    c.add_argument('--folder', default='runs/compare',
-                   help='runs, table.md, table.csv, results.json and race.png (default runs/compare)')
-    b = sub.add_parser('bench', help="time a recipe's step beside its lower bound",
-                       description='Needs neither data nor weights. '
-                                   'For a CPU, choose a batch it can hold: data.batch_size=16')
-    b.add_argument('recipe', nargs='?', default='basd_imagenet',
-                   help='name of a packaged recipe or a .yaml file (default basd_imagenet)')
-    b.add_argument('overrides', nargs='*', metavar='key=value', default=[], help='change the recipe, as in data.batch_size=16')
-    b.add_argument('--out', help='folder for bench.json and bench.png')
-    b.add_argument('--reps', type=_int_range(1), default=7, help='pairs of steps (default 7)')
-    b.add_argument('--cached', action='store_true',
-                   help="read the teacher's answers from a cache, as from the second epoch on")
-    b.add_argument('--release', action='store_true',
-                   help='let freed memory go back to the system, which a CPU run otherwise keeps')
-    c.example = 'basd compare kd rkd'
-    k = sub.add_parser('keys', help='explain what a recipe may hold: its sections, the options of a method, a key',
-                       description='Type, default and meaning of each key of a recipe, from the words beside its definition.')
-    k.add_argument('name', nargs='?', help='section, method, loss, selector, recipe or key; without it, an overview')
-    k.add_argument('--json-schema', action='store_true', help='print the JSON schema of recipes, from which editors complete')
-    i = sub.add_parser('completion', help='print a script that completes commands, options, recipes and keys in a shell',
-                       description='For bash, in ~/.bashrc: eval "$(basd completion bash)". Needs shtab (pip install basd-distill[completion]).')
-    i.add_argument('shell', choices=('bash', 'zsh'))
-    r = sub.add_parser('recipes', help='list the packaged recipes, or print one')
-    r.add_argument('name', nargs='?', help='print this recipe: a packaged one, or a .yaml file')
-    r.add_argument('--all', action='store_true', help='with every key, its meaning, its choices and its default')
-    for s in (t, c, b, r):
-        s.add_argument('--on', dest='frame', metavar='FRAME', help='put the method on a frame: images, models and schedule (see basd recipes)')
-    for s in (t, g, e, a, c, b):
-        s.add_argument('--device', help='cpu, cuda or mps (default: a GPU where there is one)')
-    for s in (t, g, e, a, x, c, b, r):
-        s.add_argument('--trust', action='store_true',
-                       help='let recipes found in runs import code of their own, and fetch what they name')
     return p
 
-_metrics = ('attention', 'cka', 'hessian', 'spectrum', 'mixing') # as `METRICS` of page 84 has them
 
 # %% ../nbs/90_cli.ipynb #2b063f95
 def _changes(
@@ -647,98 +782,8 @@ def dispatch(
 )->int|None: # exit status, if it is not 0
     "Run the parsed command"
     _check_device(getattr(args, 'device', None))
-    if args.command == 'train' and args.print: print(_resolved_text(args.recipe, *args.overrides, trust=args.trust), end='')
-    elif args.command == 'train':
-        train(args.recipe, *args.overrides, run_dir=args.run_dir, resume=args.resume, device=args.device,
-              trust=args.trust)
-    elif args.command == 'resume':
-        resume(args.run_dir, *args.overrides, device=args.device, trust=args.trust)
-    elif args.command == 'evaluate':
-        _evaluate_command(args)
-    elif args.command == 'analyze':
-        from basd.analysis.compare_runs import analyze, summary_lines
-        done, left = summary_lines(analyze(*args.run_dirs, metrics=args.metrics,
-                                  output_dir=args.output_dir, weights=args.weights, images=args.images,
-                                  device=args.device, trust=args.trust), args.output_dir)
-        for line in done: print(line)
-        for line in left: print(f'basd: {line}', file=sys.stderr)
-        if not done: raise ValueError("nothing could be analyzed; the lines above say why")
-    elif args.command == 'export': _export_command(args)
-    elif args.command == 'compare':
-        from basd.benchmark.compare import compare
-        from basd.benchmark.results import format_table
-        found = compare(*args.recipes, seeds=args.seeds, overrides=args.overrides, folder=args.folder,
-                        jobs=args.jobs, device=args.device, trust=args.trust)
-        print(format_table(found))
-        return int(any(r['failed'] for r in found['rows']))
-    elif args.command == 'bench':
-        from basd.benchmark.step_cost import bench, bench_table
-        print(bench_table(bench(args.recipe, *args.overrides, out=args.out, reps=args.reps, device=args.device,
-                          cached=args.cached, trust=args.trust, hold=not args.release)))
-    elif args.command == 'keys':
-        print(SCHEMA_FILE.read_text(encoding='utf-8') if args.json_schema else keys_text(args.name, _width()))
-    elif args.command == 'completion': print(_completion_text(args.shell))
-    elif args.name: print(_as_text(args.name, args.all, args.trust), end='')
-    else: print(_recipes_table(_width()))
+    return args.run(args)
 
-def _width(): return min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
-
-# %% ../nbs/90_cli.ipynb #9de53bec
-def _completion_text(
-    shell:str, # "bash" or "zsh"
-)->str:
-    "Script that completes the command in a shell"
-    try: import shtab
-    except ImportError: raise ValueError("completion is made by shtab, which is not installed; pip install basd-distill[completion]") from None
-    p, keys = parser(), ' '.join(f'{k.key}=' for n in recipe_sections()['frame'] for k in recipe_keys(n))
-    names, sections = ' '.join(recipe_names()), ' '.join(n for group in recipe_sections().values() for n in group)
-    words = dict(frame=' '.join(frame_names()), recipe=names, recipes=f'{names} {keys}', overrides=keys, name=f'{names} {sections}')
-    for command in p.commands.values():
-        for action in command._actions:
-            if action.dest in ('run_dir', 'run_dirs', 'to', 'output_dir', 'folder', 'out'): action.complete = shtab.DIRECTORY
-            elif action.dest in words: action.complete = {shell: f'_basd_{action.dest}'}
-    made = {'bash': lambda n, w: f'_basd_{n}() {{ compgen -W "{w}" -- "$1"; compgen -f -X "!*.yaml" -- "$1"; }}',
-            'zsh': lambda n, w: f"_basd_{n}() {{ _alternative 'names:name:({w})' 'files:file:_files -g \"*.yaml\"' }}"}[shell]
-    return shtab.complete(p, shell, preamble={shell: '\n'.join(made(*item) for item in words.items())})
-
-# %% ../nbs/90_cli.ipynb #10b491ed
-def _evaluate_command(
-    args:argparse.Namespace, # of `basd evaluate`
-):
-    "Accuracies, then the report"
-    from basd.core.processes import is_launched
-    from basd.analysis.reports import evaluate_student, evaluate_run, summary, write_evaluation
-    from basd.data.sources import ClassMismatch
-    try: found = evaluate_student(args.run_dir, args.weights, args.device, args.on, args.trust, keep=False)
-    except ClassMismatch as e: found = print(f'basd: {e}', file=sys.stderr) or {}
-    if is_launched().rank: return                    # one rank prints for all
-    for name,r in found.items():
-        if 'knn' in r: print(f"{name:5} k-NN {r['knn']:6.2f} %  (k = {r['k']}, each of {r['n']} images among the others)"); continue
-        print(f"{name:5} top-1 {r['top1']:6.2f} %  top-5 {r['top5']:6.2f} %  "
-              f"cross-entropy {r['loss']:.4f}  ({r['n']} images{_of_some(r)})")
-    try: found and write_evaluation(args.run_dir, found, args.on)
-    except OSError as e: _print_error(e); return                     # a run that cannot be written to is evaluated all the same
-    if args.quick or is_launched().world > 1: return
-    print(summary(evaluate_run(args.run_dir, 'exported' if args.weights == 'all' else args.weights, args.device, args.on,
-                       args.corrupted, trust=args.trust)))
-
-def _of_some(r): return f", judged among their own {r['classes']} classes" if 'classes' in r else ''
-
-# %% ../nbs/90_cli.ipynb #5671b4f4
-def _export_command(
-    args:argparse.Namespace, # of `basd export`
-):
-    "The folder, then the upload if it is requested"
-    from basd.core.registry import trusting
-    from basd.runs.export import export_run, push_folder
-    if not (Path(args.run_dir)/'recipe.yaml').is_file():
-        raise FileNotFoundError(f"{args.run_dir} is not a run directory: it holds no recipe.yaml")
-    if args.public and not args.push: raise ValueError("--public belongs to --push; give the name of the repository, too")
-    with trusting(args.trust, args.run_dir, Path.cwd()): found = export_run(args.run_dir, args.to, args.onnx, args.weights)
-    print(f"{found['folder']}: {', '.join(found['files'])}" + (f"; {found['weights']} weights" if found['weights'] else '')
-          + (f"; ONNX opset {found['opset']}, logits within {found['difference']:.1e}" if 'opset' in found else ''))
-    if 'reason' in found: print(f"not for timm: {found['reason']}")
-    if args.push: print(push_folder(found['folder'], args.push, args.public))
 
 # %% ../nbs/90_cli.ipynb #75c8b7ae
 def _known(
