@@ -126,6 +126,21 @@ def test_what_one_page_alone_uses_is_private():
     assert sum(map(len, public.values())) > 500 and len(alone) <= 135, f"{len(alone)}: begin a helper's name with _ : {alone}"
 
 
+def test_an_option_of_words_refuses_others():
+    "A public class or function with a `Literal` option checks it: where code asks `if form == 'soft'`, a misspelling is the other form"
+    open_ones, seen = [], 0
+    for path in sorted((ROOT/"basd").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for scope in (tree, *(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef))):
+            for f in (n for n in scope.body if isinstance(n, ast.FunctionDef) and (n.name == "__init__" or not n.name.startswith("_"))):
+                words = {a.arg for a in [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
+                         if a.annotation and ast.unparse(a.annotation).startswith("Literal[")}
+                checked = {k.arg for c in ast.walk(f) if isinstance(c, ast.Call) and ast.unparse(c.func) == "check_choices" for k in c.keywords}
+                open_ones += [f"{path.stem}.{getattr(scope, 'name', '')}.{f.name}: {a}" for a in sorted(words - checked)]
+                seen += len(words)
+    assert seen > 35 and not open_ones, open_ones
+
+
 # names in comments that are another package's, a file's or the environment's
 ELSEWHERE = {"VisionTransformer", "WANDB_MODE", "MLFLOW_TRACKING_URI", "selectors_FRAME"}
 

@@ -6,7 +6,7 @@
 __all__ = ['RENAMED', 'METHODS', 'LOSSES', 'SELECTORS', 'DIFFICULTIES', 'suggestion', 'validation_hint', 'trusting', 'trusted',
            'is_import_name', 'is_given_name', 'offering', 'offered', 'require_given', 'admit', 'imported',
            'call_imported', 'Registry', 'options_dataclass', 'options_adapter', 'pickled_by', 'options_from',
-           'refuse_unread']
+           'refuse_unread', 'check_choices']
 
 # %% ../../nbs/core/06_registry.ipynb #f3e41eaf
 import difflib
@@ -212,14 +212,8 @@ class Registry:
 
 # %% ../../nbs/core/06_registry.ipynb #7cb70ef3
 METHODS = Registry('method', 'basd.methods')
-
-# %% ../../nbs/core/06_registry.ipynb #d7167e6e
 LOSSES = Registry('loss', 'basd.losses')
-
-# %% ../../nbs/core/06_registry.ipynb #ab0bea27
 SELECTORS = Registry('selector', 'basd.geometry', 'basd.losses')
-
-# %% ../../nbs/core/06_registry.ipynb #1bb164f3
 DIFFICULTIES = Registry('score', 'basd.methods')
 
 # %% ../../nbs/core/06_registry.ipynb #9fe2684d
@@ -280,3 +274,15 @@ def refuse_unread(
     for name,v in given.items():
         if v != takes[name].default:
             raise ValueError(f"{name}={v!r} belongs to {to}, not to {here}; leave one of them out")
+
+# %% ../../nbs/core/06_registry.ipynb #eeac431e
+def check_choices(
+    of,      # class or function whose options they are
+    **given, # names → values
+):
+    "Raise an error for a value that the `Literal` annotation of its option does not list"
+    for name,v in given.items():
+        allowed = (of.__init__ if isinstance(of, type) else of).__annotations__[name].__args__
+        if v not in allowed:
+            raise ValueError(f"{name}={v!r}; choose {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
+

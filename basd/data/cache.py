@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,17 +19,17 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.files import format_bytes, remove_stale_temp_files, write_atomic
+from ..core.registry import check_choices
 
 # %% ../../nbs/data/49_cache.ipynb #6abfb16a
 @dataclass
 class RecordLayout:
     "Which fields a record has, in which order, and how its numbers are stored"
     fields:dict            # name → shape
-    dtype:str='float16'    # or "float32"
+    dtype:Literal['float16', 'float32']='float16'
 
     def __post_init__(self):
-        if self.dtype not in ('float16', 'float32'):
-            raise ValueError(f"dtype={self.dtype!r} of a cache; choose float16 or float32")
+        check_choices(RecordLayout, dtype=self.dtype)
         self.fields = {k: tuple(map(int, v)) for k,v in self.fields.items()}
 
     @property

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.transforms.v2 import functional as F
 
-from ..core.registry import call_imported, is_import_name
+from ..core.registry import call_imported, check_choices, is_import_name
 from .pictures import MAX_PIXELS, decode_picture
 
 # %% ../../nbs/data/46_sources.ipynb #2ae671ed
@@ -750,10 +751,10 @@ class ImageDataset(Dataset):
         source,              # `Source`, or anything that gives (image, label)
         memory:bool=True,    # hold decoded images in memory if they fit
         limit:int=4 * 2**30, # bytes that may be held
-        on_error:str='raise', # what an unreadable image does: "raise" or "skip"
+        on_error:Literal['raise', 'skip']='raise', # what an unreadable image does
         max_pixels:int|None=MAX_PIXELS, # of an image, larger ones are unreadable; None: no limit
     ):
-        if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r}; choose 'raise' or 'skip'")
+        check_choices(ImageDataset, on_error=on_error)
         self.source = source if isinstance(source, Source) else Source(source)
         self.skip, self.max_pixels, self.labels, self.pixels = on_error == 'skip', max_pixels, self.source.labels, None
         self.bad = torch.zeros(len(self.source), dtype=torch.bool).share_memory_() # seen by reader processes, too

@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from random import Random
 from threading import Thread
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from fastcore.basics import patch, store_attr
@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
+
+from ..core.registry import check_choices
 
 # %% ../../nbs/data/47_views.ipynb #397f1d38
 def seeded_random(
@@ -106,21 +108,19 @@ class DualViewTransform:
     def __init__(self,
         size_s:int,                  # pixels of the student's view
         size_t:int|None=None,        # pixels of the teacher's view; None: there is no teacher
-        crop:str='shared',           # crop and flip: "shared", "student_only" (student's alone) or "center" (neither)
+        crop:Literal['shared', 'student_only', 'center']='shared', # crop and flip: of both views, the student's alone, or neither
         crop_scale=(.35, 1.),        # area of the random box as a share of the image
         flip:float=.5,               # probability of a mirror image
-        color:str='trivial_augment', # "trivial_augment" or "none"
+        color:Literal['trivial_augment', 'none']='trivial_augment',
         magnitude:float=1.,          # strength of TrivialAugment, 1: its own range
         random_erasing:float=.25,    # probability that a rectangle of the student's view is erased
-        interpolation:str='bicubic', # of both views; or "bilinear"
+        interpolation:Literal['bicubic', 'bilinear']='bicubic', # of both views
         fill:int=128,                # gray level of the erased rectangle
         # crop and flip are one of so many of each image, the same in every run; None: new ones in every epoch
         recorded:int|None=None,
         padding:int|None=None,       # the box is the middle square, moved by at most so many pixels; None: by `crop_scale`
     ):
-        _check('crop', crop, ('shared', 'student_only', 'center'))
-        _check('color', color, ('trivial_augment', 'none'))
-        _check('interpolation', interpolation, ('bicubic', 'bilinear'))
+        check_choices(DualViewTransform, crop=crop, color=color, interpolation=interpolation)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={tuple(crop_scale)}; give two shares of the area, 0 < low ≤ high ≤ 1")
         for k,v in dict(flip=flip, random_erasing=random_erasing, magnitude=magnitude).items():
@@ -130,10 +130,6 @@ class DualViewTransform:
                              "of each image; give 1, or crop='shared'")
         store_attr()
         self.ops = list(_color_ops | (_geometric_ops if crop == 'student_only' else {}))
-
-# %% ../../nbs/data/47_views.ipynb #f577b78e
-def _check(name, given, allowed):
-    if given not in allowed: raise ValueError(f"{name}={given!r}; choose from {', '.join(map(repr, allowed))}")
 
 # %% ../../nbs/data/47_views.ipynb #11ed2a99
 @patch

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.chunking import chunk_size
 from ..core.distributed import all_reduce_mean
 from ..core.numerics import upcast, autocast_disabled
+from ..core.registry import check_choices
 from .selector import Selection, layer_weights, mix_blended_tokens, mix_tokens, rho_of, temperatures_of
 
 # %% ../../nbs/geometry/13_frequency_selector.ipynb #3810bdba
@@ -96,6 +97,7 @@ def profile_dist(
     floor:float=1e-6,# least share, for the divergence
 )->Tensor:           # at least 0, (...,)
     "Divergence or cosine distance between energy profiles"
+    check_choices(profile_dist, dist=dist)
     if dist == 'cosine': return (1 - F.cosine_similarity(p, q, dim=-1)).clamp(min=0)
     p, q = ((x + floor)/(x + floor).sum(-1, keepdim=True) for x in (p, q))
     return ((p - q)*(p.log() - q.log())).sum(-1)/2
@@ -125,10 +127,7 @@ class FrequencySelector(nn.Module):
         entropy_sign:Literal[1, -1]=1, # 1: lower the entropy, towards one layer; -1: raise it, towards all of them
     ):
         super().__init__()
-        for name, given, allowed in (('dist', dist, ('kl', 'cosine')), ('normalize', normalize, ('standard', 'none')),
-                                     ('entropy_sign', entropy_sign, (1, -1))):
-            if given not in allowed:
-                raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(map(str, allowed))}")
+        check_choices(FrequencySelector, dist=dist, normalize=normalize, entropy_sign=entropy_sign)
         if bins is not None and bins < 2: raise ValueError(f"bins={bins}; give at least 2 rings, or None for no rings")
         if entropy < 0: raise ValueError(f"entropy={entropy} is negative; set entropy_sign=-1 to raise the entropy")
         if not (.05 < tau < 10 if normalize == 'standard' else tau > 0):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.distributed import all_reduce_mean
 from ..core.numerics import center, upcast, autocast_disabled
+from ..core.registry import check_choices
 
 # %% ../../nbs/geometry/10_projections.ipynb #93181825
 def polar_factor(
@@ -39,8 +40,7 @@ class SharedProjection(nn.Module):
         mode:Literal['stiefel', 'learned', 'frozen']='stiefel',
     ):
         super().__init__()
-        if mode not in ('stiefel', 'learned', 'frozen'):
-            raise ValueError(f"mode={mode!r} of the shared space; allowed: stiefel, learned, frozen")
+        check_choices(SharedProjection, mode=mode)
         if min(*widths_s, *widths_t, dim) < 1:
             raise ValueError(f"widths {list(widths_s)}, {list(widths_t)} and dim={dim} must all be at least 1")
         self.dim, self.mode = dim, mode
@@ -95,8 +95,7 @@ def reconstruction_loss(
     form:Literal['tokens', 'mean']='tokens',
 )->Tensor:        # mean over leading dimensions; in [0, 4] for tokens, ()
     "Relative squared distance of student rows from mixed teacher rows, over the rows of all ranks"
-    if form not in ('tokens', 'mean'):
-        raise ValueError(f"form={form!r} of the reconstruction loss; allowed: tokens, mean")
+    check_choices(reconstruction_loss, form=form)
     with autocast_disabled(z_s):
         z_mix, z_s = upcast(z_mix, z_s)
         if form == 'mean': return all_reduce_mean((z_mix - z_s).mean(-2)).square().mean()

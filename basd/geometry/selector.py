@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.chunking import chunk_size
 from ..core.distributed import world_size
 from ..core.numerics import center, covariance, eigh, upcast, autocast_disabled, condition_covariance
-from ..core.registry import SELECTORS
+from ..core.registry import SELECTORS, check_choices
 from ..core.resampling import resample_tokens
 from basd.geometry.grassmann import (
     eigengap, orthonormal_scores, mean_squared_cca, projection_dist, whitened_scores, principal_subspace,
@@ -33,6 +33,7 @@ def layer_weights(
     floor:float=.02, # least spread that counts as one; keeps weights uniform where distances are equal up to noise
 )->Tensor:       # positive, rows sum to one, (P, L)
     "Softmax over teacher layers of minus the distance, with gradient to the temperatures"
+    check_choices(layer_weights, normalize=normalize)
     if normalize == 'standard':
         std, mean = torch.std_mean(dist, -1, correction=0, keepdim=True)
         dist = (dist - mean) / std.clamp(min=floor)
@@ -128,6 +129,7 @@ def rho_of(
     normalize:Literal['standard', 'none']='standard',
 )->float:
     "The parameter ρ of a temperature: the inverse of `temperatures_of`"
+    check_choices(rho_of, normalize=normalize)
     share = math.log(tau/.05) / math.log(10/.05)
     return math.log(share/(1 - share)) if normalize == 'standard' else tau + math.log(-math.expm1(-tau))
 
@@ -136,6 +138,7 @@ def temperatures_of(
     normalize:Literal['standard', 'none']='standard',
 )->Tensor:      # in (0.05, 10), or positive with normalize='none', (P,)
     "Temperatures τ of their parameters ρ"
+    check_choices(temperatures_of, normalize=normalize)
     if normalize == 'none': return F.softplus(rho)
     return .05 * (rho.sigmoid() * math.log(10/.05)).exp()
 
@@ -146,10 +149,6 @@ def _check_options(
     tau:float, # first temperature
 ):
     "Raise an error for options that contradict each other or their range"
-    for name, given, allowed in (('space', s.space, ('sample', 'channel')), ('rows', s.rows, ('token', 'image')),
-                                 ('normalize', s.normalize, ('standard', 'none')), ('recon_form', s.recon_form, ('tokens', 'mean')),
-                                 ('solver', s.solver, ('eigh', 'tracking'))):
-        if given not in allowed: raise ValueError(f"{name}={given!r} of the selector; allowed: {', '.join(allowed)}")
     for name, given, usual in (('ema_decay', s.ema_decay, .99), ('warmup_steps', s.warmup_steps, 50)):
         if s.solver != 'tracking' and given != usual:
             raise ValueError(f"{name}={given} belongs to solver='tracking', not to {s.solver!r}; leave one of them out")
@@ -198,6 +197,7 @@ class GrassmannSelector(nn.Module):
         warmup_steps:int=50, # first steps, in which solver='tracking' decomposes too
     ):
         super().__init__()
+        check_choices(GrassmannSelector, space=space, rows=rows, normalize=normalize, mode=mode, recon_form=recon_form, solver=solver)
         self.widths_s, self.widths_t, self.rank, self.space, self.procrustes = (
             list(widths_s), list(widths_t), rank, space, procrustes)
         self.rows, self.normalize, self.orth, self.recon = rows, normalize, orth, recon

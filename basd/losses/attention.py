@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.chunking import chunk_size, chunked_mean
 from ..core.features import Attention
 from ..core.numerics import unit_directions, upcast, autocast_disabled
-from ..core.registry import LOSSES
+from ..core.registry import LOSSES, check_choices
 from ..core.resampling import resample_attention, resample_keys, sparse_interpolation
 from ..geometry.alignment import HeadAligner
 from .base import FeatureLoss, grid_sizes_of
@@ -30,6 +30,7 @@ def attention_kl(
     reduction:Literal['row', 'batch']='row', # mean over rows or maps; or sum over heads and rows, mean over the rest
 )->Tensor: # nats, 0-d
     "KL of the student's attention from the target; gradient to `scores`, and to `target` only if it carries any"
+    check_choices(attention_kl, normalize=normalize, reduction=reduction)
     with autocast_disabled(scores):
         s, t = upcast(scores, target)
         t = t.clamp(min=torch.finfo(t.dtype).tiny)
@@ -89,6 +90,7 @@ class AttentionKLLoss(FeatureLoss):
         anneal:float=1.,                          # factor on the loss for each epoch that has passed; 0.9 as published
     ):
         super().__init__()
+        check_choices(AttentionKLLoss, scope=scope, normalize=normalize, reduction=reduction)
         heads_s, every = list(heads_s), [heads_t] if isinstance(heads_t, int) else list(heads_t)
         if scope == 'all_layers' and isinstance(heads_t, int):
             raise ValueError(f"heads_t={heads_t} is one number, but scope='all_layers' imitates every teacher layer; "

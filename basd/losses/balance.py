@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.distributed import all_reduce_mean
 from ..core.numerics import upcast, autocast_disabled
-from ..core.registry import refuse_unread
+from ..core.registry import check_choices, refuse_unread
 
 # %% ../../nbs/losses/25_balance.ipynb #85c799d5
 def uwso_weights(
@@ -81,8 +81,7 @@ class LossBalancer(nn.Module):
         weights:dict|None=None,       # loss → weight, for "fixed"; None: all equal
     ):
         super().__init__()
-        if form not in ('uwso_ema', 'equal', 'uwso', 'uwso_original', 'fixed'):
-            raise ValueError(f"form={form!r}; choose 'uwso_ema', 'equal', 'uwso', 'uwso_original' or 'fixed'")
+        check_choices(LossBalancer, form=form)
         for what,given in (('starts', starts or {}), ('weights', weights or {})):
             if set(given) - set(names):
                 raise ValueError(f"{what} names {min(set(given) - set(names))!r}, which is no loss; "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.distributed import all_reduce_mean, world_size
 from ..core.numerics import covariance, with_gradient, upcast, autocast_disabled
-from ..core.registry import LOSSES, refuse_unread
+from ..core.registry import LOSSES, check_choices, refuse_unread
 from ..core.resampling import resample_tokens
 from ..core.sampling import sample_tokens
 from .base import FeatureLoss, images_for, pair_layers
@@ -71,13 +71,13 @@ def cka(
     debias:bool=False,  # from pairs of different rows only; in [−1, 1], and about 0 for noise; needs 4 rows
     center:bool=True,   # False: cosine of plain Gram matrices, dominated by the mean row; for parity only
     # "channels": rows of all ranks; "gram": of this rank; None: the cheaper, on several ranks the first
-    road:str|None=None,
+    road:Literal['channels', 'gram', None]=None,
 )->Tensor:              # (...,)
     "Linear centered kernel alignment, in float32; gradient to both sides"
     if x.shape[:-1] != y.shape[:-1]:
         raise ValueError(f"rows of shape {tuple(x.shape)} and {tuple(y.shape)} do not correspond; all but the last "
                          "size must agree")
-    if road not in (None, 'channels', 'gram'): raise ValueError(f"road={road!r}; choose 'channels', 'gram' or None")
+    check_choices(cka, road=road)
     if debias and not center:
         raise ValueError("debias=True with center=False; only the centered form has a debiased one, so drop either")
     (n, p), q = x.shape[-2:], y.shape[-1]
@@ -105,8 +105,7 @@ class CKALoss(FeatureLoss):
         center:bool=True,         # False: without centering, for parity only
     ):
         super().__init__()
-        if rows not in ('token', 'image', 'within'):
-            raise ValueError(f"rows={rows!r}; choose 'token', 'image' or 'within'")
+        check_choices(CKALoss, rows=rows)
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
         if debias and not center:

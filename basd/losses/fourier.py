@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import upcast, autocast_disabled
-from ..core.registry import LOSSES
+from ..core.registry import LOSSES, check_choices
 from ..core.resampling import resample_tokens
 from .base import FeatureLoss, pair_layers
 
@@ -59,8 +59,7 @@ class FourierLoss(FeatureLoss):
         channels:Literal['learned', 'pool']='learned',
     ):
         super().__init__()
-        if form not in ('complex', 'magnitude'): raise ValueError(f"form={form!r}; choose 'complex' or 'magnitude'")
-        if channels not in ('learned', 'pool'): raise ValueError(f"channels={channels!r}; choose 'learned' or 'pool'")
+        check_choices(FourierLoss, form=form, channels=channels)
         if hermitian_weight and form == 'magnitude':
             raise ValueError("hermitian_weight=True belongs to form='complex'; leave it out of form='magnitude'")
         if (widths_s is None) != (widths_t is None) or len(widths_s or []) != len(widths_t or []):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.distributed import gather_rows, rank
 from ..core.numerics import center, unit_directions, upcast, autocast_disabled
-from ..core.registry import LOSSES
+from ..core.registry import LOSSES, check_choices
 from .base import FeatureLoss, pair_aligned, pair_layers
 
 # %% ../../nbs/losses/30_gram.ipynb #83c6e319
@@ -30,11 +30,11 @@ def l2_normalize(
 def gram_distance(
     x:Tensor,           # tokens of unit length, (..., N, p)
     y:Tensor,           # tokens of unit length at the same places, (..., N, q)
-    road:str|None=None, # "tokens": two N × N matrices; "channels": three products of channels; None: the cheaper
+    road:Literal['tokens', 'channels', None]=None, # "tokens": two N × N matrices; "channels": three products of channels; None: the cheaper
 )->Tensor:              # (...,)
     "Mean squared difference of two Gram matrices"
     (N, p), q = x.shape[-2:], y.shape[-1]
-    if road not in (None, 'tokens', 'channels'): raise ValueError(f"road={road!r}; choose 'tokens', 'channels' or None")
+    check_choices(gram_distance, road=road)
     if road == 'tokens' or road is None and N*(p + q) <= p*p + p*q + q*q:
         return (x @ x.mT - y @ y.mT).square().mean((-1, -2))
     energy = lambda a, b: (a.mT @ b).square().sum((-1, -2))
@@ -51,7 +51,7 @@ class GramLoss(FeatureLoss):
         center:bool=False,   # subtract the mean token of an image first, which may dominate all cosines
     ):
         super().__init__()
-        if form not in ('squared', 'norm'): raise ValueError(f"form={form!r}; choose 'squared' or 'norm'")
+        check_choices(GramLoss, form=form)
         self.form, self.center = form, center
 
     def one(self,

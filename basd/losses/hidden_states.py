@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import unit_directions, upcast, autocast_disabled
-from ..core.registry import LOSSES, refuse_unread
+from ..core.registry import LOSSES, check_choices, refuse_unread
 from .base import FeatureLoss, pair_aligned
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #4c6c3813
@@ -22,6 +22,7 @@ def normalize_tokens(
     normalize:Literal['none', 'layer', 'unit'], # as they are, standardized token by token, or of unit length
 )->Tensor:           # (..., D)
     "Tokens in the coordinates in which they are compared; zero, with gradient zero, where there is nothing to normalize"
+    check_choices(normalize_tokens, normalize=normalize)
     if normalize == 'none': return h
     if normalize == 'unit': return unit_directions(h)
     return h.shape[-1]**.5*unit_directions(h - h.mean(-1, keepdim=True), of=h)
@@ -40,8 +41,7 @@ class HiddenStateLoss(FeatureLoss):
         mapped:bool=True,    # False: compare without maps, where student and teacher are equally wide
     ):
         super().__init__()
-        if normalize not in ('none', 'layer', 'unit'):
-            raise ValueError(f"normalize={normalize!r}; choose 'none', 'layer' or 'unit'")
+        check_choices(HiddenStateLoss, normalize=normalize)
         unequal = [(a, b) for a,b in zip(widths_s, widths_t, strict=True) if a != b]
         if unequal and not mapped:
             raise ValueError(f"mapped=False compares tokens of width {unequal[0][0]} with tokens of width {unequal[0][1]}; "

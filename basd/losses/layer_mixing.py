@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import upcast, autocast_disabled
-from ..core.registry import LOSSES
+from ..core.registry import LOSSES, check_choices
 from ..geometry.layer_maps import layer_map
 from .base import FeatureLoss
 from .hidden_states import normalize_tokens
@@ -28,8 +28,6 @@ class _Pooled(FeatureLoss):
         if len(set(widths_t)) != 1:
             raise ValueError(f"teacher layers of widths {', '.join(map(str, sorted(set(widths_t))))} cannot be mixed; "
                              "name layers of one width")
-        if normalize not in ('none', 'layer', 'unit'):
-            raise ValueError(f"normalize={normalize!r}; choose 'none', 'layer' or 'unit'")
         self.normalize, self.L = normalize, len(widths_t)
         self.maps = nn.ModuleList(nn.Linear(d, widths_t[0], bias=False) for d in widths_s)
 
@@ -53,6 +51,7 @@ class ALPLoss(_Pooled):
         normalize:Literal['none', 'layer', 'unit']='layer',
         scaled:bool=True,   # divide inner products by the root of the teacher's width; ALP-KD does not
     ):
+        check_choices(ALPLoss, normalize=normalize)
         super().__init__(widths_s, widths_t, normalize)
         self.scale = widths_t[0]**-.5 if scaled else 1.
 
@@ -83,6 +82,7 @@ class LADLoss(_Pooled):
         widths_t:list,      # D_t of each teacher layer, all equal
         normalize:Literal['none', 'layer', 'unit']='layer', # mean tokens as they are, standardized, or at unit length
     ):
+        check_choices(LADLoss, normalize=normalize)
         super().__init__(widths_s, widths_t, normalize)
         self.reach = [l for _,l in layer_map('uniform', len(widths_s), self.L)]
         self.gates = nn.ModuleList(nn.Linear(2*widths_t[0], widths_t[0]) for _ in widths_t[1:])

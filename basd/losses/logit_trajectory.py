@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import unit_directions, upcast, autocast_disabled, is_degenerate
-from ..core.registry import LOSSES
+from ..core.registry import LOSSES, check_choices
 from .base import FeatureLoss, pair_aligned, pair_layers
 from .cka import CKALoss
 
@@ -75,7 +75,7 @@ class TrajectoryLoss(FeatureLoss):
         steps:float=1.,  # β, weight of first differences between layers, ≥ 0
     ):
         super().__init__()
-        if space not in ('prediction', 'cka'): raise ValueError(f"space={space!r}; choose 'prediction' or 'cka'")
+        check_choices(TrajectoryLoss, space=space)
         if steps < 0: raise ValueError(f"steps={steps}; give a weight of at least 0")
         self.space, self.steps, self.readers = space, steps, None
         self.alike = CKALoss(debias=True) if space == 'cka' else None

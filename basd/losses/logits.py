@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.numerics import upcast, autocast_disabled
+from ..core.registry import check_choices
 
 # %% ../../nbs/losses/26_logits.ipynb #bb2a202f
 def kd_loss(
@@ -25,6 +26,7 @@ def kd_loss(
     reduction:Literal['batch', 'numel']='batch',
 )->Tensor:        # nats times T², ()
     "Divergence of softened class probabilities; gradient to the student and to `T`, if it has any"
+    check_choices(kd_loss, direction=direction, reduction=reduction)
     if z_s.shape != z_t.shape:
         raise ValueError(f"student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} differ; "
                          "both models must have the same classes")
@@ -62,6 +64,7 @@ class KDLoss(nn.Module):
         reduction:Literal['batch', 'numel']='batch',
     ):
         super().__init__()
+        check_choices(kd_loss, direction=direction, reduction=reduction)
         if not T > 0: raise ValueError(f"T={T}; a temperature is positive")
         self.T, self.direction, self.reduction = T, direction, reduction
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from ..core.chunking import chunked_mean
 from ..core.distributed import all_reduce_mean
 from ..core.numerics import covariance, upcast, autocast_disabled, rounding_error
-from ..core.registry import LOSSES, refuse_unread
+from ..core.registry import LOSSES, check_choices, refuse_unread
 from ..core.sampling import sample_tokens
 from .base import FeatureLoss, images_for, resample_to_student
 
@@ -62,9 +62,11 @@ def cross_correlation(
 def redundancy_loss(
     P:Tensor,               # cross-correlation, (..., D, D)
     kappa:float|str=.01,    # weight of the off-diagonal; "1/D" as the original
-    reduction:str='dim',    # divide by D: "dim"; by nothing: "sum", as the paper; by D²: "mean", as the original
+    # divide by D, by nothing, as the paper, or by D², as the original
+    reduction:Literal['dim', 'sum', 'mean']='dim',
 )->Tensor:                  # (...,)
     "Squared distance of the diagonal to one, plus `kappa` times that of the other entries to zero"
+    check_choices(redundancy_loss, reduction=reduction)
     D = P.shape[-1]
     kappa = 1/D if kappa == '1/D' else kappa
     diagonal = P.diagonal(dim1=-2, dim2=-1)
@@ -90,9 +92,10 @@ class ProjectionHeads(nn.Module):
         d_in:int,      # D_s
         d_out:int,     # D_t
         gamma:float=2.,# hidden width relative to D_s
-        norm:str='layer', # "layer" or "batch"
+        norm:Literal['layer', 'batch']='layer',
     ):
         super().__init__()
+        check_choices(ProjectionHeads, norm=norm)
         hidden = round(gamma*d_in)
         self.norm = norm
         self.w1, self.w2 = (nn.Parameter(torch.stack([nn.init.trunc_normal_(torch.empty(o, i), std=i**-.5)
@@ -130,8 +133,7 @@ class RSDLoss(FeatureLoss):
         max_rows:int|None=None,  # use about that many token rows over all ranks, at least one per image; None: all
     ):
         super().__init__()
-        for name,v,allowed in (('reduction', reduction, ('dim', 'sum', 'mean')), ('norm', norm, ('layer', 'batch'))):
-            if v not in allowed: raise ValueError(f"{name}={v!r}; choose one of {', '.join(map(repr, allowed))}")
+        check_choices(RSDLoss, reduction=reduction, norm=norm)
         if isinstance(kappa, str) and kappa != '1/D': raise ValueError(f"kappa={kappa!r}; give a number, or '1/D'")
         if len(widths_s) != len(widths_t):
             raise ValueError(f"{len(widths_s)} student widths and {len(widths_t)} target widths; "

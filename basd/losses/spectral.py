@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.distributed import all_reduce_mean
 from ..core.numerics import eigvalsh, with_gradient, upcast, autocast_disabled, condition_covariance
-from ..core.registry import LOSSES, refuse_unread
+from ..core.registry import LOSSES, check_choices, refuse_unread
 from ..core.sampling import sample_images
 from .base import FeatureLoss
 
@@ -51,11 +51,12 @@ def singular_values(
 def normalize_spectrum(
     s:Tensor,          # singular values, descending, (..., n)
     k:int,             # K, how many to keep
-    # "truncate" keeps the first `k`; "pool" averages neighbors down to `k` after normalizing, as the original does
-    align:str='truncate',
+    # keep the first `k`, or average neighbors down to `k` after normalizing, as the original does
+    align:Literal['truncate', 'pool']='truncate',
     energy:bool=False, # compare shares of energy σ²/Σσ² in place of unit vectors
 )->Tensor:             # (..., k)
     "A spectrum as a shape: `k` values of unit norm (or unit sum, for `energy`)"
+    check_choices(normalize_spectrum, align=align)
     if k > s.shape[-1]:
         raise ValueError(f"k={k} singular values, but these tokens have {s.shape[-1]}; "
                          "ask for min(N_s, D_s, N_t, D_t) at most")
@@ -94,10 +95,7 @@ class SpectralLoss(FeatureLoss):
         samples:int|None=None,   # images per step, over all ranks, drawn at random in pairs; None: all
     ):
         super().__init__()
-        for name,v,allowed in (('form', form, ('svd', 'batch', 'moments')),
-                               ('align', align, ('truncate', 'pool')),
-                               ('reduction', reduction, ('sum', 'mean'))):
-            if v not in allowed: raise ValueError(f"{name}={v!r}; choose one of {', '.join(map(repr, allowed))}")
+        check_choices(SpectralLoss, form=form, align=align, reduction=reduction)
         if samples is not None and samples < 1:
             raise ValueError(f"samples={samples}; give a positive number of images, or None for all")
         if form == 'batch': refuse_unread(SpectralLoss, "forms that take images one by one", "'batch'", samples=samples)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.numerics import autocast_disabled
-from ..core.registry import refuse_unread
+from ..core.registry import check_choices, refuse_unread
 
 # %% ../../nbs/losses/27_temperature.ipynb #c6795ede
 class _GradientReversal(torch.autograd.Function):
@@ -57,7 +57,7 @@ class LearnedTemperature(nn.Module):
         hidden:int=64,      # width of the network that gives the temperatures of "sample"
     ):
         super().__init__()
-        if kind not in ('global', 'sample'): raise ValueError(f"kind={kind!r}; choose 'global' or 'sample'")
+        check_choices(LearnedTemperature, kind=kind)
         if not low < init < low + span:
             raise ValueError(f"init={init} is outside of the range ({low:g}, {low + span:g}); "
                              "choose a temperature inside")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.chunking import chunk_size, chunked_mean
 from ..core.distributed import all_reduce_mean
 from ..core.numerics import unit_directions, inverse_norm, upcast, autocast_disabled, rounding_error, widest_float
-from ..core.registry import LOSSES
+from ..core.registry import LOSSES, check_choices
 from .base import FeatureLoss, resample_to_student
 
 # %% ../../nbs/losses/22_token_relations.ipynb #e40052d9
@@ -70,8 +70,7 @@ class TokenRelationLoss(FeatureLoss):
         form:Literal['direction', 'gram', 'smooth_l1']='direction',
     ):
         super().__init__()
-        if form not in ('direction', 'gram', 'smooth_l1'):
-            raise ValueError(f"form={form!r}; choose 'direction', 'gram' or 'smooth_l1'")
+        check_choices(TokenRelationLoss, form=form)
         if pairs < 1: raise ValueError(f"pairs={pairs}; at least one is needed")
         # at_once: images at a time, where the target is a function; None: as the device has room
         self.pairs, self.form, self.at_once = pairs, form, None

@@ -6,23 +6,26 @@
 __all__ = ['autocast', 'validate', 'predict_logits', 'pooled_features']
 
 # %% ../../nbs/runs/67_inference.ipynb #ae41c78a
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.distributed import gather_objects, rank, world_size
 from ..core.numerics import widest_float
+from ..core.registry import check_choices
 from ..data.views import ViewDataset, DualViewTransform, reader_process
 from ..models.taps import evaluating
 
 # %% ../../nbs/runs/67_inference.ipynb #5ea8806d
 def autocast(
     device,
-    precision:str, # "float32", "bf16" or "fp16"
+    precision:Literal['float32', 'bf16', 'fp16'],
 ):
     "Autocast context for a recipe's `train.precision`; raises ValueError for another word"
     half = dict(float32=None, bf16=torch.bfloat16, fp16=torch.float16)
-    if precision not in half: raise ValueError(f"precision={precision!r}; choose from {', '.join(map(repr, half))}")
+    check_choices(autocast, precision=precision)
     return torch.autocast(torch.device(device).type, half[precision] or torch.bfloat16, enabled=half[precision] is not None)
 
 # %% ../../nbs/runs/67_inference.ipynb #0d0fb4c1

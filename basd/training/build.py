@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.distributed import all_reduce_mean, gather_objects, rank, world_size
 from ..core.files import fingerprint
 from ..core.processes import check_compiler, keep_freed_memory
-from ..core.registry import METHODS, is_given_name, trusting
+from ..core.registry import METHODS, check_choices, is_given_name, trusting
 from ..data.sources import ImageDataset, open_source, stratified_split
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
 from ..models.layers import layer_names
@@ -225,11 +226,12 @@ def steps(self:TrainingData,
 @patch
 def evaluate(self:TrainingData,
     model,
-    split:str,      # "val" or "test"
+    split:Literal['val', 'test'],
     precision:str,
     stop=None,      # called before each batch, on all ranks
 )->dict|None: # top1, top5, loss, n; of a run without labels distill_loss, n, and for labeled test images knn and k
     "`validate` of `runs.inference` with the readers of the run; None if stopped"
+    check_choices(TrainingData.evaluate, split=split)
     images, which = (self.test, range(len(self.test))) if split == 'test' else (self.images, self.val)
     if not self.label_scale: return self.evaluate_unlabeled(model, split, images, list(which), stop)
     read = lambda data, n: self.readers(split, data, DistributedBatchSampler(len(data), n, shuffle=False, drop_last=False))
