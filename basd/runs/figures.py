@@ -7,6 +7,7 @@ __all__ = ['log_series', 'plot_series', 'plot_matrix', 'plot_run']
 
 # %% ../../nbs/runs/65_figures.ipynb #07d0318f
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,49 +136,59 @@ def _panels_by_inches(
     for ax in axs.flat[n:]: ax.set_axis_off()
     return fig, list(axs.flat[:n])
 
+# %% ../../nbs/runs/65_figures.ipynb #c5ae9c97
+def _epoch_panels(
+    epochs:list, # log rows of kind "epoch"
+    by:str|None, # measure by which the best weights were chosen
+)->list: # functions of an axis
+    "What draws validation accuracy, or the loss where there are no labels, and k-NN where it is measured"
+    named = lambda key: {k: k.replace('_', ' ') for k in (key, f'{key}_ema') if any(k in e for e in epochs)}
+    ylabel = dict(val_top1='validation top-1 (%)', val_distill_loss='validation loss', val_knn='validation k-NN (%)')
+    knn = bool(named('val_knn'))
+    def draw(key, ax):
+        _mark_best(_named_above(plot_series(epochs, named(key), ax, ylabel[key])), epochs, knn and key == f'val_{by}' and by)
+    return [partial(draw, key) for key in ('val_distill_loss' if named('val_distill_loss') else 'val_top1', *['val_knn']*knn)]
+
+
+# %% ../../nbs/runs/65_figures.ipynb #de745da7
+def _step_panels(
+    rows:list,     # log rows of kind "step"
+    findings:list, # and of kind "finding"
+)->tuple: # functions of an axis, lines of the longest legend
+    "What draws the losses and what the log has of weights, gradients, selector and ranks"
+    keys = dict.fromkeys(k for r in rows for k in r)
+    below = lambda prefix: {k: k.removeprefix(prefix) for k in keys if k.startswith(prefix)}
+    parts, shares, weights = map(below, ('loss/', 'grad_ratio/', 'loss_weight/'))
+    colors = {l: f'C{i}' for i,l in enumerate(dict.fromkeys([*parts.values(), *shares.values()]))} | dict(distill='.35')
+    ranks = {k: label for k,label in {'target/effective_rank': 'targets', 'student/effective_rank': 'student'}.items() if k in keys}
+    curves = lambda ax, named, ylabel, *kinds, log=False: _mark(_named_above(plot_series(rows, named, ax, ylabel, log, colors)), findings, *kinds)
+    points = lambda ax, named, ylabel, *kinds: _mark(_named_above(_plot_points(rows, named, ax, ylabel)), findings, *kinds)
+    line = lambda ax, at: ax.axhline(at, color='.6', ls=':')
+    panels = [lambda ax: curves(ax, parts, 'term of the loss', *(() if shares else ('dead',)), log=True)]
+    if shares: panels.append(lambda ax: curves(ax, shares, 'gradient norm ÷ that of ce', 'dead', log=True))
+    if weights: panels.append(lambda ax: line(curves(ax, weights, 'weight of the loss', 'pinned'), 1/len(weights)))
+    if 'selector/entropy' in keys:
+        panels.append(lambda ax: (line(points(ax, {'selector/entropy': 'selector'}, 'selector entropy ÷ uniform', 'uniform', 'saturated'), 1),
+                                  ax.set(ylim=(0, 1.05))))
+    if ranks: panels.append(lambda ax: points(ax, ranks, 'effective rank', 'collapsed'))
+    for key,title in {'selector/weights': 'mixing weights, last logged', 'selector/distance': 'subspace distances, last logged'}.items():
+        if key in keys: panels.append(lambda ax, key=key, title=title: plot_matrix(log_series(rows, key)[1][-1], ax, title=title))
+    return panels, -(-max(len(parts), len(shares))//4)
+
+
 # %% ../../nbs/runs/65_figures.ipynb #47989b03
 def plot_run(
     run, # run directory
 ):
     "Draw accuracy, losses, other metrics and findings of a run on one sheet, and save it as `figures/run.png`"
     import matplotlib.pyplot as plt
-    rows, epochs, findings = (read_metrics(run, kind) for kind in ('step', 'epoch', 'finding'))
-    keys = dict.fromkeys(k for r in rows for k in r)
-    below = lambda prefix: {k: k.removeprefix(prefix) for k in keys if k.startswith(prefix)}
-    parts, shares, weights = map(below, ('loss/', 'grad_ratio/', 'loss_weight/'))
-    losses = dict.fromkeys([*parts.values(), *shares.values()])
-    colors = {l: f'C{i}' for i,l in enumerate(losses)} | dict(distill='.35')
-    ranks = {k: label for k,label in {'target/effective_rank': 'targets', 'student/effective_rank': 'student'}.items()
-             if k in keys}
-    curves = lambda ax, named, ylabel, *kinds, log=False: _mark(
-        _named_above(plot_series(rows, named, ax, ylabel, log, colors)), findings, *kinds)
-    metric = 'val_distill_loss' if any('val_distill_loss' in e for e in epochs) else 'val_top1'
-    named = lambda key: {k: k.replace('_', ' ') for k in (key, f'{key}_ema') if any(k in e for e in epochs)}
-    knn, by = bool(named('val_knn')), next((r.get('best_by') for r in read_metrics(run, 'test')), None)
-    validated = lambda ax, key, ylabel: _mark_best(_named_above(plot_series(epochs, named(key), ax, ylabel)), epochs,
-                                                knn and key == f'val_{by}' and by)
-    panels = [lambda ax: validated(ax, metric, 'validation top-1 (%)' if metric == 'val_top1' else 'validation loss'),
-              lambda ax: curves(ax, parts, 'term of the loss', *(() if shares else ('dead',)), log=True)]
-    if knn: panels.insert(1, lambda ax: validated(ax, 'val_knn', 'validation k-NN (%)'))
-    if shares: panels.append(lambda ax: curves(ax, shares, 'gradient norm ÷ that of ce', 'dead', log=True))
-    if weights:
-        panels.append(lambda ax: curves(ax, weights, 'weight of the loss', 'pinned').axhline(
-            1/len(weights), color='.6', ls=':'))
-    if 'selector/entropy' in keys:
-        panels.append(lambda ax: (_mark(_plot_points(rows, {'selector/entropy': 'selector'}, ax, 'selector entropy ÷ uniform'),
-                                       findings, 'uniform', 'saturated').axhline(1, color='.6', ls=':'),
-                                  ax.set(ylim=(0, 1.05))))
-    if ranks:
-        panels.append(lambda ax: _mark(_named_above(_plot_points(rows, ranks, ax, 'effective rank')),
-                                      findings, 'collapsed'))
-    for key,title in {'selector/weights': 'mixing weights, last logged', 'selector/distance': 'subspace distances, last logged'}.items():
-        if key in keys:
-            panels.append(lambda ax, key=key, title=title: plot_matrix(log_series(rows, key)[1][-1], ax, title=title))
+    rows, epochs, findings, tested = (read_metrics(run, kind) for kind in ('step', 'epoch', 'finding', 'test'))
+    panels, names = _step_panels(rows, findings)
+    panels = _epoch_panels(epochs, next((r.get('best_by') for r in tested), None)) + panels
     lines = [textwrap.fill(f"{i}  {s['text']}", 128, subsequent_indent='    ') for i,s in enumerate(findings, 1)]
     # panels have their places: an engine for the layout would draw everything twice
     with page_style(), plt.rc_context({'figure.constrained_layout.use': False}):
-        fig, axs = _panels_by_inches(len(panels), -(-max(len(parts), len(shares))//4),
-                                    sum(len(s.splitlines()) for s in lines))
+        fig, axs = _panels_by_inches(len(panels), names, sum(len(s.splitlines()) for s in lines))
         for ax,draw in zip(axs, panels): draw(ax)
         if lines: fig.text(.01, .005, '\n'.join(lines), fontsize=7.5)
         create_private_folder(Path(run)/'figures')
@@ -186,3 +197,4 @@ def plot_run(
     # an engine that does nothing, or a figure without one gets the style's when it is shown
     for engine in ('constrained', 'none'): fig.set_layout_engine(engine)
     return fig
+
