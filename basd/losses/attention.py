@@ -137,7 +137,7 @@ def maps(
                          "all points share their places")
     if self.scope == 'all_layers': maps = self._every_layer(attention_t, places[0], grids_t, rows)
     else: maps = self._mixtures(attention_t, weights, places, grids_t[0], rows)
-    return maps if self.normalize == 'row' else _each(maps, lambda A: A.flatten(-2).softmax(-1).view_as(A))
+    return maps if self.normalize == 'row' else _each(maps, _over_map)
 
 # %% ../../nbs/losses/23_attention.ipynb #43fb0c3e
 @patch
@@ -153,6 +153,12 @@ def target(self:AttentionKLLoss,
 
 # %% ../../nbs/losses/23_attention.ipynb #d7b981d0
 def _each(maps, f): return f(maps) if isinstance(maps, Tensor) else [f(A) for A in maps]
+
+def _over_map(A): return A.flatten(-2).softmax(-1).view_as(A) # a softmax over the whole map, of one whose rows sum to one
+
+def _rows_of(M): # the map whose `_over_map` is M: rows that sum to one have the mean 1/N
+    log = M.log()
+    return log - log.mean((-2, -1), keepdim=True) + 1/M.shape[-1]
 
 def _in_place(n, grid_t, place): # nothing to resample?
     return n == place[0] and (grid_t is None or place[1] is None or tuple(grid_t) == place[1])
@@ -318,5 +324,6 @@ def cut(self:AttentionKLLoss,
     keep:Tensor, # share of each token outside the pasted box, (N,)
     rows:Tensor|None=None, # of `sample`
 )->Tensor:       # (B, H_t, R, N)
-    "Target of CutMix images"
-    return cutmix_attention(A, A_partner, keep, rows)
+    "Target of CutMix images; of whole maps the rows are cut, before the softmax over the map"
+    if self.normalize == 'row': return cutmix_attention(A, A_partner, keep, rows)
+    return _over_map(cutmix_attention(_rows_of(A), _rows_of(A_partner), keep))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE_ARGUMENTS', 'Layers', 'LayerPair', 'pair_layers', 'resample_to_student', 'pair_aligned', 'FeatureLoss',
-           'draw_sample', 'build_loss']
+           'check_images', 'draw_sample', 'build_loss']
 
 # %% ../../nbs/losses/20_base.ipynb #1541240a
 import inspect
@@ -140,6 +140,18 @@ class FeatureLoss(nn.Module):
         "Names of the parameters without weight decay"
         return set()
 
+# %% ../../nbs/losses/20_base.ipynb #082c5435
+def check_images(
+    what:str,   # takes them, for the message
+    images:int, # on this rank
+    least:int,  # over all ranks
+):
+    "Raise an error for a micro-batch of fewer images than a part of a method needs"
+    if (n := images*world_size()) < least:
+        raise ValueError(f"{what} takes {least} images at least, and a micro-batch has {n} over all ranks; "
+                         "raise data.batch_size, or lower train.grad_accum_steps; a loop of your own leaves a smaller last batch out by drop_last=True")
+
+
 # %% ../../nbs/losses/20_base.ipynb #95a854e2
 def draw_sample(
     loss,        # `FeatureLoss`
@@ -150,10 +162,7 @@ def draw_sample(
     device='cpu',
 ): # of `loss.sample`
     "Random samples of one step; raises ValueError in training if there are fewer images than the loss takes"
-    n, least = images*world_size(), loss.least_images(tokens)
-    if loss.training and torch.is_grad_enabled() and n < least:
-        raise ValueError(f"losses.{name} takes {least} images at least, and a micro-batch has {n} over all ranks; "
-                         "raise data.batch_size, or lower train.grad_accum_steps; a loop of your own leaves a smaller last batch out by drop_last=True")
+    if loss.training and torch.is_grad_enabled(): check_images(f'losses.{name}', images, loss.least_images(tokens))
     return loss.sample(tokens, images, generator, device)
 
 # %% ../../nbs/losses/20_base.ipynb #5325eea4

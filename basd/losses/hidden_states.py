@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.numerics import unit_directions, upcast, autocast_disabled
+from ..core.numerics import is_degenerate, unit_directions, upcast, autocast_disabled
 from ..core.registry import LOSSES, check_choices, refuse_unread
 from .base import FeatureLoss, pair_aligned
 
@@ -76,8 +76,9 @@ def activation_map(
     h:Tensor,   # tokens, (B, N, D)
     p:float=2., # power
 )->Tensor:      # unit vectors over places, (B, N)
-    "Activation map of each image: mean power of its tokens over channels, at unit length"
-    return unit_directions(h.abs().pow(p).mean(-1))
+    "Activation map of each image: mean power of its tokens over channels, at unit length; zero where the tokens are below a hundredth of the usual"
+    q = h.abs().pow(p).mean(-1)
+    return unit_directions(q, short=is_degenerate(q, share=.01**p))
 
 # %% ../../nbs/losses/28_hidden_states.ipynb #b1f3329d
 @LOSSES.register('at')

@@ -40,6 +40,11 @@ class _Pooled(FeatureLoss):
         h = torch.stack([upcast(y.mean(1)) for y in ys], 1).detach()
         return normalize_tokens(q, self.normalize), normalize_tokens(h, self.normalize)
 
+    def distance(self, q, target)->Tensor: # ()
+        "Mean squared difference; of vectors of unit length the sum over channels, which does not shrink with their number"
+        square = (q - target).square()
+        return (square.sum(-1) if self.normalize == 'unit' else square).mean()
+
 # %% ../../nbs/losses/35_layer_mixing.ipynb #f9a63ca0
 @LOSSES.register('alp')
 class ALPLoss(_Pooled):
@@ -49,11 +54,11 @@ class ALPLoss(_Pooled):
         widths_t:list,      # D_t of each teacher layer, all equal
         # mean tokens as they are (ALP-KD), standardized, or at unit length
         normalize:Literal['none', 'layer', 'unit']='layer',
-        scaled:bool=True,   # divide inner products by the root of the teacher's width; ALP-KD does not
+        scaled:bool=True,   # divide inner products by the root of the teacher's width; ALP-KD does not, and cosines ("unit") are not
     ):
         check_choices(ALPLoss, normalize=normalize)
         super().__init__(widths_s, widths_t, normalize)
-        self.scale = widths_t[0]**-.5 if scaled else 1.
+        self.scale = widths_t[0]**-.5 if scaled and normalize != 'unit' else 1.
 
     def weights(self,
         q:Tensor, # (B, P, D)
@@ -71,7 +76,7 @@ def forward(self:ALPLoss,
     "Mean over images, student layers and channels"
     with autocast_disabled(xs[0]):
         q, h = self.vectors(xs, ys)
-        return (q - self.weights(q, h) @ h).square().mean()
+        return self.distance(q, self.weights(q, h) @ h)
 
 # %% ../../nbs/losses/35_layer_mixing.ipynb #e09d766d
 @LOSSES.register('lad')
@@ -107,4 +112,4 @@ def forward(self:LADLoss,
     "Mean over images, student layers and channels"
     with autocast_disabled(xs[0]):
         q, h = self.vectors(xs, ys)
-        return (q - self.folded(h)).square().mean()
+        return self.distance(q, self.folded(h))

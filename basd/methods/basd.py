@@ -29,7 +29,7 @@ from ..geometry.layer_maps import FixedSelector, layer_pairs
 from ..geometry.selector import selection_metrics
 from ..losses.attention import AttentionKLLoss
 from ..losses.balance import LossBalancer
-from ..losses.base import Layers, build_loss, draw_sample, SHAPE_ARGUMENTS
+from ..losses.base import Layers, build_loss, check_images, draw_sample, SHAPE_ARGUMENTS
 from ..losses.mixed_targets import can_slice, has_target, mixed_loss
 from ..losses.rsd import RSDLoss
 from ..losses.spectral import SpectralLoss
@@ -283,6 +283,7 @@ def align_and_reconstruct(
     "Aligned targets and the aligner's loss, computed in chunks of images"
     if not any(p.requires_grad for p in aligner.parameters()):
         return (y := aligner(x, grid)).detach(), aligner.reconstruction(y, x, grid)
+    if aligner.training and torch.is_grad_enabled(): check_images('the aligner', len(x), 2)  # one is its own mean
     usual, ys, some = aligner.mean_prediction(x, grid), {}, x if images is None else x[images]
     def share(which, part):                                 # in fp16 called twice, with the same result
         y = aligner(part, grid)

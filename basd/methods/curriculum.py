@@ -144,7 +144,7 @@ class POCL(Method):
         number = lambda v: torch.tensor(v)
         self.register_buffer('stage', number(-1))                            # −1: not begun
         self.register_buffer('began', number(0))                             # first epoch of this stage
-        self.register_buffer('best', number(float('inf')))                   # least loss in this stage
+        self.register_buffer('best', number(float('inf')))                   # loss in this stage that the next has to be 1 % below
         self.register_buffer('since', number(0))                             # epochs since then
         ramp = lambda ends: torch.linspace(*ends, options.stages)
         self.register_buffer('Ts', ramp(options.temperatures)); self.register_buffer('alphas', ramp(options.alphas))
@@ -243,7 +243,7 @@ def update_plateau(self:POCL,
     judged = self.holdout_mask(len(loss)) if self.options.until == 'validation' else self.images
     now = loss[judged].mean()
     better = bool(now < .99*self.best)
-    self.best.fill_(min(float(now), float(self.best)))
+    if better: self.best.fill_(float(now))
     self.since.fill_(0 if better else int(self.since) + 1)
 
 # %% ../../nbs/methods/57_curriculum.ipynb #fc869916

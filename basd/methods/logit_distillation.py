@@ -9,6 +9,7 @@ __all__ = ['LogitOptions', 'LogitDistillationLoss', 'LogitDistillationOptions', 
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from pydantic import Field
 from torch import Tensor, nn
@@ -70,9 +71,12 @@ class LogitDistillationLoss(nn.Module):
     )->tuple:           # the loss, (); the mean temperature, () or None; the penalty on its distance from the anchor, () or None
         "Loss on the logits; the target follows the mix"
         check_teacher_classes(z_t, self.classes, "distilling logits needs those of")
-        own, tau = self.one(z_s, z_t, target.labels, epoch)
-        if (b := target.mix) is not None:
-            own = torch.lerp(self.one(z_s, z_t[b.partner], target.labels, epoch)[0], own, b.lam.to(own.dtype))
+        b, y = target.mix, target.labels
+        if b is not None and isinstance(self.loss, DKDLoss):
+            if target.classes is None: raise ValueError("loss='dkd' of mixed images needs the class of each, Target.classes")
+            y = F.one_hot(target.classes.clamp(min=0), z_s.shape[-1])
+        own, tau = self.one(z_s, z_t, y, epoch)
+        if b is not None: own = torch.lerp(self.one(z_s, z_t[b.partner], y[b.partner], epoch)[0], own, b.lam.to(own.dtype))
         return (own, None, None) if tau is None else (own, tau.mean(), self.temperature.anchor_penalty(tau))
 
 # %% ../../nbs/methods/53_logit_distillation.ipynb #601bb850

@@ -153,11 +153,13 @@ class TeacherAttention(nn.Module):
     def forward(self,
         h:Tensor, # the student's state, (B, D); detached here
         ys:list,  # teacher tokens, m × (B, N_t, D_t)
+        shares:list|None=None, # of the tokens in the image, m × (N_t,), constant, or None for a teacher whose tokens all are the image's
     )->tuple:     # answers (B, m, D), weights (B, m)
         h, answers = h.detach(), []
-        for q,k,v,norm,y in zip(self.q, self.k, self.v, self.norms, ys, strict=True):
+        for q,k,v,norm,y,share in zip(self.q, self.k, self.v, self.norms, ys, shares or [None]*len(ys), strict=True):
             y = norm(y.detach())
-            answers.append(F.scaled_dot_product_attention(q(h)[:, None], k(y), v(y))[:, 0])
+            ask, bias = q(h)[:, None], None if share is None else share.log()[None, None]
+            answers.append(F.scaled_dot_product_attention(ask, k(y), v(y), None if bias is None else bias.to(ask.dtype))[:, 0])
         a = torch.stack(answers, 1)
         return a, self.score(self.join(torch.cat([h[:, None].expand_as(a), a], -1)).tanh())[..., 0].softmax(-1)
 
@@ -194,9 +196,9 @@ class DiverseDistill(Method):
     def forward(self, student:Features, teacher:Features, target:Target, progress:StepState)->dict:
         "Loss, logits and metrics of one batch"
         o, x = self.options, student.tokens[-1]
-        ys = [_mixed_tokens(f.tokens[-1], f.grid_sizes[-1], target.mix) for f in _split_teachers(teacher, self.count)]
+        ys, shares = zip(*(_mixed_tokens(f.tokens[-1], f.grid_sizes[-1], target.mix) for f in _split_teachers(teacher, self.count)))
         h = x.mean(1)
-        a, mu = self.ask(h, ys)
+        a, mu = self.ask(h, ys, shares)
         with autocast_disabled(x):
             h, a, mu = upcast(h, a, mu)
             match = (mu.detach()*(h[:, None] - a.detach()).square().mean(-1)).sum(-1).mean()
@@ -209,7 +211,8 @@ def _mixed_tokens(
     y:Tensor, # teacher tokens of unmixed images, (B, N, D)
     grid,     # (height, width) of the tokens, or None
     blend,    # parameters of MixUp or CutMix, or None
-)->Tensor:    # (B, N, D), or (B, 2N, D) under MixUp, with the tokens of both images
+)->tuple:     # (B, N, D) and None; under MixUp (B, 2N, D), the tokens of both images, and the share of each, (2N,)
     "A teacher's tokens of the mixed images"
-    if blend is None: return y
-    return torch.cat([y, y[blend.partner]], 1) if blend.box is None else mix_blended_tokens(y, blend, blend.own_fraction(y.shape[1], grid))
+    if blend is None: return y, None
+    if blend.box is not None: return mix_blended_tokens(y, blend, blend.own_fraction(y.shape[1], grid)), None
+    return torch.cat([y, y[blend.partner]], 1), torch.stack([blend.lam, 1 - blend.lam]).repeat_interleave(y.shape[1])

@@ -261,7 +261,7 @@ def prepare_batch(self:DistillationTask,
     x = mix_images(self.scaled(images), mix)
     y = mix_labels(labels, self.classes, mix, m.smoothing if self.training else 0.) if self.label_scale else torch.zeros(len(images), self.classes, device=x.device)
     if self.label_scale != 1: y = self.label_scale*y                              # those without a label have none of it
-    target, features, self.depth = Target(y, None if m.teacher else mix), None, self.method.teacher_depth()
+    target, features, self.depth = Target(y, None if m.teacher else mix, _classes_of(labels)), None, self.method.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
     with self.amp_context(images.device), record_function('step/teacher'):
         if self.cache is not None: features = self.cache(*records, **upto)
@@ -271,6 +271,8 @@ def prepare_batch(self:DistillationTask,
             features = self.teacher_fn(mix_images(clean, mix) if m.teacher else clean, **upto)
     with self.amp_context(images.device):
         return x, features, target, self.method.sample(StepState(step, total, self.seed, epoch, should_log), len(y), images.device)
+
+def _classes_of(labels): return labels if labels is None or labels.dim() == 1 else labels.argmax(-1)
 
 @patch
 @torch.compiler.disable
