@@ -214,6 +214,7 @@ LONG = {
     "geometry/15_alignment": "one module and what it is compared with",
     "studies/96_text": "four published methods on text",
     "losses/30_gram": "three losses on similarity matrices",
+    "core/02_numerics": "what all losses share: float32 regions, covariances, directions, decompositions",
     "analysis/78_corruptions": "eight corruptions and the test set of them"}
 
 

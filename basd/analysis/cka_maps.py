@@ -39,7 +39,7 @@ def cka_from_hsic(
 )->Tensor:     # (..., La, Lb), in [−1, 1]
     "CKA out of sums of HSIC₁; zero for a layer to which all images are alike"
     power = aa[..., :, None]*bb[..., None, :]
-    return torch.where(power > 0, ab*power.rsqrt(), 0)
+    return torch.where(power > 0, ab*power.rsqrt(), 0*power)                  # nan stays nan
 
 # %% ../../nbs/analysis/80_cka_maps.ipynb #97ae000e
 def jackknife_error(

@@ -244,6 +244,7 @@ def knn_accuracy(
     temperature:float|None=.07, # of their weights; None: all votes count alike
 )->dict:                   # of `accuracy_summary`, with train_n and k
     "k-NN accuracy on frozen features"
+    check_features(features, labels=labels)
     hits = (knn_predict(train_features, train_labels, features, k, temperature) == labels).sum().item()
     return accuracy_summary(hits, len(labels)) | dict(train_n=len(train_labels), k=k)
 
@@ -260,7 +261,7 @@ def linear_probe(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    check_features(train_features, features)
+    check_features(train_features, labels=train_labels); check_features(features, labels=labels)
     if len(train_labels.unique()) < 2:
         raise ValueError(f"all {len(train_labels)} training labels are of one class; a probe needs two")
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=max_iter))

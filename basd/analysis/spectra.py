@@ -28,6 +28,7 @@ class CovarianceMeter:
     ):
         "Add one batch of rows"
         x, a, b = x.double(), self.rows, len(x)
+        if not b: return
         mean = x.mean(0)
         z, delta = x - mean, mean - self.mean
         self.scatter = self.scatter + z.mT @ z + a*b/(a + b)*torch.outer(delta, delta)

@@ -56,7 +56,9 @@ def subset(self:MixParams,
 def check_pairs(self:MixParams,
     n:int, # images of the batch
 ):
-    "Raises ValueError for partners that `sample_mix` would not choose: losses on a few images at a time read neighbors as pairs"
+    ("Raises ValueError for partners that `sample_mix` would not choose (losses on a few images at a time read neighbors as pairs), and for a "
+     "share beyond 0 and 1")
+    if not 0 <= self.lam <= 1: raise ValueError(f"lam={self.lam:g} of the given mix; a share of each image is from 0 to 1")
     if self.partner.tolist() != [min(i ^ 1, n - 1) for i in range(n)]:
         raise ValueError("the given mix has other partners than the neighbor in the batch (0 and 1, 2 and 3, …), in which losses on some of the "
                          "images come in pairs; draw it by sample_mix, or mix the images yourself and give their labels as probabilities")
@@ -117,7 +119,13 @@ def _check_labels(
     if not (whole and y.dim() == 1 or isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] == num_classes):
         given = f"{y.dtype}, {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise ValueError(f"labels given as {given}; give a tensor of class numbers (B,), integers, or of probabilities (B, {num_classes})")
-    if y.dim() == 2: return
+    if y.dim() == 2:                                                              # a row of zeros: no label
+        total = y.float().sum(1)
+        shares = (y >= 0).all() & (((total - 1).abs() < .01) | (total == 0)).all()
+        if y.is_cuda: torch._assert_async(shares, "labels given as probabilities have to be at least 0, with the sum 1 in each row")
+        elif y.device.type == 'cpu' and not shares:
+            raise ValueError(f"labels from {y.min():g} to {y.max():g}, of sums from {total.min():g} to {total.max():g} in a row, are no probabilities")
+        return
     n = y.long()
     there = (((n >= -1) | (n == -100)) & (n < num_classes)).all()                  # -100: that of torch's losses
     numbers = f"0 to {num_classes - 1}, and -1 or -100 for an image without a label"
@@ -135,6 +143,7 @@ def mix_labels(
     ("Labels as probabilities: smoothed, then mixed as the images were. Raises ValueError for other types, shapes or classes; "
      "on a GPU a class that does not exist is an assertion of the device")
     _check_labels(y, num_classes)
+    if not 0 <= smoothing <= 1: raise ValueError(f"smoothing={smoothing:g}; give a probability mass from 0 to 1")
     if y.dim() == 2: one_hot, known = y.float(), torch.ones_like(y[:, :1], dtype=torch.bool)
     else: one_hot, known = (y[:, None] == torch.arange(num_classes, device=y.device)).float(), (y >= 0)[:, None]
     p = one_hot*(1 - smoothing) + smoothing/num_classes

@@ -218,6 +218,7 @@ def stratified_split(
 )->tuple: # (kept, held out): two ascending lists of positions
     "Split `n` images in two, each class in proportion; depends on nothing but the arguments"
     k = round(size*n) if size < 1 else int(size)
+    if size > 1 and k != size: raise ValueError(f"size={size:g} is no number of images; give a share in [0, 1), or a whole number")
     if not 0 <= size < n or k >= n:
         raise ValueError(f"size={size:g} leaves none of {n} images; "
                          f"give a share in [0, 1) or a number of images below {n}")

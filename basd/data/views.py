@@ -199,6 +199,7 @@ def __call__(self:DualViewTransform,
     place=None, # name of another stream, from which shared crop and flip are drawn
 )->tuple: # (student's view, teacher's view or None)
     "Both views for training"
+    if x.dtype != torch.uint8: raise ValueError(f"a picture of {x.dtype}; give bytes, uint8 (3, h, w)")
     plan = self.sample_params(*x.shape[-2:], *keys, place=place)
     if not self.one_crop(plan): return self.student(x, plan), self.teacher(x, plan)
     clean = self.teacher(x, plan)
@@ -254,7 +255,10 @@ class ViewDataset(Dataset):
     ):
         store_attr('images,views,train,seed')
         self.labels = images.labels if labels is None else labels
-        self.indices = torch.arange(len(images)) if indices is None else torch.as_tensor(indices, dtype=torch.long)
+        at = torch.arange(len(images)) if indices is None else torch.as_tensor(indices)
+        if at.is_floating_point() and len(at) or at.dtype == torch.bool or at.dim() != 1:
+            raise ValueError(f"indices given as {at.dtype}, {tuple(at.shape)}; give whole positions, as mask.nonzero()[:, 0] of a mask")
+        self.indices = at.long()
         same, order = self.indices.sort(stable=True)
         # how often the image came before
         self.copies = torch.empty_like(order).scatter_(0, order,

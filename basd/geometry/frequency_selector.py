@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.chunking import chunk_size
 from ..core.distributed import all_reduce_mean
-from ..core.numerics import upcast, autocast_disabled
+from ..core.numerics import Float32Buffers, upcast, autocast_disabled
 from ..core.registry import check_choices
 from .selector import Selection, layer_weights, mix_blended_tokens, mix_tokens, rho_of, temperatures_of
 
@@ -111,7 +111,7 @@ def normalized_entropy(
     return -(weights*log).sum(-1) / math.log(max(weights.shape[-1], 2))
 
 # %% ../../nbs/geometry/13_frequency_selector.ipynb #891afeea
-class FrequencySelector(nn.Module):
+class FrequencySelector(Float32Buffers, nn.Module):
     "Mixing weights over teacher layers from the spread of energy over spatial frequencies"
     mixed_layers = None    # teacher layers that can have weight, in order, where the host knows them; None: any of those given
     def __init__(self,

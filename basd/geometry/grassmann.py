@@ -19,10 +19,18 @@ def principal_angles(
     B:Tensor, # orthonormal basis, (..., d, k)
 )->Tensor:    # θ in radians, ascending, in [0, π/2], (..., k)
     "Angles between the column spans of `A` and `B`; accurate at 0 in float32"
-    C = A.mT @ B                                            # (..., k, k)
-    c = torch.linalg.svdvals(C).clamp(max=1)                # cos θ, ascending θ
-    s = torch.linalg.svdvals(B - A@C).clamp(max=1).flip(-1) # sin θ, ascending θ
-    return torch.where(c**2 < .5, c.acos(), s.asin())
+    _check_bases(A, B)
+    with autocast_disabled(A):
+        A, B = upcast(A, B)
+        C = A.mT @ B                                            # (..., k, k)
+        c = torch.linalg.svdvals(C).clamp(max=1)                # cos θ, ascending θ
+        s = torch.linalg.svdvals(B - A@C).clamp(max=1).flip(-1) # sin θ, ascending θ
+        return torch.where(c**2 < .5, c.acos(), s.asin())
+
+def _check_bases(U, V):
+    if U.shape[-2:] != V.shape[-2:]:
+        raise ValueError(f"bases of shape {tuple(U.shape[-2:])} and {tuple(V.shape[-2:])} are not on one Grassmannian; "
+                         "d and k must agree")
 
 # %% ../../nbs/geometry/09_grassmann.ipynb #788daf1f
 def projection_dist(
@@ -30,9 +38,7 @@ def projection_dist(
     V:Tensor, # orthonormal basis, (..., d, k); leading dimensions broadcast
 )->Tensor:    # between 0 and k, (...,)
     "Squared projection metric: the sum of squared sines of the principal angles"
-    if U.shape[-2:] != V.shape[-2:]:
-        raise ValueError(f"bases of shape {tuple(U.shape[-2:])} and {tuple(V.shape[-2:])} are not on one Grassmannian; "
-                         "d and k must agree")
+    _check_bases(U, V)
     k = U.shape[-1]
     with autocast_disabled(U):
         U, V = upcast(U, V)

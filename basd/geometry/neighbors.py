@@ -19,7 +19,8 @@ def knn_predict(
     leave_one_out:bool=False, # row i of both is one image, which has no vote about itself
 )->Tensor:                 # classes, (n,)
     "Classes predicted by a vote of the nearest training images, by cosine"
-    check_features(train_features, features)
+    check_features(train_features, features, labels=train_labels)
+    if temperature is not None and not temperature > 0: raise ValueError(f"temperature={temperature}; a temperature is positive, or None")
     if not 1 <= k <= len(train_features) - leave_one_out:
         raise ValueError(f"k={k} neighbors among {len(train_features)} training images; "
                          f"give a number from 1 to {len(train_features) - leave_one_out}")
@@ -37,8 +38,9 @@ def knn_predict(
 # %% ../../nbs/geometry/12_neighbors.ipynb #12aa000d
 def check_features(
     *features, # (n, D) each
+    labels=None, # of the first of them, (n,)
 ):
-    "Raise an error for features that are missing or not finite"
+    "Raise an error for features that are missing or not finite, and for labels of another shape"
     for x in features:
         if x is None:
             raise ValueError("there are no features; they are those of a tapped layer (`TappedModel(model, layers=[-1])`), "
@@ -46,6 +48,8 @@ def check_features(
         if x.dim() != 2 or not x.isfinite().all():
             raise ValueError(f"features of shape {tuple(x.shape)}, {int((~x.isfinite()).sum())} of their numbers "
                              "not finite; give finite features of shape (n, D)")
+    if labels is not None and labels.shape != features[0].shape[:1]:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(features[0])} features; give one class number each, (n,)")
 
 # %% ../../nbs/geometry/12_neighbors.ipynb #12aa0013
 def usual_k(

@@ -70,6 +70,8 @@ class SharedProjection(nn.Module):
             raise ValueError(f"{len(xs)} layers were given to a shared space made for {len(phis)}; "
                              "pass all of them, or say which they are")
         which = range(len(xs)) if which is None else which
+        if len(which) != len(xs) or len(phis) > 1 and not all(0 <= i < len(phis) for i in which):
+            raise ValueError(f"which={list(which)} of {len(phis)} maps, for {len(xs)} layers; name the map of each layer")
         with autocast_disabled(xs[0]):
             return [z @ phis[i % len(phis)].T.to(z.dtype) for i,x in zip(which, xs) for z in [upcast(x.detach())]]
 

@@ -9,6 +9,7 @@ __all__ = ['hat_weights', 'TeacherDepth', 'Frontier', 'RampSelector']
 import torch
 from torch import Tensor
 
+from ..core.numerics import Float32Buffers
 from ..core.registry import SELECTORS
 from .layer_maps import FixedSelector, layer_pairs
 from .selector import Selection
@@ -33,7 +34,7 @@ def _open_depth(
     return min(L, s*-(-(int(place) + 3)//s))
 
 # %% ../../nbs/geometry/16_schedule.ipynb #d640cb42
-class TeacherDepth:
+class TeacherDepth(Float32Buffers):
     "How many teacher layers are run: a number on the host, and in the checkpoint"
     def open_layers(self,
         layers:int, # from the first
@@ -46,6 +47,12 @@ class TeacherDepth:
     def depth(self)->int:
         "Number of teacher layers, from the first, that the next step reads"
         return self.open
+
+    def check_depth(self,
+        layers:list, # of the teacher
+    ):
+        "Raise an error for fewer teacher layers than the next step reads: weights of the others would be lost"
+        if len(layers) < self.depth: raise ValueError(f"{len(layers)} teacher layers, and the selector reads the first {self.depth}; give them")
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -111,6 +118,7 @@ class RampSelector(Frontier, FixedSelector):
         time:Tensor|None=None, # share of the run that is over, (); None: nothing moves
     )->Selection:
         "Mixing weights at the present frontier"
+        self.check_depth(xs_t)
         self.advance(time)
         w, zero = hat_weights(self.frontier, len(xs_t)).to(torch.promote_types(xs_s[0].dtype, torch.float32)), self.clock.new_zeros(())
         return Selection(w, zero, dict(frontier=self.frontier.clone()))

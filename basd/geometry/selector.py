@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.chunking import chunk_size
 from ..core.distributed import world_size
-from ..core.numerics import center, covariance, eigh, upcast, autocast_disabled, condition_covariance
+from ..core.numerics import Float32Buffers, center, covariance, eigh, upcast, autocast_disabled, condition_covariance
 from ..core.registry import SELECTORS, check_choices
 from ..core.resampling import resample_tokens
 from basd.geometry.grassmann import (
@@ -154,6 +154,8 @@ def _check_options(
             raise ValueError(f"{name}={given} belongs to solver='tracking', not to {s.solver!r}; leave one of them out")
     if s.band is not None and not s.band > 0:
         raise ValueError(f"band={s.band} of the selector; give a positive share of the teacher's depth, or None for no band")
+    for name,v in dict(orth=s.orth, recon=s.recon).items():
+        if not v >= 0: raise ValueError(f"{name}={v} of the selector; give a weight of at least 0")
     if s.max_rows < 1: raise ValueError(f"max_rows={s.max_rows} of the selector; compare at least one row")
     if not 0 <= s.ema_decay < 1: raise ValueError(f"ema_decay={s.ema_decay} of the selector; give a decay from 0 to below 1")
     if not 0 < s.rank < dim:
@@ -167,7 +169,7 @@ def _check_options(
 
 # %% ../../nbs/geometry/11_selector.ipynb #1529cdf9
 @SELECTORS.register('nearest')
-class GrassmannSelector(nn.Module):
+class GrassmannSelector(Float32Buffers, nn.Module):
     "Mixing weights over teacher layers from distances between subspaces"
     mixed_layers = None    # teacher layers that can have weight, in order, where the host knows them; None: any of those given
     def __init__(self,

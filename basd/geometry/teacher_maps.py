@@ -183,6 +183,7 @@ def forward(self:TeacherMap,
     time:Tensor|None=None, # not used
 )->Selection:
     "One-hot weights of the map; updates it first while it is being measured"
+    self.check_depth(xs_t)
     if self.training and not self.warmed_up: self.observe(self.row_groups(xs_s, xs_t, grids_s, grids_t, places)[0][2])
     layer, zero = torch.arange(len(xs_t), device=self.chosen.device), self.overlaps.new_zeros(())
     w = (self.chosen[:, None] == layer).to(torch.promote_types(xs_t[0].dtype, torch.float32))
@@ -263,6 +264,7 @@ class NearestOnceSelector(_MeasuredOnce):
         time:Tensor|None=None, # not used
     )->Selection:
         "Mean weights of the steps so far, or those that were fixed"
+        self.check_depth(xs_t)
         if self.training and not self.warmed_up: self.observe(self.row_groups(xs_s, xs_t, grids_s, grids_t, places, blend))
         w = self.mean_weights[:, :len(xs_t)].to(torch.promote_types(xs_t[0].dtype, torch.float32))
         return Selection(w.clone(), w.new_zeros(()), dict(entropy=torch.special.entr(w).sum(-1)/math.log(max(2, self.mean_weights.shape[1]))))

@@ -20,7 +20,7 @@ from ..core.numerics import unit_directions, upcast, autocast_disabled
 from ..core.registry import LOSSES, check_choices
 from ..core.resampling import resample_attention, resample_keys, sparse_interpolation
 from ..geometry.alignment import HeadAligner
-from .base import FeatureLoss, grid_sizes_of
+from .base import FeatureLoss, check_paired, grid_sizes_of
 
 # %% ../../nbs/losses/23_attention.ipynb #592963a8
 def attention_kl(
@@ -31,6 +31,7 @@ def attention_kl(
 )->Tensor: # nats, 0-d
     "KL of the student's attention from the target; gradient to `scores`, and to `target` only if it carries any"
     check_choices(attention_kl, normalize=normalize, reduction=reduction)
+    if scores.shape != target.shape: raise ValueError(f"scores {tuple(scores.shape)} and target {tuple(target.shape)} are not of the same maps")
     with autocast_disabled(scores):
         s, t = upcast(scores, target)
         t = t.clamp(min=torch.finfo(t.dtype).tiny)
@@ -45,6 +46,7 @@ def _mix_attention(
     rows:Tensor|None=None,  # query rows wanted, (R,); all of them if None
 )->Tensor:                  # rows sum to one, (P, B, H, R, N)
     "Mixtures of the layers' maps, one layer in memory at a time; gradient to `weights` only, if they carry any"
+    if weights.shape[1] != len(attention): raise ValueError(f"weights of {weights.shape[1]} teacher layers, but {len(attention)} were given")
     mixed = None
     for w, a in zip(weights.unbind(1), attention):
         A = a.detach().probs(rows)
@@ -66,6 +68,7 @@ def self_similarity(
     tau:float=.1,   # temperature of the cosines; at 0.1 an equal token outweighs an orthogonal one 22 000 to 1
 )->Attention:       # one head
     "Similarity of tokens in the form of attention, for models that have none; gradient to `x`"
+    if not tau > 0: raise ValueError(f"tau={tau}; a temperature is positive")
     with autocast_disabled(x): u = unit_directions(upcast(x))[:, None]
     return Attention(u, u, scale=1/tau)
 
@@ -148,7 +151,7 @@ def target(self:AttentionKLLoss,
     weights:Tensor|None=None, # layer weights, (P, L); None: each student layer has its own teacher layer
 ):           # as of `maps`
     "Targets of the student's attention, as of `maps`"
-    if weights is None: weights = torch.eye(len(xs), len(ys), device=ys[0].device)
+    if weights is None: check_paired(xs, ys, images=False); weights = torch.eye(len(xs), device=getattr(ys[0], 'device', None))
     return self.maps(ys, weights, [a.num_tokens for a in xs], grid_sizes_of(ys), grid_sizes_of(xs), rows)
 
 # %% ../../nbs/losses/23_attention.ipynb #d7b981d0

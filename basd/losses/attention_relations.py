@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.numerics import upcast, autocast_disabled
 from ..core.registry import LOSSES
 from ..geometry.alignment import HeadAligner
-from .base import FeatureLoss
+from .base import FeatureLoss, check_same_images
 
 # %% ../../nbs/losses/32_attention_relations.ipynb #b1ec49e4
 @LOSSES.register('attention_scores')
@@ -51,6 +51,7 @@ def _checked(
 )->list:                 # `attention`
     "`attention`, or an error where scores are missing or token counts differ"
     if len(attention) != len(pairs): raise ValueError(f"{len(attention)} pairs, but the loss was made for {len(pairs)}")
+    check_same_images(attention, partner or attention)
     for i,a in enumerate(attention):
         if not hasattr(a, 'q'):
             raise ValueError("a map that was formed before has neither scores nor queries; "

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.distributed import all_reduce_mean
-from ..core.numerics import upcast, autocast_disabled
+from ..core.numerics import Float32Buffers, upcast, autocast_disabled
 from ..core.registry import check_choices, refuse_unread
 
 # %% ../../nbs/losses/25_balance.ipynb #85c799d5
@@ -63,7 +63,7 @@ class Ramps(nn.Module):
         return cosine_ramp(step, torch.floor(self.starts*S), S)
 
 # %% ../../nbs/losses/25_balance.ipynb #d7acef9e
-class LossBalancer(nn.Module):
+class LossBalancer(Float32Buffers, nn.Module):
     "Weighted sum of `C` losses; no gradient through the weights"
     def __init__(self,
         names,                        # of the losses, in order
@@ -88,6 +88,7 @@ class LossBalancer(nn.Module):
                                  f"the losses are {', '.join(names)}")
         if weights and set(names) - set(weights):
             raise ValueError(f"weights leaves out {min(set(names) - set(weights))!r}; give one of each loss")
+        if weights and min(weights.values()) < 0: raise ValueError(f"weights={weights}; give weights of at least 0")
         if weights and form != 'fixed':
             raise ValueError(f"weights are for form='fixed'; form={form!r} makes its own")
         if form != 'uwso_ema': refuse_unread(LossBalancer, "form='uwso_ema'", repr(form), u_max=u_max)

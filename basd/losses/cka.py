@@ -30,6 +30,7 @@ def hsic(
     center:bool=True,  # False: plain ⟨K, L⟩/n², for parity only
 )->Tensor:             # (...,)
     "Dependence of two similarities, on Gram matrices of this rank's rows, divided by n²"
+    if debias and not center: raise ValueError("debias=True with center=False; only the centered form has a debiased one, so drop either")
     if center:
         K, L = (G - G.mean(-1, keepdim=True) for G in (K, L))
         K, L = (G - G.mean(-2, keepdim=True) for G in (K, L))
@@ -201,6 +202,6 @@ def forward(self:CKALoss,
     "Mean over student layers, and over images for \"within\""
     pairs = pair_layers(xs, ys)
     places = self.sample([x.shape[1] for x in xs], len(xs[0]), device=xs[0].device) if places is None else places
-    S, T = zip(*[self.select_rows(*pair, p) for pair,p in zip(pairs, places)])
+    S, T = zip(*[self.select_rows(*pair, p) for pair,p in zip(pairs, places, strict=True)])
     if len({(s.shape, t.shape) for s,t in zip(S, T)}) == 1: return self.one(torch.stack(S), torch.stack(T)).mean()
     return torch.stack([self.one(s, t).mean() for s,t in zip(S, T)]).mean()

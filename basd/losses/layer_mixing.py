@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.numerics import upcast, autocast_disabled
 from ..core.registry import LOSSES, check_choices
 from ..geometry.layer_maps import layer_map
-from .base import FeatureLoss
+from .base import FeatureLoss, check_same_images
 from .hidden_states import normalize_tokens
 
 # %% ../../nbs/losses/35_layer_mixing.ipynb #6e4ec642
@@ -36,6 +36,7 @@ class _Pooled(FeatureLoss):
         if (len(xs), len(ys)) != (len(self.maps), self.L):
             raise ValueError(f"{len(xs)} points and {len(ys)} teacher layers, "
                              f"but made for {len(self.maps)} and {self.L}")
+        check_same_images(xs, ys)
         q = torch.stack([f(upcast(x.mean(1))) for f,x in zip(self.maps, xs)], 1)
         h = torch.stack([upcast(y.mean(1)) for y in ys], 1).detach()
         return normalize_tokens(q, self.normalize), normalize_tokens(h, self.normalize)

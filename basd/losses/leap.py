@@ -19,7 +19,7 @@ from ..core.resampling import resample_tokens
 from ..geometry.layer_maps import FixedSelector
 from ..geometry.schedule import TeacherDepth
 from ..geometry.selector import Selection, mix_blended_tokens, mix_tokens
-from .base import FeatureLoss, grid_sizes_of
+from .base import FeatureLoss, check_same_images, grid_sizes_of
 from .cka import cka
 
 # %% ../../nbs/losses/36_leap.ipynb #3b5ae7fa
@@ -95,6 +95,7 @@ def step(self:LayerLadder,
     clock:Tensor|None=None, # now, (); None: nothing moves
 )->tuple:                   # error on the target layer, (); the target's weights, (L,)
     "Error on the target layer of this step; in training, measure and climb"
+    check_same_images([x], ys); self.check_depth(ys)
     n, grids_t, moves = x.shape[1], grids_t or [None]*len(ys), self.training and clock is not None
     with autocast_disabled(x):
         z = self.map(upcast(x))

@@ -77,15 +77,17 @@ class TrajectoryLoss(FeatureLoss):
         super().__init__()
         check_choices(TrajectoryLoss, space=space)
         if steps < 0: raise ValueError(f"steps={steps}; give a weight of at least 0")
-        self.space, self.steps, self.readers = space, steps, None
+        self.space, self.steps, self.models = space, steps, None
         self.alike = CKALoss(debias=True) if space == 'cka' else None
 
     def setup(self,
         student, # `TappedModel`
         teacher, # `TappedModel`
     ):
-        "Keep readers of both heads, which stay the models' own"
-        if self.space == 'prediction': self.readers = _classifier_readout(student, 'student'), _classifier_readout(teacher, 'teacher')
+        "Remember both models, whose heads are read"
+        if self.space == 'cka': return
+        for model,who in zip(models := (student, teacher), ('student', 'teacher')): _classifier_readout(model, who)   # refuses what cannot be read
+        self.models = models                    # in a tuple, so no parts of the loss; a copy of a task has those of the copy
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #30110e7c
 @patch
@@ -115,13 +117,14 @@ def forward(self:TrajectoryLoss,
 )->Tensor:                  # ()
     "Loss on positions, plus `steps` times the loss on steps"
     if self.space == 'cka': return self.by_cka(xs, ys, places)
-    if self.readers is None:
+    if self.models is None:
         raise ValueError("the loss has not met the models whose heads it reads with; "
                          "call setup(student, teacher) first, as the trainer does")
     pairs = pair_layers(xs, ys)
     with autocast_disabled(xs[0]):
-        s = _layer_log_probs(self.readers[0], [upcast(p[0]) for p in pairs])
-        with torch.no_grad(): t = _layer_log_probs(self.readers[1], [upcast(p[1]) for p in pairs])
+        read = [_classifier_readout(m, who) for m,who in zip(self.models, ('student', 'teacher'))]
+        s = _layer_log_probs(read[0], [upcast(p[0]) for p in pairs])
+        with torch.no_grad(): t = _layer_log_probs(read[1], [upcast(p[1]) for p in pairs])
         if s.shape != t.shape:
             raise ValueError(f"the student has {s.shape[-1]} classes and the teacher {t.shape[-1]}; "
                              "predictions have to be of the same, or use space='cka'")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..geometry.selector import mix_blended_tokens
-from .base import Layers, grid_sizes_of, resample_to_student
+from .base import Layers, check_same_images, grid_sizes_of, resample_to_student
 
 # %% ../../nbs/losses/37_mixed_targets.ipynb #24405707
 def _mixup_target(
@@ -78,6 +78,7 @@ def mixed_loss(
     **given,            # for the loss's `target`
 )->Tensor:              # ()
     "Value of a loss, with targets that follow the mix of the student's images"
+    check_same_images(xs, ys)
     if loss.moves: return loss(xs, ys, blend=blend, epoch=epoch)
     kind = None if blend is None else 'mixup' if blend.box is None else 'cutmix'
     against = lambda ys: _against(loss, xs, loss.target(ys, xs, sample, **given), sample)

@@ -19,7 +19,7 @@ from ..core.distributed import all_reduce_mean
 from ..core.numerics import covariance, upcast, autocast_disabled, rounding_error
 from ..core.registry import LOSSES, check_choices, refuse_unread
 from ..core.sampling import sample_tokens
-from .base import FeatureLoss, images_for, resample_to_student
+from .base import FeatureLoss, check_paired, images_for, resample_to_student
 
 # %% ../../nbs/losses/21_rsd.ipynb #03930864
 def measured(
@@ -134,7 +134,7 @@ class RSDLoss(FeatureLoss):
     ):
         super().__init__()
         check_choices(RSDLoss, reduction=reduction, norm=norm)
-        if isinstance(kappa, str) and kappa != '1/D': raise ValueError(f"kappa={kappa!r}; give a number, or '1/D'")
+        if kappa != '1/D' and (isinstance(kappa, str) or not kappa >= 0): raise ValueError(f"kappa={kappa!r}; give a number of at least 0, or '1/D'")
         if len(widths_s) != len(widths_t):
             raise ValueError(f"{len(widths_s)} student widths and {len(widths_t)} target widths; "
                              "give one of each per student layer")
@@ -144,7 +144,7 @@ class RSDLoss(FeatureLoss):
             raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
         if pooled: refuse_unread(RSDLoss, 'pooled=False', 'pooled=True, whose rows are images', max_rows=max_rows)
         self.kappa, self.center, self.pooled, self.reduction, self.max_rows = kappa, center, pooled, reduction, max_rows
-        self.at_once = None # layers at a time; None: all, or one where they are large
+        self.points, self.at_once = len(widths_s), None # layers at a time; None: all, or one where they are large
         together = len(set(widths_s)) == len(set(widths_t)) == 1
         self.heads = nn.ModuleList([ProjectionHeads(len(widths_s), widths_s[0], widths_t[0], gamma, norm)] if together
                                    else [ProjectionHeads(1, a, b, gamma, norm) for a,b in zip(widths_s, widths_t)])
@@ -209,12 +209,14 @@ def forward(self:RSDLoss,
     places:list|None=None, # of `sample`; evenly spaced if None
 )->Tensor:       # ()
     "Mean over student layers"
+    check_paired(xs, target)
+    if len(xs) != self.points: raise ValueError(f"{len(xs)} student layers, but the loss was made for {self.points}")
     for s,t in zip(xs, target):
-        if len(s) != len(t) or not self.pooled and s.shape[1] != t.shape[1]:
+        if not self.pooled and s.shape[1] != t.shape[1]:
             raise ValueError(f"student tokens {tuple(s.shape)} and target {tuple(t.shape)} differ in images or places; "
                              "align the target first")
     if places is None: places = self.sample([x.shape[1] for x in xs], len(xs[0]), device=xs[0].device)
-    S, T = ([self.rows(x, p) for x,p in zip(side, places)] for side in (xs, target))
+    S, T = ([self.rows(x, p) for x,p in zip(side, places, strict=True)] for side in (xs, target))
     if len(self.heads) > 1:
         return torch.stack([self.one(head, s[None], t.detach()[None]).mean()
                             for head,s,t in zip(self.heads, S, T)]).mean()

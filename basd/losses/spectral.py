@@ -17,7 +17,7 @@ from ..core.distributed import all_reduce_mean
 from ..core.numerics import eigvalsh, with_gradient, upcast, autocast_disabled, condition_covariance
 from ..core.registry import LOSSES, check_choices, refuse_unread
 from ..core.sampling import sample_images
-from .base import FeatureLoss
+from .base import FeatureLoss, check_paired
 
 # %% ../../nbs/losses/24_spectral.ipynb #4671c979
 def gram(
@@ -132,7 +132,7 @@ def spectra(self:SpectralLoss,
     ys:list, # mixed teacher tokens, P × (B, N_t, D_t)
     ks:list, # singular values that both sides have, one per student layer
 )->list:     # representations, P × (B, k)
-    "Constant representations of the teacher's tokens"
+    "Representations of the teacher's tokens"
     if self.form != 'batch' and len({(y.shape, k) for y,k in zip(ys, ks)}) == 1:
         return list(self.represent(torch.cat(list(ys)), ks[0]).chunk(len(ks)))
     return [self.represent(y, k).expand(len(y), -1) for y,k in zip(ys, ks)]
@@ -145,6 +145,7 @@ def target(self:SpectralLoss,
     images:Tensor|None=None, # of `sample`
 )->list:     # representations, P × (B, k)
     "Spectra of as many values as both sides have"
+    check_paired(xs, ys)
     if images is not None: ys = [y[images] for y in ys]
     return self.spectra(ys, [min(*x.shape[1:], *y.shape[1:]) for x,y in zip(xs, ys)])
 
@@ -157,6 +158,7 @@ def forward(self:SpectralLoss,
 )->Tensor:          # ()
     "Mean over images and student layers"
     if images is not None: xs = [x[images] for x in xs]
+    check_paired(xs, target)
     if self.form != 'batch' and len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1:
         return self.one(torch.cat(list(xs)), torch.cat(list(target)))
     return torch.stack([self.one(x, t) for x,t in zip(xs, target)]).mean()

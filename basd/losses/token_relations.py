@@ -17,7 +17,7 @@ from ..core.chunking import chunk_size, chunked_mean
 from ..core.distributed import all_reduce_mean
 from ..core.numerics import unit_directions, inverse_norm, upcast, autocast_disabled, rounding_error, widest_float
 from ..core.registry import LOSSES, check_choices
-from .base import FeatureLoss, resample_to_student
+from .base import FeatureLoss, check_paired, resample_to_student
 
 # %% ../../nbs/losses/22_token_relations.ipynb #e40052d9
 @torch.no_grad()
@@ -114,6 +114,7 @@ def target(self:TokenRelationLoss,
     pairs,       # of `sample`
 )->list:         # representations, P × (B, K, ·)
     "Relations of the teacher's tokens at the positions of the student's"
+    check_paired(xs, ys, images=False)
     return self.relations_of(resample_to_student(xs, ys), pairs)
 
 # %% ../../nbs/losses/22_token_relations.ipynb #23d72ac8
@@ -139,6 +140,7 @@ def forward(self:TokenRelationLoss,
     "Mean over pairs, images and student layers"
     if short is None: short = all_reduce_mean(torch.stack([_coincident(x).mean() for x in xs]))
     if callable(target): return self.in_pieces(xs, target, pairs, short)
+    check_paired(xs, target)
     if not isinstance(pairs, list) and len({(x.shape, t.shape) for x,t in zip(xs, target)}) == 1:
         return self.one(torch.stack(list(xs)), torch.stack(list(target)), pairs, short[:, None, None, None])
     return torch.stack([self.one(x, t, at, a) for x,t,at,a in zip(xs, target, _each_layer(pairs, len(xs)), short)]).mean()

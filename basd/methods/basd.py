@@ -23,7 +23,7 @@ from ..core.features import Features
 from ..core.registry import (
     LOSSES, METHODS, SELECTORS, options_adapter, options_dataclass, options_from, pickled_by, refuse_unread,
     suggestion, validation_hint)
-from ..core.sampling import sample_images, step_generator
+from ..core.sampling import named_generator, sample_images, step_generator
 from ..geometry.alignment import InterpolationAligner, TokenAligner, target_statistics
 from ..geometry.layer_maps import FixedSelector, layer_pairs
 from ..geometry.selector import selection_metrics
@@ -232,7 +232,7 @@ def loss_makers(self:BASD)->dict: # name → function that makes the module
     widths = s.widths if self.options.aligner.width == 'student' else [self.selector.mixed_width]*len(s.widths)
     make = dict(rsd=lambda: RSDLoss(s.widths, widths, **vars(o.rsd)), rel=lambda: TokenRelationLoss(**vars(o.rel)),
                 attn=lambda: AttentionKLLoss(s.heads, t.heads, **vars(o.attn)), spectral=lambda: SpectralLoss(**vars(o.spectral)))
-    make |= {n: partial(self.make_loss, n, widths) for n in vars(o) if n not in make}
+    make |= {n: partial(self.make_loss, n, widths) for n in sorted(vars(o)) if n not in make}      # the balance keeps its state by place
     missing = o.attn and self.attention_missing()
     if missing: warnings.warn(f"L_attn is left out: {missing}")
     return {n: f for n,f in make.items() if getattr(o, n) is not None and not (n == 'attn' and missing)}
@@ -339,11 +339,11 @@ def align(self:BASD,
 def sample(self:BASD, progress:StepState, batch:int, device)->StepState:
     "`progress` with the samples of each loss, the selector and the aligners at this step"
     generator = lambda i: step_generator(progress.seed*31 + i, progress.step, device)
-    n, s, own, others = self.student.tokens, self.student, dict(rsd=1, rel=2, attn=3, spectral=4), generator(7)
+    n, s, own = self.student.tokens, self.student, dict(rsd=1, rel=2, attn=3, spectral=4)
+    of = lambda name: generator(own[name]) if name in own else named_generator(progress.seed, name, progress.step, device)
     drawn = dict(selector=self.selector.sample(n, s.grid_sizes, batch, generator(0), device),
                  align=sample_images(batch, self.options.aligner.samples, generator(5), device),
-                 losses={k: draw_sample(loss, k, n, batch, generator(own[k]) if k in own else others, device)
-                         for k,loss in self.losses.items()})
+                 losses={k: draw_sample(loss, k, n, batch, of(k), device) for k,loss in self.losses.items()})
     number = lambda v: torch.full((), float(v), device=device)
     return progress._replace(samples=drawn | dict(step=number(progress.step), total=number(progress.total_steps),
                                                 epoch=number(progress.epoch or 0.)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.distributed import world_size
 from ..core.features import Features
+from ..core.numerics import Float32Buffers
 from ..core.registry import DIFFICULTIES, METHODS, refuse_unread, options_dataclass
 from ..losses.logits import kd_loss
 from ..losses.mixed_targets import mixed_mean
@@ -130,7 +131,7 @@ class POCLOptions:
 
 # %% ../../nbs/methods/57_curriculum.ipynb #b9566af8
 @METHODS.register('pocl')
-class POCL(Method):
+class POCL(Float32Buffers, Method):
     "POCL: labels and a teacher's logits, easy images first"
     Options = POCLOptions
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.features import Features
 from ..core.numerics import upcast, autocast_disabled
 from ..core.registry import METHODS, options_dataclass
+from ..losses.logits import check_logits
 from ..losses.mixed_targets import mixed_mean
 from .base import (
     FeatureShapes, Method, Requires, StepState, Target, check_teacher_classes, cross_entropy, method_output)
@@ -39,6 +40,7 @@ def bce_kl(
     T:float=2., # temperature
 )->Tensor:      # nats times T², ()
     "Binary divergence per class, summed over classes, mean over images"
+    check_logits(z_s, z_t, T=T)
     with autocast_disabled(z_s):
         s, t = upcast(z_s)/T, upcast(z_t.detach())/T
         p = t.sigmoid()

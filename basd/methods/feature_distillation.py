@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.features import Features
 from ..core.registry import LOSSES, METHODS, options_adapter, options_dataclass, options_from, validation_hint
-from ..core.sampling import step_generator
+from ..core.sampling import named_generator
 from ..geometry.layer_maps import layer_map, layer_pairs
 from ..losses.base import Layers, build_loss, draw_sample, SHAPE_ARGUMENTS
 from ..losses.mixed_targets import mixed_loss
@@ -172,8 +172,8 @@ def compare(self:FeatureDistillation,
 @patch
 def sample(self:FeatureDistillation, progress:StepState, batch:int, device)->StepState:
     "`progress` with the ramp and the samples of this step"
-    g = step_generator(progress.seed*31 + 7, progress.step, device)
-    sample = {n: draw_sample(loss, n, [self.tokens[p] for p in self.sides[n][0]], batch, g, device) for n,loss in self.losses.items()}
+    sample = {n: draw_sample(loss, n, [self.tokens[p] for p in self.sides[n][0]], batch, named_generator(progress.seed, n, progress.step, device), device)
+              for n,loss in self.losses.items()}
     return progress._replace(samples=dict(losses=sample) | teacher_ramp(self.options, progress, device))
 
 # %% ../../nbs/methods/54_feature_distillation.ipynb #9c642784

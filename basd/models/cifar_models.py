@@ -164,6 +164,7 @@ class SmallResNet(nn.Module):
     ):
         super().__init__()
         n, wide = (depth - 2 - 2*(width > 1))//6, width > 1
+        if n < 1 or 6*n + 2 + 2*wide != depth: raise ValueError(f"depth={depth}; give 6n + {2 + 2*wide} layers, as {6*max(n, 1) + 2 + 2*wide}")
         c = [16, 16*width, 32*width, 64*width]
         self.num_classes, self.num_features = num_classes, c[-1]
         self.conv1, self.bn1, self.relu = _conv(in_chans, 16), nn.BatchNorm2d(c[-1] if wide else 16), nn.ReLU()

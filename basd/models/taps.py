@@ -286,6 +286,7 @@ class TappedModel(nn.Module):
         logits='auto',           # key or place of the logits in what the model returns; None: it has no head
     ):
         super().__init__()
+        if isinstance(model, TappedModel): raise ValueError("the model is tapped already; give it as it is, or the module inside it, its .model")
         if (mean is None) != (std is None):
             raise ValueError(f"mean={mean} and std={std}: "
                              "give both, or neither for inputs that are to be passed on untouched")

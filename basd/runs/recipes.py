@@ -386,17 +386,18 @@ def _agree(recipe):
     low, high = recipe.views.crop_scale
     if not 0 < low <= high:
         raise ValueError(f"views.crop_scale={[low, high]}: should be two shares of the image, the smaller first")
-    if ':' not in recipe.method.name: _none_negative(recipe.method.options, ['method'])
+    if ':' not in recipe.method.name: none_negative(recipe.method.options, ['method'])
 
-def _none_negative(x, path):
+def none_negative(x, path):
     "Refuse a negative number among a method's options, by which a loss would be driven up; layers may count from the end"
+    signs = {f.name for f in fields(x) if get_origin(f.type) is Literal} if is_dataclass(x) else ()     # 1 or −1, as options list them
     items = (vars(x).items() if is_dataclass(x) else x.items() if isinstance(x, dict)
              else enumerate(x) if isinstance(x, tuple) else ())
     for k,v in items:
-        if k in ('student_layers', 'teacher_layers', 'layer_map') or ':' in str(k): continue
+        if k in ('student_layers', 'teacher_layers', 'layer_map') or k in signs or ':' in str(k): continue
         if isinstance(v, int | float) and v < 0:
             raise ValueError(f"{'.'.join([*path, str(k)])}={v:g}: should be at least 0")
-        _none_negative(v, [*path, str(k)])
+        none_negative(v, [*path, str(k)])
 
 # %% ../../nbs/runs/61_recipes.ipynb #4c0a682e
 def build_recipe(

@@ -26,10 +26,10 @@ from ..methods.base import Requires, Method, StepState, Target
 from ..models.students import create_student
 from ..models.layers import resolve_layers
 from ..models.taps import TappedModel, check_image_type
-from ..models.teachers import TeacherEnsemble, FrozenTeacher, create_teacher, freeze, check_shared_modules
+from ..models.teachers import TeacherEnsemble, FrozenTeacher, create_teacher, freeze, check_shared_modules, refuse_derived
 from ..runs.builders import infer_shapes, run_once
 from ..runs.inference import autocast
-from ..runs.recipes import build_recipe, check_layer_options, validate_tree
+from ..runs.recipes import build_recipe, check_layer_options, none_negative, validate_tree
 
 # %% ../../nbs/training/69_task.ipynb #27bcaffa
 class Mixing(NamedTuple):
@@ -80,6 +80,7 @@ class DistillationTask(nn.Module):
         self.total_steps, self.normalized = total_steps, normalized
         self.check_scale, self.looks, self.check_mix = False, 0, True     # what is still to be checked: see `check_batch`, `check_loop`
         self.updates, self.versions = 0, []                     # optimizer steps, counted by `after_update`; see `check_loop`
+        self.followed = None                                    # hook of `follow`
         self.compare_fn, self.depth = self.compare, None             # teacher layers that the last step read; None: all
 
     def _apply(self, fn, recurse=True):
@@ -89,12 +90,12 @@ class DistillationTask(nn.Module):
 
     def __getstate__(self):
         "State of a copy, which is not compiled"
-        return {k: v for k,v in self.__dict__.items() if k not in ('compare_fn', 'teacher_fn')}
+        return {k: v for k,v in self.__dict__.items() if k not in ('compare_fn', 'teacher_fn', 'followed')}
 
     def __setstate__(self, state):
         # an object from before these attributes were there, or of another form
         versions = [v for v in state.get('versions', ()) if isinstance(v, tuple)]
-        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True) | state | dict(versions=versions))
+        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True) | state | dict(versions=versions, followed=None))
         self.compare_fn, self.__dict__['teacher_fn'] = self.compare, self.teacher
 
     def get_extra_state(self): return torch.tensor(self.updates)
@@ -141,10 +142,12 @@ def progress(self:DistillationTask,
     step:int|None,
     total_steps:int|None,
 )->tuple: # step, steps of the whole run
-    "Step and total steps of a call"
+    "Step and total steps of a call; raises ValueError for what is no count"
     if self.total_steps is None and (step is None or total_steps is None):
         raise ValueError("ramps and schedules read step and total_steps; give both to each call, or give total_steps to "
                          "create_task and call after_update after each optimizer step, which counts")
+    for name,n,least in (('step', step, 0), ('total_steps', total_steps, 1)):
+        if n is not None and not (n >= least and int(n) == n): raise ValueError(f"{name}={n}; give a whole number, at least {least}")
     return self.updates if step is None else int(step), self.total_steps if total_steps is None else int(total_steps)
 
 @patch
@@ -203,13 +206,17 @@ def check_batch(self:DistillationTask,
     if teacher_images is not None and self.teacher is not None: _check_images(teacher_images, self.teacher, 'teacher')
     if labels is not None and not (isinstance(labels, Tensor) and labels.dim() == 0) and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images; give one for each, -1 for an image without a label")
-    if self.normalized and images.dtype == torch.uint8: raise ValueError("images are bytes, and normalized=True says they are normalized; leave it out")
-    if self.normalized or not self.check_scale or not images.is_floating_point(): return
-    low, high = (x.item() for x in images.aminmax())               # of the first batch alone: the host waits for it
-    if not -.5 <= low <= high <= 1.5:                              # interpolation may leave [0, 1] by a little
-        raise ValueError(f"pixels from {low:.2f} to {high:.2f}; give images in [0, 1], or bytes, or normalized=True to create_task "
-                         "if they are normalized for the student")
-    self.check_scale = False
+    views = [images] if teacher_images is None else [images, teacher_images]
+    if len(views[-1]) != len(images): raise ValueError(f"{len(teacher_images)} images of the teacher for {len(images)} of the student; give both of each")
+    if self.normalized and any(v.dtype == torch.uint8 for v in views):
+        raise ValueError("images are bytes, and normalized=True says they are normalized; leave it out")
+    if self.normalized or not self.check_scale: return
+    for v in (v for v in views if v.is_floating_point()):
+        low, high = (x.item() for x in v.aminmax())                # of the first batch alone: the host waits for it
+        if not -.5 <= low <= high <= 1.5:                          # interpolation may leave [0, 1] by a little
+            raise ValueError(f"pixels from {low:.2f} to {high:.2f}; give images in [0, 1], or bytes, or normalized=True to create_task "
+                             "if they are normalized for the student")
+        self.check_scale = False
 
 # %% ../../nbs/training/69_task.ipynb #f3d94cba
 def _resized(
@@ -254,7 +261,7 @@ def prepare_batch(self:DistillationTask,
     if not 0 <= micro < self.grad_accum_steps:
         raise ValueError(f"micro={micro} of {self.grad_accum_steps} micro-batches; count from 0, and give grad_accum_steps to create_task")
     if labels is None and self.label_scale: raise ValueError("this task learns from labels; give them with the images, or make it with labels=False")
-    if mix is not None and self.check_mix: mix.check_pairs(len(images))            # the first, as the host waits for it
+    if mix is not None and (self.check_mix or mix.partner.device.type == 'cpu'): mix.check_pairs(len(images))   # on a GPU the first, as the host waits for it
     if mix is not None: self.check_mix = False
     elif self.training: mix = sample_mix(step_generator(self.seed, step*self.grad_accum_steps + micro), len(images), m.mixup, m.cutmix,
                                          m.prob, images.device)
@@ -287,6 +294,12 @@ def after_update(self:DistillationTask,
     every:int=50, # updates after which the method may wait for the device
 ):
     "Call after each optimizer step"
+    if self.followed is not None: raise ValueError("the steps are counted already by follow(optimizer); leave after_update out")
+    self.count_update(every)
+
+@patch
+def count_update(self:DistillationTask, every:int=50):
+    "What `after_update` and the hook of `follow` do"
     with torch.no_grad(): self.method.after_update()
     self.updates += 1
     if self.updates % every == 0: self.method.refresh()
@@ -297,12 +310,16 @@ def follow(self:DistillationTask,
     optimizer, # of the task's parameters
     *others,   # that hold some of them and are stepped before it
 )->DistillationTask:
-    "Call `after_update` after each step of `optimizer`, by a hook; raises ValueError if a parameter of the method is in none of them"
+    ("Call `after_update` after each step of `optimizer`, by a hook, in place of one that was followed before; raises ValueError if a "
+     "parameter of the method, or the whole student, is in none of them")
     held = {id(p) for o in (optimizer, *others) for group in o.param_groups for p in group['params']}
     if left := [n for n,p in self.method.named_parameters() if p.requires_grad and id(p) not in held]:
         raise ValueError(f"the optimizer lacks {len(left)} parameters of the method, as {left[0]}, which make its targets; give it task.parameters(), or "
                          "further optimizers to follow")
-    optimizer.register_step_post_hook(lambda *_: self.after_update())
+    own = [p for p in self.student.parameters() if p.requires_grad]
+    if own and not any(id(p) in held for p in own): raise ValueError("the optimizer has no parameter of the student; give it task.parameters()")
+    if self.followed is not None: self.followed.remove()
+    self.followed = optimizer.register_step_post_hook(lambda *_: self.count_update())
     return self
 
 # %% ../../nbs/training/69_task.ipynb #c3151d41
@@ -385,6 +402,7 @@ def tapped_at(
     attention:bool,
 )->TappedModel: # with the same model
     "A model, tapped at the layers that a method reads"
+    refuse_derived(given)
     if resolve_layers(given.model, layers) == given.names and attention == given.attention: return given
     t = TappedModel(given.model, layers, attention, given.mean, given.std, given.prefix, given.channels_last, given.time_axis,
                given.grid, given.logits)
@@ -481,6 +499,7 @@ def create_task(
         options = (validate_tree(kind.Options, options, 'method.') if own else
                    build_recipe(dict(method=dict(name=method, **options))).method.options)
         check_layer_options(options)
+    if kind.__module__.startswith('basd.'): none_negative(options, ['method'])
     needs = kind.requires(options)
     if needs.teacher and teacher is None:
         raise ValueError(f"method {name!r} needs a teacher; give one, as create_teacher('vit_small_patch14_dinov2.lvd142m', pretrained=True)")

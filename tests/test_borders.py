@@ -1,0 +1,166 @@
+"""What Python hands to the public classes and functions, and fits nothing, is refused in a sentence where it was taken in silence: shapes
+that broadcast, floats cut to integers, masks read as positions, other scales, negative weights. And state that has to follow its owner does."""
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, randn
+from torch.utils.data import TensorDataset
+from basd import create_student, create_task, create_teacher
+from basd.data.mixing import MixParams, mix_labels
+from basd.data.sources import ImageDataset, Source, stratified_split
+from basd.data.views import DualViewTransform, ViewDataset
+from basd.geometry.grassmann import principal_angles
+from basd.geometry.learning_progress import LearningProgressSelector
+from basd.geometry.neighbors import knn_predict
+from basd.geometry.projections import SharedProjection
+from basd.geometry.selector import GrassmannSelector
+from basd.losses.attention import self_similarity
+from basd.losses.balance import LossBalancer
+from basd.losses.base import Layers
+from basd.losses.cka import CKALoss, hsic
+from basd.losses.gram import GramLoss
+from basd.losses.logits import DKDLoss, HardLabelLoss, kd_loss
+from basd.losses.rsd import RSDLoss
+from basd.losses.temperature import LearnedTemperature
+from basd.methods.dual_head import bce_kl
+from basd.methods.feature_distillation import FeatureDistillation
+from basd.models.cifar_models import SmallResNet
+from basd.models.taps import TappedModel
+from basd.runs.recipes import load_recipe
+
+x, y = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+images = ImageDataset(Source(TensorDataset(torch.zeros(40, 3, 4, 4, dtype=torch.uint8), torch.arange(40) % 4)))
+
+
+def student(): return create_student("deit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=4, depth=4, width=24, heads=2)
+
+
+def teacher():
+    return create_teacher("deit_tiny_patch16_224", untrained=True, num_classes=10, img_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=2)
+
+
+def task_of(method="distill", **options):
+    torch.manual_seed(0)
+    return create_task(method, student(), teacher(), total_steps=10, **options)
+
+
+class Gray(TappedModel): "A subclass, whose methods a plain copy would lose"
+
+
+def grids(n=3): return Layers([randn(2, 4, 6) for _ in range(n)], [(2, 2)]*n)
+
+
+def grown():
+    layers = grids(1)
+    layers.append(randn(2, 4, 6))
+    return layers
+
+
+logits, classes = randn(8, 10), torch.arange(8)
+REFUSED = {
+    "class numbers as probabilities": lambda: DKDLoss()(logits, logits, classes),
+    "one teacher image for eight": lambda: DKDLoss()(logits, logits[:1], F.one_hot(classes, 10)),
+    "a teacher of other classes": lambda: HardLabelLoss()(logits, logits[:, :5], None),
+    "one class against five": lambda: bce_kl(randn(4, 5), randn(4, 1)),
+    "a temperature per class": lambda: kd_loss(randn(8, 8), randn(8, 8), torch.linspace(1, 8, 8)),
+    "a negative temperature": lambda: kd_loss(logits, logits, -4.),
+    "a range of temperatures below 0": lambda: LearnedTemperature(10, low=-5., init=-1.),
+    "a negative temperature of cosines": lambda: self_similarity(randn(2, 4, 6), tau=-.1),
+    "a negative temperature of votes": lambda: knn_predict(randn(5, 3), classes[:5], randn(2, 3), 1, -.07),
+    "labels in a column": lambda: knn_predict(randn(5, 3), classes[:5, None], randn(2, 3), 1),
+    "a negative penalty": lambda: GrassmannSelector([6], [6, 6], rank=2, dim=6, recon=-1.),
+    "a negative weight in the balance": lambda: LossBalancer(["a", "b"], form="fixed", weights=dict(a=-1, b=1)),
+    "a negative kappa": lambda: RSDLoss([6], [6], kappa=-1.),
+    "a negative weight of a built-in class": lambda: task_of(FeatureDistillation, losses=dict(rkd=dict(weight=-1.))),
+    "layers without grids": lambda: CKALoss()(grown(), grids(2)),
+    "a mask as positions": lambda: ViewDataset(images, images.labels == 3, DualViewTransform(4)),
+    "floats as positions": lambda: ViewDataset(images, [.9, 1.9], DualViewTransform(4)),
+    "one image and a half": lambda: stratified_split(40, None, 1.5),
+    "a picture of floats": lambda: DualViewTransform(16)(torch.rand(3, 20, 20), 0),
+    "one teacher image for four": lambda: task_of()(x, y, x[:1]),
+    "teacher images up to 255": lambda: task_of()(x, y, 255*x),
+    "bytes beside normalized images": lambda: task_of(normalized=True)((x - .5)/.5, y, (255*x).byte()),
+    "logits as labels": lambda: task_of()(x, randn(4, 10)),
+    "several labels at once": lambda: task_of()(x, torch.ones(4, 10)),
+    "a share of a step": lambda: task_of()(x, y, step=.29),
+    "no steps at all": lambda: task_of()(x, y, total_steps=0),
+    "a share above 1": lambda: task_of()(x, y, mix=MixParams(torch.tensor([1, 0, 3, 2]), torch.tensor(1.5))),
+    "smoothing above 1": lambda: mix_labels(y, 10, None, 2.),
+    "another optimizer": lambda: task_of().follow(torch.optim.SGD([nn.Parameter(torch.ones(1))], .1)),
+    "a subclass as teacher": lambda: create_task("distill", student(), Gray(teacher().model), total_steps=1),
+    "a subclass as student": lambda: create_task("match", Gray(student().model, [-1]), teacher(), losses=dict(rkd={}), student_layers=[1], total_steps=1),
+    "a tapped model, tapped": lambda: TappedModel(teacher()),
+    "two layers too many": lambda: SmallResNet(22),
+    "bases of other dimensions": lambda: principal_angles(torch.eye(6)[:, :1], torch.eye(6)[:, :3]),
+    "a map that is not there": lambda: SharedProjection([8, 8, 16], [8], dim=4).student([randn(2, 16)], which=[4]),
+    "one map for two layers": lambda: SharedProjection([8, 8, 16], [8], dim=4).student([randn(2, 8)]*2, which=[0]),
+    "a debiased form that is not there": lambda: hsic(torch.eye(5), torch.eye(5), debias=True, center=False)}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what):
+    with pytest.raises(ValueError): REFUSED[what]()
+
+
+def test_a_second_mix_is_checked():
+    t, mix = task_of(), lambda partner: MixParams(torch.tensor(partner), torch.tensor(.6))
+    t(x, y, mix=mix([1, 0, 3, 2]))
+    with pytest.raises(ValueError, match="other partners"): t(x, y, mix=mix([2, 3, 0, 1]))
+
+
+def test_a_slice_of_layers_has_their_grids():
+    a, b = grids(), Layers([randn(2, 16, 6) for _ in range(3)], [(4, 4)]*3)
+    whole = lambda layers, n: Layers(list(layers)[:n], layers.grid_sizes[:n])
+    assert GramLoss()(a[:2], b[:2]) == GramLoss()(whole(a, 2), whole(b, 2)) == GramLoss()((a + b)[:2], (b + a).copy()[:2])
+
+
+def test_a_copy_reads_its_own_head():
+    "In `trajectory`, which reads layers by the student's head: a copied task, a pickled one, and the copy of a method that is evaluated"
+    t = task_of("match", losses=dict(trajectory={}))
+    value = lambda t: t(x, y)["losses"]["trajectory"].item()
+    other, before = copy.deepcopy(t), value(t)
+    assert value(pickle.loads(pickle.dumps(t))) == before
+    with torch.no_grad(): other.student.model.head.weight.mul_(3)
+    assert value(other) != before == value(t)
+    other(x, y)["losses"]["trajectory"].backward()
+    assert other.student.model.head.weight.grad.norm() > 0 and t.student.model.head.weight.grad is None
+
+
+def test_draws_of_a_loss_do_not_depend_on_the_others():
+    given = dict(rel={}, rkd=dict(images=3), cka=dict(max_rows=8))
+    value = lambda method, names: {n: v.item() for n,v in task_of(method, losses={n: given[n] for n in names})(x, y)["metrics"].items()
+                                   if n.startswith("loss_unweighted/")}
+    every = value("match", ["rel", "rkd", "cka"])
+    for names in (["cka", "rkd", "rel"], ["cka"], ["rkd", "cka"]):
+        found = value("match", names)
+        assert found == {n: every[n] for n in found}
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_counts_and_means_stay_in_float32(half):
+    b = LossBalancer(["a", "b"]).to(half)
+    for level in [(1., 1.)]*60 + [(.8, .7)]*500: b(torch.tensor(level), torch.tensor(0.), torch.tensor(100.))
+    assert b.count.max() > 256 and b.ema.allclose(torch.tensor([.8, .7]), atol=.02)
+    s = LearningProgressSelector([6], [6]*3, rank=2, dim=6).to(half)
+    assert {v.dtype for n,v in s.named_buffers() if v.is_floating_point()} == {torch.float32}
+
+
+def test_one_hook_counts():
+    t = task_of()
+    optimizer = torch.optim.SGD(t.parameters(), .1)
+    t.follow(optimizer).follow(optimizer)
+    t(x, y)["loss"].backward(); optimizer.step()
+    assert t.updates == 1
+    with pytest.raises(ValueError, match="follow"): t.after_update()
+    other = copy.deepcopy(t)                                # is followed by no optimizer
+    other.after_update()
+    assert (t.updates, other.updates) == (1, 2)
+
+
+def test_a_sign_is_no_negative_weight():
+    "`entropy_sign: -1` is one of the words of its option"
+    stage = [*load_recipe("basd_fourier", "method.selector.entropy_sign=-1").values()][-1]
+    assert stage.method.options.selector.entropy_sign == -1
