@@ -23,6 +23,7 @@ def step_generator(
     "A random generator that depends on `seed` and `step` alone: equal on all ranks, nothing to save"
     return torch.Generator(device).manual_seed((seed*1_000_003 + step) * 0x9E3779B97F4A7C15 % 2**63)
 
+# %% ../../nbs/core/04_sampling.ipynb #791b252f
 def named_generator(
     seed:int,      # of the run
     name:str,      # of the part that draws
