@@ -2,6 +2,7 @@
 that broadcast, floats cut to integers, masks read as positions, other scales, negative weights. And state that has to follow its owner does."""
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -60,49 +61,50 @@ def grown():
 
 
 logits, classes = randn(8, 10), torch.arange(8)
-REFUSED = {
-    "class numbers as probabilities": lambda: DKDLoss()(logits, logits, classes),
-    "one teacher image for eight": lambda: DKDLoss()(logits, logits[:1], F.one_hot(classes, 10)),
-    "a teacher of other classes": lambda: HardLabelLoss()(logits, logits[:, :5], None),
-    "one class against five": lambda: bce_kl(randn(4, 5), randn(4, 1)),
-    "a temperature per class": lambda: kd_loss(randn(8, 8), randn(8, 8), torch.linspace(1, 8, 8)),
-    "a negative temperature": lambda: kd_loss(logits, logits, -4.),
-    "a range of temperatures below 0": lambda: LearnedTemperature(10, low=-5., init=-1.),
-    "a negative temperature of cosines": lambda: self_similarity(randn(2, 4, 6), tau=-.1),
-    "a negative temperature of votes": lambda: knn_predict(randn(5, 3), classes[:5], randn(2, 3), 1, -.07),
-    "labels in a column": lambda: knn_predict(randn(5, 3), classes[:5, None], randn(2, 3), 1),
-    "a negative penalty": lambda: GrassmannSelector([6], [6, 6], rank=2, dim=6, recon=-1.),
-    "a negative weight in the balance": lambda: LossBalancer(["a", "b"], form="fixed", weights=dict(a=-1, b=1)),
-    "a negative kappa": lambda: RSDLoss([6], [6], kappa=-1.),
-    "a negative weight of a built-in class": lambda: task_of(FeatureDistillation, losses=dict(rkd=dict(weight=-1.))),
-    "layers without grids": lambda: CKALoss()(grown(), grids(2)),
-    "a mask as positions": lambda: ViewDataset(images, images.labels == 3, DualViewTransform(4)),
-    "floats as positions": lambda: ViewDataset(images, [.9, 1.9], DualViewTransform(4)),
-    "one image and a half": lambda: stratified_split(40, None, 1.5),
-    "a picture of floats": lambda: DualViewTransform(16)(torch.rand(3, 20, 20), 0),
-    "one teacher image for four": lambda: task_of()(x, y, x[:1]),
-    "teacher images up to 255": lambda: task_of()(x, y, 255*x),
-    "bytes beside normalized images": lambda: task_of(normalized=True)((x - .5)/.5, y, (255*x).byte()),
-    "logits as labels": lambda: task_of()(x, randn(4, 10)),
-    "several labels at once": lambda: task_of()(x, torch.ones(4, 10)),
-    "a share of a step": lambda: task_of()(x, y, step=.29),
-    "no steps at all": lambda: task_of()(x, y, total_steps=0),
-    "a share above 1": lambda: task_of()(x, y, mix=MixParams(torch.tensor([1, 0, 3, 2]), torch.tensor(1.5))),
-    "smoothing above 1": lambda: mix_labels(y, 10, None, 2.),
-    "another optimizer": lambda: task_of().follow(torch.optim.SGD([nn.Parameter(torch.ones(1))], .1)),
-    "a subclass as teacher": lambda: create_task("distill", student(), Gray(teacher().model), total_steps=1),
-    "a subclass as student": lambda: create_task("match", Gray(student().model, [-1]), teacher(), losses=dict(rkd={}), student_layers=[1], total_steps=1),
-    "a tapped model, tapped": lambda: TappedModel(teacher()),
-    "two layers too many": lambda: SmallResNet(22),
-    "bases of other dimensions": lambda: principal_angles(torch.eye(6)[:, :1], torch.eye(6)[:, :3]),
-    "a map that is not there": lambda: SharedProjection([8, 8, 16], [8], dim=4).student([randn(2, 16)], which=[4]),
-    "one map for two layers": lambda: SharedProjection([8, 8, 16], [8], dim=4).student([randn(2, 8)]*2, which=[0]),
-    "a debiased form that is not there": lambda: hsic(torch.eye(5), torch.eye(5), debias=True, center=False)}
+REFUSED = {  # what is given → words of the refusal, and the call
+    "class numbers as probabilities": ("give class probabilities", lambda: DKDLoss()(logits, logits, classes)),
+    "one teacher image for eight": ("teacher logits (1, 10) differ", lambda: DKDLoss()(logits, logits[:1], F.one_hot(classes, 10))),
+    "a teacher of other classes": ("teacher logits (8, 5) differ", lambda: HardLabelLoss()(logits, logits[:, :5], None)),
+    "one class against five": ("teacher logits (4, 1) differ", lambda: bce_kl(randn(4, 5), randn(4, 1))),
+    "a temperature per class": ("T=(8,)", lambda: kd_loss(randn(8, 8), randn(8, 8), torch.linspace(1, 8, 8))),
+    "a negative temperature": ("T=-4.0; a temperature is positive", lambda: kd_loss(logits, logits, -4.)),
+    "a range of temperatures below 0": ("low=-5.0", lambda: LearnedTemperature(10, low=-5., init=-1.)),
+    "a negative temperature of cosines": ("tau=-0.1", lambda: self_similarity(randn(2, 4, 6), tau=-.1)),
+    "a negative temperature of votes": ("temperature=-0.07", lambda: knn_predict(randn(5, 3), classes[:5], randn(2, 3), 1, -.07)),
+    "labels in a column": ("labels of shape (5, 1)", lambda: knn_predict(randn(5, 3), classes[:5, None], randn(2, 3), 1)),
+    "a negative penalty": ("recon=-1.0", lambda: GrassmannSelector([6], [6, 6], rank=2, dim=6, recon=-1.)),
+    "a negative weight in the balance": ("give weights of at least 0", lambda: LossBalancer(["a", "b"], form="fixed", weights=dict(a=-1, b=1))),
+    "a negative kappa": ("kappa=-1.0", lambda: RSDLoss([6], [6], kappa=-1.)),
+    "a negative weight of a built-in class": ("rkd.weight=-1", lambda: task_of(FeatureDistillation, losses=dict(rkd=dict(weight=-1.)))),
+    "layers without grids": ("2 layers and 1 grids", lambda: CKALoss()(grown(), grids(2))),
+    "a mask as positions": ("indices given as torch.bool", lambda: ViewDataset(images, images.labels == 3, DualViewTransform(4))),
+    "floats as positions": ("indices given as torch.float32", lambda: ViewDataset(images, [.9, 1.9], DualViewTransform(4))),
+    "one image and a half": ("is no number of images", lambda: stratified_split(40, None, 1.5)),
+    "a picture of floats": ("a picture of torch.float32", lambda: DualViewTransform(16)(torch.rand(3, 20, 20), 0)),
+    "one teacher image for four": ("1 images of the teacher for 4", lambda: task_of()(x, y, x[:1])),
+    "teacher images up to 255": ("pixels of the teacher's images", lambda: task_of()(x, y, 255*x)),
+    "bytes beside normalized images": ("images are bytes", lambda: task_of(normalized=True)((x - .5)/.5, y, (255*x).byte())),
+    "logits as labels": ("are no probabilities", lambda: task_of()(x, randn(4, 10))),
+    "several labels at once": ("are no probabilities", lambda: task_of()(x, torch.ones(4, 10))),
+    "a share of a step": ("step=0.29", lambda: task_of()(x, y, step=.29)),
+    "no steps at all": ("total_steps=0", lambda: task_of()(x, y, total_steps=0)),
+    "a share above 1": ("lam=1.5", lambda: task_of()(x, y, mix=MixParams(torch.tensor([1, 0, 3, 2]), torch.tensor(1.5)))),
+    "smoothing above 1": ("smoothing=2", lambda: mix_labels(y, 10, None, 2.)),
+    "another optimizer": ("no parameter of the student", lambda: task_of().follow(torch.optim.SGD([nn.Parameter(torch.ones(1))], .1))),
+    "a subclass as teacher": ("a TappedModel of its own", lambda: create_task("distill", student(), Gray(teacher().model), total_steps=1)),
+    "a subclass as student": ("a TappedModel of its own", lambda: create_task("match", Gray(student().model, [-1]), teacher(), losses=dict(rkd={}), student_layers=[1], total_steps=1)),
+    "a tapped model, tapped": ("is tapped already", lambda: TappedModel(teacher())),
+    "two layers too many": ("depth=22", lambda: SmallResNet(22)),
+    "bases of other dimensions": ("not on one Grassmannian", lambda: principal_angles(torch.eye(6)[:, :1], torch.eye(6)[:, :3])),
+    "a map that is not there": ("which=[4] of 3 maps", lambda: SharedProjection([8, 8, 16], [8], dim=4).student([randn(2, 16)], which=[4])),
+    "one map for two layers": ("which=[0] of 3 maps", lambda: SharedProjection([8, 8, 16], [8], dim=4).student([randn(2, 8)]*2, which=[0])),
+    "a debiased form that is not there": ("debias=True with center=False", lambda: hsic(torch.eye(5), torch.eye(5), debias=True, center=False))}
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what):
-    with pytest.raises(ValueError): REFUSED[what]()
+    words, call = REFUSED[what]
+    with pytest.raises(ValueError, match=re.escape(words)): call()
 
 
 def test_a_second_mix_is_checked():
@@ -118,7 +120,7 @@ def test_a_slice_of_layers_has_their_grids():
 
 
 def test_a_copy_reads_its_own_head():
-    "In `trajectory`, which reads layers by the student's head: a copied task, a pickled one, and the copy of a method that is evaluated"
+    "In `trajectory`, which reads layers by the student's head: a copied task, a pickled one, and the method's copy that evaluates another model"
     t = task_of("match", losses=dict(trajectory={}))
     value = lambda t: t(x, y)["losses"]["trajectory"].item()
     other, before = copy.deepcopy(t), value(t)
@@ -127,6 +129,11 @@ def test_a_copy_reads_its_own_head():
     assert value(other) != before == value(t)
     other(x, y)["losses"]["trajectory"].backward()
     assert other.student.model.head.weight.grad.norm() > 0 and t.student.model.head.weight.grad is None
+    # as `TrainingData.evaluate_unlabeled` copies it
+    method = copy.deepcopy(t.method, {id(t.student): other.student, id(t.teacher): t.teacher}).eval()
+    with torch.no_grad(): found = t.distill_losses(method, other.student, x, x, 10, 1.)["trajectory"].item()
+    with torch.no_grad(): own = other.distill_losses(other.method.eval(), other.student, x, x, 10, 1.)["trajectory"].item()
+    assert found == own != before
 
 
 def test_draws_of_a_loss_do_not_depend_on_the_others():

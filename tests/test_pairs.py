@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from basd.core.features import Attention
 from basd.core.registry import LOSSES, SELECTORS
 from basd.core.sampling import step_generator
-from basd.losses.base import Layers, build_loss
+from basd.losses.attention import AttentionKLLoss
+from basd.losses.base import Layers, build_loss, pair_layers
 from basd.losses.mixed_targets import mixed_loss
 
 P, B, GRID, WIDTH, HEADS = 3, 6, (3, 3), 12, 2
@@ -22,23 +24,47 @@ def side(layers, images, kind, seed):
     return Layers([qkv() if kind == "attention" else draw(9, WIDTH) for _ in range(layers)], [GRID]*layers)
 
 
-def value(name, student=(P, B), teacher=(P, B)):
-    "The loss, made for three layers of each side, on these numbers of layers and images"
+def made(name):
+    "The loss, made for three layers of each side, and the samples of a step"
     torch.manual_seed(0)
     loss = build_loss(LOSSES.get(name), {}, SHAPES)
     model = SimpleNamespace(model=SimpleNamespace(head=nn.Linear(WIDTH, 5)))
     loss.setup(model, model)
+    return loss, loss.sample([9]*P, B, step_generator(0, 0))
+
+
+def value(name, student=(P, B), teacher=(P, B), mixed=True):
+    "The loss on so many layers and images, as methods call it, or called directly"
+    loss, sample = made(name)
     kind = "attention" if loss.inputs == "attention" else "tokens"
-    sample = loss.sample([9]*P, B, step_generator(0, 0))
-    return mixed_loss(loss, side(*student, kind, 1), side(*teacher, kind, 2), None, sample, torch.zeros(()))
+    xs, ys = side(*student, kind, 1), side(*teacher, kind, 2)
+    if mixed or loss.moves: return mixed_loss(loss, xs, ys, None, sample, torch.zeros(()))
+    more = () if sample is None else (sample,)
+    return loss(xs, loss.target(ys, xs, *more), *more)
 
 
 @pytest.mark.parametrize("wrong", [dict(teacher=(P, 1)), dict(teacher=(P, B - 2)), dict(student=(P, 1)), dict(teacher=(P - 1, B)), dict(student=(1, B))])
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_is_no_pair(name, wrong):
-    assert value(name).isfinite()
     if LOSSES.get(name).moves and wrong.get("student", (0, 0))[1] == B: pytest.skip("it reads the last layer of the student")
-    with pytest.raises(ValueError): value(name, **wrong)
+    for mixed in (True, False):
+        assert value(name, mixed=mixed).isfinite()
+        with pytest.raises(ValueError): value(name, mixed=mixed, **wrong)
+
+
+def test_all_layers_need_no_partner():
+    "Where every teacher layer is imitated, there may be other numbers of layers than the student's"
+    loss = AttentionKLLoss([HEADS]*2, [HEADS]*3, scope="all_layers")
+    xs, ys = side(2, B, "attention", 1), side(3, B, "attention", 2)
+    assert loss(xs, loss.target(ys, xs)) > 0
+
+
+def test_batches_of_any_size_are_compiled_once():
+    "Sizes are compared without being looked up: a compiled step would be compiled again for each of them"
+    counter = CompileCounter()
+    step = torch.compile(lambda x, y: pair_layers([x], [y])[0].teacher.sum(), backend=counter, dynamic=None)
+    for n in (4, 6, 8, 10, 12): step(torch.rand(n, 9, 8), torch.rand(n, 9, 8))
+    assert counter.frame_count == 2                            # for the first, and for any
 
 
 @pytest.mark.parametrize("name", SELECTORS)

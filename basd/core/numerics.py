@@ -48,7 +48,7 @@ class Float32Buffers:
         super()._apply(fn, recurse)
         for n,b in before.items():
             now = self._buffers[n]
-            if torch.finfo(now.dtype).bits < 32 and not b.is_meta: self._buffers[n] = b.to(now.device)
+            if now.is_floating_point() and torch.finfo(now.dtype).bits < 32 and not b.is_meta: self._buffers[n] = b.to(now.device)
         return self
 
 

@@ -121,7 +121,7 @@ def _check_labels(
         raise ValueError(f"labels given as {given}; give a tensor of class numbers (B,), integers, or of probabilities (B, {num_classes})")
     if y.dim() == 2:                                                              # a row of zeros: no label
         total = y.float().sum(1)
-        shares = (y >= 0).all() & (((total - 1).abs() < .01) | (total == 0)).all()
+        shares = (y > -1e-4).all() & (((total - 1).abs() < .01) | (total == 0)).all()
         if y.is_cuda: torch._assert_async(shares, "labels given as probabilities have to be at least 0, with the sum 1 in each row")
         elif y.device.type == 'cpu' and not shares:
             raise ValueError(f"labels from {y.min():g} to {y.max():g}, of sums from {total.min():g} to {total.max():g} in a row, are no probabilities")
@@ -140,8 +140,8 @@ def mix_labels(
     blend:MixParams|None, # None: labels stay unmixed
     smoothing:float=0., # probability mass that is spread over all classes
 )->Tensor: # probabilities, float (B, C); zero where the class of an image, or of its partner, is unknown
-    ("Labels as probabilities: smoothed, then mixed as the images were. Raises ValueError for other types, shapes or classes; "
-     "on a GPU a class that does not exist is an assertion of the device")
+    ("Labels as probabilities: smoothed, then mixed as the images were. Raises ValueError for other types, shapes or classes, and for rows whose "
+     "sum is neither 1 nor 0; on a GPU a class that does not exist, or such a row, is an assertion of the device")
     _check_labels(y, num_classes)
     if not 0 <= smoothing <= 1: raise ValueError(f"smoothing={smoothing:g}; give a probability mass from 0 to 1")
     if y.dim() == 2: one_hot, known = y.float(), torch.ones_like(y[:, :1], dtype=torch.bool)

@@ -52,7 +52,7 @@ class TeacherDepth(Float32Buffers):
         layers:list, # of the teacher
     ):
         "Raise an error for fewer teacher layers than the next step reads: weights of the others would be lost"
-        if len(layers) < self.depth: raise ValueError(f"{len(layers)} teacher layers, and the selector reads the first {self.depth}; give them")
+        if len(layers) < self.depth: raise ValueError(f"{len(layers)} teacher layers, and the first {self.depth} are read; give them")
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)

@@ -151,7 +151,9 @@ def target(self:AttentionKLLoss,
     weights:Tensor|None=None, # layer weights, (P, L); None: each student layer has its own teacher layer
 ):           # as of `maps`
     "Targets of the student's attention, as of `maps`"
-    if weights is None: check_paired(xs, ys, images=False); weights = torch.eye(len(xs), device=getattr(ys[0], 'device', None))
+    if weights is None and self.scope != 'all_layers':
+        check_paired(xs, ys, images=False)
+        weights = torch.eye(len(xs), device=getattr(ys[0], 'device', None))
     return self.maps(ys, weights, [a.num_tokens for a in xs], grid_sizes_of(ys), grid_sizes_of(xs), rows)
 
 # %% ../../nbs/losses/23_attention.ipynb #d7b981d0

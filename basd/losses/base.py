@@ -62,9 +62,9 @@ def check_same_images(
     ys:list, # of the teacher, or targets
 ):
     "Raise an error where layers are of different numbers of images, which would be broadcast or cut"
-    counts = {len(getattr(z, 'q', getattr(z, 'map', z))) for z in (*xs, *ys) if z is not None}
-    if len(counts) > 1:
-        raise ValueError(f"layers of {' and '.join(map(str, sorted(counts)))} images; student and teacher need the same images")
+    counts = [len(getattr(z, 'q', getattr(z, 'map', z))) for z in (*xs, *ys) if z is not None]
+    if any(n != counts[0] for n in counts):                     # no set: a compiled step would be compiled again for each size
+        raise ValueError(f"layers of {' and '.join(map(str, sorted({*counts})))} images; student and teacher need the same images")
 
 def check_paired(
     xs:list, # of the student, tokens or attention

@@ -74,7 +74,7 @@ def forward(self:ALPLoss,
     xs:list,                # student tokens of all layers, P × (B, N_p, D_p)
     ys:list,                # teacher tokens of all layers, L × (B, N_l, D); detached here
 )->Tensor:                  # ()
-    "Mean over images, student layers and channels"
+    "Mean over images and student layers of `distance`"
     with autocast_disabled(xs[0]):
         q, h = self.vectors(xs, ys)
         return self.distance(q, self.weights(q, h) @ h)
@@ -110,7 +110,7 @@ def forward(self:LADLoss,
     xs:list,                # student tokens of all layers, P × (B, N_p, D_p)
     ys:list,                # teacher tokens of all layers, L × (B, N_l, D); detached here
 )->Tensor:                  # ()
-    "Mean over images, student layers and channels"
+    "Mean over images and student layers of `distance`"
     with autocast_disabled(xs[0]):
         q, h = self.vectors(xs, ys)
         return self.distance(q, self.folded(h))

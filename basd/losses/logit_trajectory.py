@@ -84,7 +84,7 @@ class TrajectoryLoss(FeatureLoss):
         student, # `TappedModel`
         teacher, # `TappedModel`
     ):
-        "Remember both models, whose heads are read"
+        "Remember both models, whose heads are read; a copy of the loss without its task copies them, too"
         if self.space == 'cka': return
         for model,who in zip(models := (student, teacher), ('student', 'teacher')): _classifier_readout(model, who)   # refuses what cannot be read
         self.models = models                    # in a tuple, so no parts of the loss; a copy of a task has those of the copy

@@ -144,7 +144,7 @@ class RSDLoss(FeatureLoss):
             raise ValueError(f"max_rows={max_rows}; give a positive number of rows, or None for all")
         if pooled: refuse_unread(RSDLoss, 'pooled=False', 'pooled=True, whose rows are images', max_rows=max_rows)
         self.kappa, self.center, self.pooled, self.reduction, self.max_rows = kappa, center, pooled, reduction, max_rows
-        self.points, self.at_once = len(widths_s), None # layers at a time; None: all, or one where they are large
+        self.at_once = None # layers at a time; None: all, or one where they are large
         together = len(set(widths_s)) == len(set(widths_t)) == 1
         self.heads = nn.ModuleList([ProjectionHeads(len(widths_s), widths_s[0], widths_t[0], gamma, norm)] if together
                                    else [ProjectionHeads(1, a, b, gamma, norm) for a,b in zip(widths_s, widths_t)])
@@ -210,7 +210,8 @@ def forward(self:RSDLoss,
 )->Tensor:       # ()
     "Mean over student layers"
     check_paired(xs, target)
-    if len(xs) != self.points: raise ValueError(f"{len(xs)} student layers, but the loss was made for {self.points}")
+    points = sum(len(h.w1) for h in self.heads)
+    if len(xs) != points: raise ValueError(f"{len(xs)} student layers, but the loss was made for {points}")
     for s,t in zip(xs, target):
         if not self.pooled and s.shape[1] != t.shape[1]:
             raise ValueError(f"student tokens {tuple(s.shape)} and target {tuple(t.shape)} differ in images or places; "

@@ -232,7 +232,7 @@ def loss_makers(self:BASD)->dict: # name → function that makes the module
     widths = s.widths if self.options.aligner.width == 'student' else [self.selector.mixed_width]*len(s.widths)
     make = dict(rsd=lambda: RSDLoss(s.widths, widths, **vars(o.rsd)), rel=lambda: TokenRelationLoss(**vars(o.rel)),
                 attn=lambda: AttentionKLLoss(s.heads, t.heads, **vars(o.attn)), spectral=lambda: SpectralLoss(**vars(o.spectral)))
-    make |= {n: partial(self.make_loss, n, widths) for n in sorted(vars(o)) if n not in make}      # the balance keeps its state by place
+    make |= {n: partial(self.make_loss, n, widths) for n in vars(o) if n not in make}
     missing = o.attn and self.attention_missing()
     if missing: warnings.warn(f"L_attn is left out: {missing}")
     return {n: f for n,f in make.items() if getattr(o, n) is not None and not (n == 'attn' and missing)}

@@ -27,7 +27,7 @@ class Target(NamedTuple):
     labels:Tensor
     # parameters of MixUp or CutMix with `partner` (B,), `lam` () and `own_fraction(n, grid)`; None if the images are not mixed
     mix:Any=None
-    # class of each image before it was mixed, (B,), for losses that tell the class of an image from the others; None: not known
+    # class of each image before it was mixed, (B,), for losses that tell the class of an image from the others; −1 without a label; None: not known
     classes:Tensor|None=None
 
 # %% ../../nbs/methods/50_base.ipynb #895c92e5

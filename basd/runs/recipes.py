@@ -560,7 +560,10 @@ def diff_recipes(
     out = []
     for k in dict.fromkeys([*a, *b]):
         x, y = a.get(k), b.get(k)
-        if isinstance(x, dict) and isinstance(y, dict): out += diff_recipes(x, y, f'{prefix}{k}.')
+        if isinstance(x, dict) and isinstance(y, dict):
+            out += diff_recipes(x, y, f'{prefix}{k}.')
+            # losses keep their parameters and running means by place
+            if k == 'losses' and sorted(x) == sorted(y) and [*x] != [*y]: out.append(f'order of {prefix}{k}: {[*x]}, {[*y]}')
         elif (list(x) if isinstance(x, tuple) else x) != (list(y) if isinstance(y, tuple) else y):
             out.append(f'{prefix}{k}: {x!r}, {y!r}')
     return out

@@ -29,7 +29,6 @@ from ..core.processes import check_compiler, keep_freed_memory
 from ..core.registry import METHODS, check_choices, is_given_name, trusting
 from ..data.sources import ImageDataset, open_source, stratified_split
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
-from ..losses.base import FeatureLoss
 from ..models.layers import layer_names
 from ..geometry.neighbors import knn_among, knn_predict, usual_k
 from ..runs.builders import (
@@ -249,9 +248,8 @@ def evaluate_unlabeled(self:TrainingData,
 )->dict|None: # distill_loss, n; knn (%) and k for a test split with labels; None if stopped
     "Distillation loss of a student, and k-NN among labeled test images"
     task, was, total = self.task, model.training, 0.
-    # the losses of the copy read the model that is evaluated
-    method = copy.deepcopy(task.method, {id(m): m for m in (task.student, task.teacher)}).requires_grad_(False).eval()
-    for loss in (m for m in method.modules() if isinstance(m, FeatureLoss)): loss.setup(model, task.teacher)
+    # losses that read the student's weights read, in the copy, those of the model that is evaluated
+    method = copy.deepcopy(task.method, {id(task.student): model, id(task.teacher): task.teacher}).requires_grad_(False).eval()
     ranks, n = world_size(), len(which)//world_size()
     parts = torch.arange(n).tensor_split(-(-n*ranks*self.grad_accum_steps//self.recipe.data.batch_size))
     batches = [(ranks*int(p[0]) + rank()*len(p) + torch.arange(len(p))).tolist() for p in parts]

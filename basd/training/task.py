@@ -206,16 +206,18 @@ def check_batch(self:DistillationTask,
     if teacher_images is not None and self.teacher is not None: _check_images(teacher_images, self.teacher, 'teacher')
     if labels is not None and not (isinstance(labels, Tensor) and labels.dim() == 0) and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images; give one for each, -1 for an image without a label")
-    views = [images] if teacher_images is None else [images, teacher_images]
+    views = [images] if teacher_images is None or self.teacher is None else [images, teacher_images]
     if len(views[-1]) != len(images): raise ValueError(f"{len(teacher_images)} images of the teacher for {len(images)} of the student; give both of each")
     if self.normalized and any(v.dtype == torch.uint8 for v in views):
         raise ValueError("images are bytes, and normalized=True says they are normalized; leave it out")
     if self.normalized or not self.check_scale: return
-    for v in (v for v in views if v.is_floating_point()):
+    untouched = getattr(self.teacher, 'mean', 0) is None                # a teacher that takes its images as they are given
+    for v,who in zip(views, ('student', 'teacher')):
+        if not v.is_floating_point() or who == 'teacher' and untouched: continue
         low, high = (x.item() for x in v.aminmax())                # of the first batch alone: the host waits for it
         if not -.5 <= low <= high <= 1.5:                          # interpolation may leave [0, 1] by a little
-            raise ValueError(f"pixels from {low:.2f} to {high:.2f}; give images in [0, 1], or bytes, or normalized=True to create_task "
-                             "if they are normalized for the student")
+            raise ValueError(f"pixels of the {who}'s images from {low:.2f} to {high:.2f}; give images in [0, 1], or bytes, or normalized=True to "
+                             "create_task if they are normalized for the student")
         self.check_scale = False
 
 # %% ../../nbs/training/69_task.ipynb #f3d94cba
@@ -268,7 +270,7 @@ def prepare_batch(self:DistillationTask,
     x = mix_images(self.scaled(images), mix)
     y = mix_labels(labels, self.classes, mix, m.smoothing if self.training else 0.) if self.label_scale else torch.zeros(len(images), self.classes, device=x.device)
     if self.label_scale != 1: y = self.label_scale*y                              # those without a label have none of it
-    target, features, self.depth = Target(y, None if m.teacher else mix, _classes_of(labels)), None, self.method.teacher_depth()
+    target, features, self.depth = Target(y, None if m.teacher else mix, _classes_of(labels) if self.label_scale else None), None, self.method.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
     with self.amp_context(images.device), record_function('step/teacher'):
         if self.cache is not None: features = self.cache(*records, **upto)
@@ -279,7 +281,7 @@ def prepare_batch(self:DistillationTask,
     with self.amp_context(images.device):
         return x, features, target, self.method.sample(StepState(step, total, self.seed, epoch, should_log), len(y), images.device)
 
-def _classes_of(labels): return labels if labels is None or labels.dim() == 1 else labels.argmax(-1)
+def _classes_of(labels): return labels.long() if labels.dim() == 1 else labels.argmax(-1)
 
 @patch
 @torch.compiler.disable
@@ -294,7 +296,8 @@ def after_update(self:DistillationTask,
     every:int=50, # updates after which the method may wait for the device
 ):
     "Call after each optimizer step"
-    if self.followed is not None: raise ValueError("the steps are counted already by follow(optimizer); leave after_update out")
+    if self.followed is not None and self.followed.hooks_dict_ref() is not None:             # its optimizer is there
+        raise ValueError("the steps are counted already by follow(optimizer); leave after_update out")
     self.count_update(every)
 
 @patch
@@ -317,7 +320,7 @@ def follow(self:DistillationTask,
         raise ValueError(f"the optimizer lacks {len(left)} parameters of the method, as {left[0]}, which make its targets; give it task.parameters(), or "
                          "further optimizers to follow")
     own = [p for p in self.student.parameters() if p.requires_grad]
-    if own and not any(id(p) in held for p in own): raise ValueError("the optimizer has no parameter of the student; give it task.parameters()")
+    if own and not any(id(p) in held for p in own): raise ValueError("the optimizer has no parameter of the student; give it task.parameters(), or further optimizers to follow")
     if self.followed is not None: self.followed.remove()
     self.followed = optimizer.register_step_post_hook(lambda *_: self.count_update())
     return self
@@ -402,8 +405,8 @@ def tapped_at(
     attention:bool,
 )->TappedModel: # with the same model
     "A model, tapped at the layers that a method reads"
-    refuse_derived(given)
     if resolve_layers(given.model, layers) == given.names and attention == given.attention: return given
+    refuse_derived(given)
     t = TappedModel(given.model, layers, attention, given.mean, given.std, given.prefix, given.channels_last, given.time_axis,
                given.grid, given.logits)
     for k in ('input_size', 'architecture', 'model_args', 'origin', 'label_names'):
