@@ -7,6 +7,7 @@ on it.
     # rank 0, at the first start
     torchrun --nproc_per_node=2 --max-restarts=1 tests/kills.py '[["checkpoint: half written", 1, 0]]' train …
 """
+import functools
 import io
 import json
 import os
@@ -52,6 +53,7 @@ def after(owner, name, last=None):
 
 def _change(owner, name, last, act):
     call = getattr(owner, name)
+    @functools.wraps(call)
     def changed(*args, **kw):
         return act(call, *args, **kw) if last is None or Path(args[-1]).name.startswith(last) else call(*args, **kw)
     setattr(owner, name, changed)

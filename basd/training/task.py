@@ -270,7 +270,7 @@ def prepare_batch(self:DistillationTask,
     x = mix_images(self.scaled(images), mix)
     y = mix_labels(labels, self.classes, mix, m.smoothing if self.training else 0.) if self.label_scale else torch.zeros(len(images), self.classes, device=x.device)
     if self.label_scale != 1: y = self.label_scale*y                              # those without a label have none of it
-    target, features, self.depth = Target(y, None if m.teacher else mix, _classes_of(labels) if self.label_scale else None), None, self.method.teacher_depth()
+    target, features, self.depth = Target(y, None if m.teacher else mix, _classes_of(labels)), None, self.method.teacher_depth()
     upto = {} if self.depth is None else dict(depth=self.depth)
     with self.amp_context(images.device), record_function('step/teacher'):
         if self.cache is not None: features = self.cache(*records, **upto)
@@ -281,7 +281,9 @@ def prepare_batch(self:DistillationTask,
     with self.amp_context(images.device):
         return x, features, target, self.method.sample(StepState(step, total, self.seed, epoch, should_log), len(y), images.device)
 
-def _classes_of(labels): return labels.long() if labels.dim() == 1 else labels.argmax(-1)
+def _classes_of(labels): # class of each image, (B,), or None where labels are not read and may be anything
+    if not isinstance(labels, Tensor) or labels.dtype == torch.bool or not labels.numel() or labels.dim() not in (1, 2): return None
+    return labels.long() if labels.dim() == 1 else labels.argmax(-1)
 
 @patch
 @torch.compiler.disable
