@@ -15,7 +15,7 @@ from torch import Tensor
 from .evaluation import eval_mode
 from ..core.chunking import chunk_size
 from ..core.files import page_style, save_figure
-from ..core.numerics import upcast, autocast_disabled
+from ..core.numerics import upcast, autocast_disabled, to_float64
 
 # %% ../../nbs/analysis/79_attention_distance.ipynb #bc661ad0
 def patch_distances(
@@ -104,7 +104,7 @@ def _layer_sums(
         A = some.probs()
         d = mean_distance(A, delta)
         share = prefix_attention(some) if some.num_prefix_tokens else torch.zeros_like(d)
-        total = total + torch.stack([d, attention_entropy(A), share]).double().sum(1)
+        total = total + to_float64(torch.stack([d, attention_entropy(A), share])).sum(1)
     return total
 
 # %% ../../nbs/analysis/79_attention_distance.ipynb #4300174a

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .evaluation import eval_mode, name_ticks
 from ..core.files import page_style, save_figure
+from ..core.numerics import to_float64
 
 # %% ../../nbs/analysis/80_cka_maps.ipynb #c2a66782
 def u_center(
@@ -46,10 +47,14 @@ def jackknife_error(
     ab:Tensor, # HSIC₁ between the layers in each batch, times its images, (m, La, Lb)
     aa:Tensor, # of each layer with itself, (m, La)
     bb:Tensor, # likewise, (m, Lb)
-)->Tensor|None: # (La, Lb); None for a single batch
-    "Jackknife over batches"
-    if len(ab) < 2: return None
-    c = cka_from_hsic(*(h.sum(0) - h for h in (ab, aa, bb))) # (m, La, Lb), each without one batch
+    sizes:list|None=None, # images of each batch; None: all alike
+)->Tensor|None: # (La, Lb); None if all but one batch are shorter than half of it
+    "Jackknife over batches; one shorter than half of the longest is left out together with the one before it"
+    whole = torch.tensor([2*n >= max(sizes) for n in sizes] if sizes else [True]*len(ab))
+    if whole.sum() < 2: return None
+    group = (whole.cumsum(0) - 1).clamp(min=0)
+    parts = [h.new_zeros(whole.sum(), *h.shape[1:]).index_add_(0, group.to(h.device), h) for h in (ab, aa, bb)]
+    c = cka_from_hsic(*(h.sum(0) - h for h in parts)) # (groups, La, Lb), each without one
     return ((len(c) - 1)*(c - c.mean(0)).square().mean(0)).sqrt()
 
 # %% ../../nbs/analysis/80_cka_maps.ipynb #b8f7c696
@@ -59,7 +64,7 @@ def _gram_matrix(
 )->Tensor:             # (n, n), float64
     "Gram matrix of the images' centered features in one layer"
     eps = torch.finfo(x.dtype).eps
-    x = x.double().mean(1) if pooled else x.double().flatten(1)
+    x = to_float64(x).mean(1) if pooled else to_float64(x).flatten(1)
     mean = x.mean(0)
     x = x - mean
     alike = x.square().sum(1).mean() <= (8*eps)**2*mean.square().sum()
@@ -89,7 +94,7 @@ def cka_map(
     if not parts: raise ValueError("there are no batches of images; give at least one, of 4 images or more")
     ab, aa, bb = (torch.stack(h).cpu() for h in zip(*parts))
     _check_layers(model_a.names, aa); _check_layers(model_b.names, bb)
-    error = jackknife_error(ab, aa, bb)
+    error = jackknife_error(ab, aa, bb, sizes)
     return dict(layers_a=list(model_a.names), layers_b=list(model_b.names), names=list(names),
                 cka=cka_from_hsic(ab.sum(0), aa.sum(0), bb.sum(0)).tolist(),
                 error=None if error is None else error.tolist(),
@@ -117,7 +122,10 @@ def _layers_of(
         raise ValueError("a model without tapped layers has nothing to compare; build it with layers='all', "
                          "a student with points='all'")
     device = next((p.device for p in model.parameters()), images.device)
-    return u_center(torch.stack([_gram_matrix(x, pooled) for x in model(images.to(device)).tokens]))
+    xs = model(images.to(device)).tokens
+    if len(xs) != len(model.names):
+        raise ValueError(f"{len(model.names)} layers are named and {len(xs)} are read, as of several teachers in one; give one of its members")
+    return u_center(torch.stack([_gram_matrix(x, pooled) for x in xs]))
 
 # %% ../../nbs/analysis/80_cka_maps.ipynb #ac3ad48e
 def _check_layers(
@@ -184,7 +192,8 @@ def layer_diversity(
 )->float:
     "One minus the mean CKA of two different layers of one model"
     c = torch.tensor(result['cka'], dtype=torch.double)
-    if result['layers_a'] != result['layers_b'] or len(c) < 2:
+    own = torch.diagonal(c)
+    if result['layers_a'] != result['layers_b'] or len(c) < 2 or ((own - 1).abs() > 1e-6).logical_and(own != 0).any():
         raise ValueError(f"a map of {len(c)} by {c.shape[1]} layers; diversity is that of one model with itself, "
                          "of two layers or more")
     return 1 - ((c.sum() - c.trace())/(c.numel() - len(c))).item()

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from .attention_distance import attention_distance, plot_attention
 from .cka_maps import cka_map, plot_cka
 from .curvature import hessian_spectrum, loss_landscape, plot_curvature, plot_landscape
-from .reports import run_student, run_teacher, subsample
+from .evaluation import or_skipped
+from .reports import run_student, run_teacher, subsample, _classes_of
 from .spectra import layer_weight_history, plot_layer_weights, plot_spectra, spectra
 from ..core.files import write_atomic
 from ..core.processes import process_group
@@ -41,16 +42,23 @@ class OpenedRun:
     device:Any
 
     @cached_property
-    def student(self): return run_student(self.recipe, self.test.num_classes, self.weights, device=self.device)
+    def student(self): return run_student(self.recipe, self.outputs, self.weights, device=self.device)
 
     @cached_property
-    def teacher(self): return run_teacher(self.recipe, device=self.device)
+    def teachers(self)->dict: # name → model
+        teacher = run_teacher(self.recipe, device=self.device)
+        members = getattr(teacher, 'members', [teacher])
+        return {f'teacher {i}' if len(members) > 1 else 'teacher': m for i,m in enumerate(members, 1)}
+
+    @cached_property
+    def outputs(self)->int: # of its head; a student that was trained without labels has none
+        return len(_classes_of(self.run, self.recipe))
 
     def untrained(self):
-        "The student with its initial weights"
+        "The student with random weights"
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.train.seed)
-            return run_student(self.recipe, self.test.num_classes, device=self.device)
+            return run_student(self.recipe, self.outputs, device=self.device)
 
     def batches(self,
         other=None,         # a second model with a view of its own
@@ -62,7 +70,7 @@ class OpenedRun:
         data = ViewDataset(source, subsample(indices, self.images),
                            DualViewTransform(input_size(self.student), None if other is None else input_size(other),
                                  crop='center'), train=False)
-        for b in DataLoader(data, batch):
+        for b in DataLoader(data, batch, generator=torch.Generator().manual_seed(0)):
             x = b['student'].to(self.device)
             yield ((x, b['label'].to(self.device)) if train
                    else x if other is None else (x, b['teacher'].to(self.device)))
@@ -83,18 +91,10 @@ def open_run(
     return OpenedRun(name or run.name, run, recipe, found[weights_path(found, weights, recipe, run)],
                   train, fit, test, images, device)
 
-# %% ../../nbs/analysis/84_compare_runs.ipynb #21955e71
-def _attempt(
-    f,     # () → a result
-)->dict:   # it, or {skipped: why}
-    "A result, or `{skipped: reason}` for an error"
-    try: return f()
-    except (ValueError, OSError) as e: return dict(skipped=str(e))
-
 # %% ../../nbs/analysis/84_compare_runs.ipynb #a4599113
 def _of_attention(runs:list)->dict: # name → measured and untrained
     "Attention distance of each student, trained and not"
-    return {o.name: _attempt(lambda: attention_distance(o.student, o.batches())
+    return {o.name: or_skipped(lambda: attention_distance(o.student, o.batches())
                             | dict(untrained=attention_distance(o.untrained(), o.batches()))) for o in runs}
 
 # %% ../../nbs/analysis/84_compare_runs.ipynb #ddee3efa
@@ -104,17 +104,25 @@ def _draw_attention(results:dict, path):
     alike = len({(tuple(r['grid']), len(r['layers']), len(r['distance'][0])) for r in base.values()}) == 1
     plot_attention(results, next(iter(base.values())) if alike else base, path)
 
+# %% ../../nbs/analysis/84_compare_runs.ipynb #010df18e
+def _beside_teachers(o:OpenedRun)->dict: # title → map
+    "A student with each of its teachers"
+    def beside(name): return cka_map(o.student, o.teachers[name], o.batches(o.teachers[name]), names=(o.name, f'its {name}'))
+    there = or_skipped(lambda: o.teachers)
+    if 'skipped' in there: return {f'{o.name} × teacher': there}
+    return {f'{o.name} × {name}': or_skipped(lambda: beside(name)) for name in there}
+
+
 # %% ../../nbs/analysis/84_compare_runs.ipynb #9e6410fb
 def _of_cka(runs:list)->dict: # title → map
     "Each student with itself, with its teacher, and with the first run's student"
     out = {}
     for o in runs:
-        out[o.name] = _attempt(lambda: cka_map(o.student, o.student, o.batches(), names=(o.name, o.name)))
-        out[f'{o.name} × teacher'] = _attempt(lambda: cka_map(o.student, o.teacher, o.batches(o.teacher),
-                                                             names=(o.name, 'its teacher')))
+        out[o.name] = or_skipped(lambda: cka_map(o.student, o.student, o.batches(), names=(o.name, o.name)))
+        out |= _beside_teachers(o)
     first = runs[0] if runs else None
     for o in runs[1:]:
-        out[f'{first.name} × {o.name}'] = _attempt(lambda: cka_map(first.student, o.student, first.batches(o.student),
+        out[f'{first.name} × {o.name}'] = or_skipped(lambda: cka_map(first.student, o.student, first.batches(o.student),
                                                                   names=(first.name, o.name)))
     return out
 
@@ -124,7 +132,7 @@ def _of_hessian(runs:list)->dict: # name → curvature, with landscape
     def of(o):
         seen = list(replace(o, images=max(1, o.images//4)).batches(train=True))
         return hessian_spectrum(o.student, seen, steps=30, probes=10) | dict(landscape=loss_landscape(o.student, seen))
-    return {o.name: _attempt(lambda: of(o)) for o in runs}
+    return {o.name: or_skipped(lambda: of(o)) for o in runs}
 
 # %% ../../nbs/analysis/84_compare_runs.ipynb #e03e4886
 def _draw_hessian(results:dict, path):
@@ -135,8 +143,8 @@ def _draw_hessian(results:dict, path):
 # %% ../../nbs/analysis/84_compare_runs.ipynb #cc70b7c6
 METRICS = dict(
     attention=(_of_attention, _draw_attention), cka=(_of_cka, plot_cka), hessian=(_of_hessian, _draw_hessian),
-    spectrum=(lambda runs: {o.name: _attempt(lambda: spectra(o.student, o.batches())) for o in runs}, plot_spectra),
-    mixing=(lambda runs: {o.name: _attempt(lambda: layer_weight_history(o.run)) for o in runs}, plot_layer_weights)) # name → (measure, draw)
+    spectrum=(lambda runs: {o.name: or_skipped(lambda: spectra(o.student, o.batches())) for o in runs}, plot_spectra),
+    mixing=(lambda runs: {o.name: or_skipped(lambda: layer_weight_history(o.run)) for o in runs}, plot_layer_weights)) # name → (measure, draw)
 
 # %% ../../nbs/analysis/84_compare_runs.ipynb #401a5b65
 def analyze(

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .evaluation import check_logits, eval_mode, name_ticks
 from ..core.files import page_style, save_figure
-from ..core.numerics import autocast_disabled
+from ..core.numerics import autocast_disabled, to_float64
 
 # %% ../../nbs/analysis/81_curvature.ipynb #94657d74
 def _split(
@@ -97,7 +97,7 @@ def lanczos(
     rho, s = torch.linalg.eigh(T)
     top = rho.abs().argsort(descending=True)[:k]
     y = s[:, top].mT.to(Q) @ Q
-    residuals = [(matvec(a) - r*a).double().norm() for a,r in zip(y, rho[top].tolist())]
+    residuals = [to_float64(matvec(a) - r*a).norm() for a,r in zip(y, rho[top].tolist())]
     return Ritz(rho[top], torch.stack(residuals).cpu(), y)
 
 # %% ../../nbs/analysis/81_curvature.ipynb #db673ff4
@@ -126,7 +126,7 @@ def hutchinson_trace(
     probes,  # vectors with E[v vᵀ] = 1, (P,) each, two or more; `_signs` are best
 )->tuple:    # trace, and its standard error
     "Hutchinson's estimate of the trace of a matrix from its products with vectors"
-    q = [(v*matvec(v)).sum(dtype=torch.double).item() for v in probes]
+    q = [to_float64(v*matvec(v)).sum().item() for v in probes]
     if len(q) < 2: raise ValueError(f"probes: {len(q)}, but a trace with its error takes two or more")
     q = torch.tensor(q, dtype=torch.double)
     return q.mean().item(), (q.std()/len(q)**.5).item()

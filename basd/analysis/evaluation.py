@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['eval_mode', 'predict', 'check_logits', 'wilson_interval', 'accuracy_summary', 'accuracy', 'confusion_matrix',
            'per_class_accuracy', 'name_ticks', 'plot_per_class', 'plot_confusion', 'calibration', 'plot_calibration',
-           'knn_accuracy', 'linear_probe', 'teacher_agreement', 'model_cost', 'evaluate_predictions',
-           'teacher_predictions', 'plot_robustness', 'plot_report']
+           'knn_accuracy', 'linear_probe', 'teacher_agreement', 'model_cost', 'or_skipped', 'evaluate_predictions',
+           'teacher_predictions', 'agreements', 'plot_robustness', 'plot_report']
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #3a8f7c59
 import warnings
@@ -56,7 +56,7 @@ def predict(
     if not len(data): raise ValueError("indices is empty; give at least one position, or None for all images")
     rows = []
     with eval_mode(model):
-        for b in DataLoader(data, batch):
+        for b in DataLoader(data, batch, generator=torch.Generator().manual_seed(0)):   # no draw of its own from the caller's
             x = b['student'].to(device)
             f = model(x if change is None else change(x, b['index'].tolist()))
             rows.append((f.logits, f.tokens[-1].float().mean(1) if f.tokens else None, b['label']))
@@ -122,16 +122,20 @@ def accuracy(
     "Top-1 and top-5 accuracy with their intervals"
     check_logits(logits, labels)
     n, C = logits.shape
-    hits = lambda k: round(n*counted.multiclass_accuracy(logits, labels, C, average='micro', top_k=min(k, C)).item())
-    return accuracy_summary(hits(1), n) | {k.replace('1', '5'): v for k,v in accuracy_summary(hits(5), n).items()}
+    first, among = logits.argmax(1) == labels, (logits.topk(min(5, C)).indices == labels[:, None]).any(1)
+    one, five = (accuracy_summary(hits.sum().item(), n) for hits in (first, among))
+    return one | {k.replace('1', '5'): v for k,v in five.items()}
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #f1b5d683
 def confusion_matrix(
     logits:Tensor, # (n, C)
     labels:Tensor, # (n,)
+    most:int=2000, # classes; of more the matrix is too large for a list
 )->list: # C lists of C counts; rows are true classes
     "Confusion matrix, rows are true classes"
     check_logits(logits, labels)
+    if (C := logits.shape[1]) > most:
+        raise ValueError(f"the confusion matrix of {C:,} classes has {C*C:,} entries; `per_class_accuracy` counts the correct ones")
     return counted.multiclass_confusion_matrix(logits.argmax(1), labels, logits.shape[1]).tolist()
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #31e64666
@@ -141,9 +145,10 @@ def per_class_accuracy(
     classes:list|None=None, # their names; numbers if None
 )->dict: # mean over the classes that are there, in %; classes: name and `accuracy_summary` of each
     "Accuracy per class, and its mean"
-    rows = confusion_matrix(logits, labels)
-    names = classes or [str(c) for c in range(len(rows))]
-    each = [dict(name=name) | accuracy_summary(row[i], sum(row)) for i,(name,row) in enumerate(zip(names, rows, strict=True))]
+    check_logits(logits, labels)
+    C, hit = logits.shape[1], logits.argmax(1) == labels
+    found, there = (torch.bincount(y, minlength=C).tolist() for y in (labels[hit], labels))
+    each = [dict(name=name) | accuracy_summary(k, n) for name,k,n in zip(classes or map(str, range(C)), found, there, strict=True)]
     there = [c['top1'] for c in each if c['n']]
     return dict(mean=sum(there)/len(there), classes=each)
 
@@ -315,6 +320,15 @@ def model_cost(
     return dict(parameters=sum(p.numel() for p in model.model.parameters()), flops=flops.get_total_flops(),
                 images_per_s=batch/t, batch=batch, device=name, threads=torch.get_num_threads())
 
+# %% ../../nbs/analysis/76_evaluation.ipynb #eaeef5a4
+def or_skipped(
+    f,     # () → a result
+):         # it, or {skipped: why}
+    "A result, or `{skipped: reason}` for a refusal"
+    try: return f()
+    except (ValueError, OSError) as e: return dict(skipped=str(e))
+
+
 # %% ../../nbs/analysis/76_evaluation.ipynb #09094951
 def evaluate_predictions(
     outputs:dict,            # of `predict` on test images
@@ -333,11 +347,7 @@ def evaluate_predictions(
                  knn=lambda: knn_accuracy(*frozen),
                  linear_probe=lambda: linear_probe(*frozen),
                  agreement=lambda: teacher_agreement(z, teacher_predictions(outputs_t, bank_t, z)))
-    out = {}
-    for name,f in parts.items():
-        try: out[name] = f()
-        except ValueError as e: out[name] = dict(skipped=str(e))
-    return out
+    return {name: or_skipped(f) for name,f in parts.items()}
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #3f0f149e
 def teacher_predictions(
@@ -354,6 +364,16 @@ def teacher_predictions(
                          "for a vote of neighbors")
     return knn_predict(bank['features'], bank['labels'], outputs['features'])
 
+# %% ../../nbs/analysis/76_evaluation.ipynb #c75e8a43
+def agreements(
+    result:dict, # of `evaluate_predictions`; with `agreement_2` and so on of a student with several teachers
+)->dict:         # part → (the teacher in words, a short label)
+    "The parts of a report that compare with a teacher"
+    parts = [part for part in result if part.startswith('agreement')]
+    if len(parts) < 2: return dict.fromkeys(parts, ('the teacher', 'agreement'))
+    return {part: (f'teacher {i}', f'agreement {i}') for i,part in enumerate(parts, 1)}
+
+
 # %% ../../nbs/analysis/76_evaluation.ipynb #497b5b13
 def _plot_scores(
     result:dict, # of `evaluate_predictions`
@@ -361,8 +381,8 @@ def _plot_scores(
 ):
     "Bars of head, k-NN, probe and agreement on one scale"
     import matplotlib.pyplot as plt
-    ax, titles = ax or plt.subplots()[1], dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe',
-                                               agreement='agreement')
+    ax, titles = ax or plt.subplots()[1], dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe')
+    titles |= {part: label for part,(_, label) in agreements(result).items()}
     rows = [(label, result[part]['top1'], result[part]['top1_ci'])
             for part,label in titles.items() if 'top1' in result.get(part, {})]
     for i,(_,v,ci) in enumerate(rows):

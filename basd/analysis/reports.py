@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from .corruptions import corruption_accuracy
-from .evaluation import accuracy_summary, evaluate_predictions, model_cost, plot_report, predict
+from .evaluation import (
+    accuracy_summary, agreements, evaluate_predictions, model_cost, or_skipped, plot_report, predict, teacher_agreement, teacher_predictions)
 from ..core.distributed import rank
-from ..core.files import write_atomic
+from ..core.files import fingerprint, write_atomic
 from ..core.processes import process_group
 from ..core.registry import METHODS, is_import_name, offering, require_given, trusting
 from ..data.sources import ClassMismatch
@@ -30,7 +31,7 @@ from ..runs.run_directory import load_run_recipe, saved_weights, weights_path
 def run_student(
     recipe,           # of the run
     classes:int,      # C
-    weights=None,     # state dict; None: newly initialized, as before training
+    weights=None,     # state dict; None: random weights, also of a student that began from others
     layers='all',     # to tap, as of `TappedModel`
     attention:bool=True,
     device='cpu',
@@ -181,8 +182,10 @@ def _foreign(
 def _suffix(
     on, # a source, or None
 )->str: # '' or '-name', fit for a file's name
-    "Suffix of the names of files about other images"
-    return '' if on is None else '-' + re.sub(r'\W+', '-', Path(on).name if on.count('/') > 1 else on).strip('-')
+    "Suffix of the names of files about other images; of a path its last name, with a digest of the whole"
+    if on is None: return ''
+    name, digest = (Path(on).name, f'-{fingerprint(on)[:6]}') if on.count('/') > 1 else (on, '')
+    return '-' + re.sub(r'\W+', '-', name).strip('-') + digest
 
 # %% ../../nbs/analysis/83_reports.ipynb #0ed05e5c
 def subsample(
@@ -202,14 +205,23 @@ def _teacher_outputs(
     fit:list,# which of them
     device,
     classes=None, # names of the student's
-)->tuple:    # its teacher's predictions on test and training images (of `predict`), or (None, None); why not
-    "Predictions of a run's teacher"
+)->tuple:    # for each teacher its predictions on test images, and on training images if it has no head (of `predict`); why there is none
+    "Predictions of a run's teachers"
     try: teacher = run_teacher(recipe, [-1], device=device, classes=classes)
-    except (ValueError, OSError) as e: return None, None, str(e)
+    except (ValueError, OSError) as e: return [], str(e)
     size = input_size(teacher)
-    outputs = predict(teacher, test, None, size, device)
-    headless = outputs['logits'] is None or outputs['logits'].shape[1] != len(test.among or test.classes)
-    return outputs, predict(teacher, train, fit, size, device, among=test.among) if headless and train is not None else None, ''
+    def of(one):
+        outputs = predict(one, test, None, size, device)
+        headless = outputs['logits'] is None or outputs['logits'].shape[1] != len(test.among or test.classes)
+        return outputs, predict(one, train, fit, size, device, among=test.among) if headless and train is not None else None
+    return [of(one) for one in getattr(teacher, 'members', [teacher])], ''
+
+# %% ../../nbs/analysis/83_reports.ipynb #06b507ac
+def _agreement(outputs, outputs_t, bank_t):
+    "Agreement of a student with a further teacher"
+    z = outputs['logits']
+    return or_skipped(lambda: teacher_agreement(z, teacher_predictions(outputs_t, bank_t, z)))
+
 
 # %% ../../nbs/analysis/83_reports.ipynb #83aa0001
 def _best_by(run)->str|None:
@@ -250,8 +262,9 @@ def evaluate_run(
         # the head is for other classes; the features may still be good
         if classes != test.classes: outputs['logits'] = None
         bank = predict(student, train, fit, size, here, among=test.among) if train is not None else None
-        outputs_t, bank_t, reason = _teacher_outputs(recipe, test, train, fit, here, classes)
-        out = evaluate_predictions(outputs, bank, outputs_t, bank_t, [test.classes[i] for i in test.among or range(test.num_classes)])
+        taught, reason = _teacher_outputs(recipe, test, train, fit, here, classes)
+        out = evaluate_predictions(outputs, bank, *(taught or [(None, None)])[0], [test.classes[i] for i in test.among or range(test.num_classes)])
+        out |= {f'agreement_{i}': _agreement(outputs, *t) for i,t in enumerate(taught[1:], 2)}
         if bare and bank is None:
             near = knn_among(outputs['features'], outputs['labels'])
             out['knn'] = accuracy_summary(round(near['knn']*len(test)/100), len(test)) | dict(train_n=len(test) - 1, k=near['k'])
@@ -273,8 +286,8 @@ def summary(
     rate = lambda s: f"{s['top1']:.2f} % [{s['top1_ci'][0]:.2f}, {s['top1_ci'][1]:.2f}]"
     lines = [f"{r['run']}: {r['weights']} weights{' by ' + r['best_by'] if 'best_by' in r else ''} on {r['images']}"
              f"{', among ' + r['among'] if 'among' in r else ''}"]
-    for part,label in dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe',
-                           agreement='agreement with the teacher').items():
+    labels = dict(accuracy='top-1', knn='k-NN', linear_probe='linear probe')
+    for part,label in (labels | {p: f'agreement with {whom}' for p,(whom, _) in agreements(r).items()}).items():
         lines.append(f"  {label}: {rate(r[part]) if 'skipped' not in r[part] else 'left out, ' + r[part]['skipped']}")
     if 'skipped' not in r['calibration']: lines.append(f"  calibration error: {r['calibration']['ece']:.3f}")
     if 'robustness' in r:

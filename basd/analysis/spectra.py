@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .evaluation import eval_mode
 from ..core.files import page_style, save_figure
+from ..core.numerics import to_float64
 from ..losses.spectral import _eigenvalues, gram
 
 # %% ../../nbs/analysis/82_spectra.ipynb #1fece587
@@ -27,7 +28,7 @@ class CovarianceMeter:
         x:Tensor, # rows, (M, D)
     ):
         "Add one batch of rows"
-        x, a, b = x.double(), self.rows, len(x)
+        x, a, b = to_float64(x), self.rows, len(x)
         if not b: return
         mean = x.mean(0)
         z, delta = x - mean, mean - self.mean
@@ -68,7 +69,7 @@ def _by_image(
     x:Tensor, # tokens, (B, N, D)
 )->Tensor:    # shares of energy of each image, descending, (B, min(N, D))
     "Spectra of the images' own tokens"
-    x = x.double()
+    x = to_float64(x)
     return explained_variance_ratio(gram(x - x.mean(-2, keepdim=True)), x.square().sum((-1, -2)))
 
 # %% ../../nbs/analysis/82_spectra.ipynb #6303e6f8

@@ -46,6 +46,20 @@ def holm(
     for i,(p, n) in enumerate(tested): out[n] = last = max(last, min(1., (len(tested) - i)*p))
     return out
 
+# %% ../../nbs/benchmark/87_results.ipynb #9c0af70d
+def _by_seed(
+    runs:list, # of `against_baseline`
+    entry:str,
+)->dict:       # (processor, seed) → mean top1, median step or None
+    "Runs of one entry that have ended, those of one processor and seed together"
+    found = {}
+    for r in runs:
+        if r['entry'] == entry and 'top1' in r: found.setdefault((r['cpu'], r['seed']), []).append(r)
+    middle = lambda steps: statistics.median(steps) if steps else None
+    return {k: dict(top1=statistics.fmean(r['top1'] for r in rs), step=middle([r['step'] for r in rs if r['step']]))
+            for k,rs in found.items()}
+
+
 # %% ../../nbs/benchmark/87_results.ipynb #1d116b27
 def against_baseline(
     runs:list,         # dicts: entry, seed, cpu, top1 (%), step (s); or `failed` instead of the last two
@@ -54,7 +68,7 @@ def against_baseline(
 )->list: # dicts: name, n, mean, pairs, difference, half, p, holm, step, ratio, failed; the most accurate first
     "One row per entry: mean over seeds, and paired differences on the same processor; several runs of a seed count as their mean"
     names = dict.fromkeys(r['entry'] for r in runs)
-    at = {n: {(r['cpu'], r['seed']): r for r in runs if r['entry'] == n and 'top1' in r} for n in names}
+    at = {n: _by_seed(runs, n) for n in names}
     base, rows = at.get(baseline, {}), []
     for name, mine in at.items():
         shared = mine.keys() & base.keys()
@@ -86,14 +100,16 @@ def _step_seconds(
 def result_of(
     run,   # run directory
     extra=(), # directories of stages whose time is counted
-)->dict|None: # top1, val_top1, best_epoch, seconds, step, extra, images; or failed; None if it has not ended
+)->dict|None: # top1, val_top1, best_epoch, weights, seconds, step, extra, images; or failed; None if it has not ended
     "Result of a run, or its failure"
     run = Path(run)
     if (run/'failed.txt').is_file(): return dict(failed=(run/'failed.txt').read_text(encoding='utf-8').splitlines()[0])
     if not (run/'result.json').is_file(): return None
     read = lambda at, name='result': json.loads((Path(at)/f'{name}.json').read_text(encoding='utf-8'))
     r, test = read(run), read(run)['test'][read(run)['exported']]
-    return dict(top1=test['top1'], images=test['n'], val_top1=r['val_top1'], best_epoch=r['best_epoch'],
+    validated = r.get('best_by', 'top1') is not None
+    return dict(top1=test['top1'], images=test['n'], val_top1=r.get('val_top1') if validated else None,
+                best_epoch=r['best_epoch'], weights=r['exported'] if validated or r['exported'] != 'best' else 'last',
                 seconds=r['seconds'] + sum(read(e)['seconds'] for e in extra),
                 step=_step_seconds(read_metrics(run, 'step')), extra=read(run, 'price')['extra'])
 
@@ -179,7 +195,10 @@ def footnotes(
     n, base = len(results['seeds']), results['baseline']
     spread = ("mean ± standard deviation over seeds (weights, order and augmentation; the split is fixed)" if n > 1
               else "one seed: no spread, no test")
-    out = [f"accuracy: {spread}; the epoch is chosen on the validation split; the test split is evaluated once"]
+    chosen = {r.get('weights', 'best') for v in results['entries'].values() for r in v['runs'] if 'top1' in r} or {'best'}
+    words = dict(best='the epoch is chosen on the validation split', last='the weights are those of the last epoch',
+                 ema='the weights are averages over the last steps')
+    out = [f"accuracy: {spread}; {' or '.join(words[w] for w in sorted(chosen))}; the test split is evaluated once"]
     if n > 1:
         out.append(f"minus {base}: mean of the differences per seed ± half-width of its 95 % interval; "
                    "p: paired t-test with one degree of freedom less than seeds, "

@@ -225,7 +225,8 @@ def conclusions(
     out = [(f"**Measuring distances helps in {len(helps)} of {len(tested)} frames**" if helps else
             f"**No benefit of measuring distances is shown in any of {len(tested)} frames**")
            + ": a selector would have to be significantly better than the uniform map and than the best choice that measures nothing "
-           "(paired over seeds, p < 0.05 after correction for the entries of a frame, not for the number of frames)."]
+           "(paired over seeds, p < 0.05 after correction in each frame, for selectors that measure and for other entries separately, "
+           "and not for the number of frames)."]
     out += [f"On {frame(n)} {named(found)} {'is' if len(found) == 1 else 'are'} significantly better than the uniform map, "
             f"{'' if len(found) == 1 else f'`{best[n]}` '}by {_difference(better[n][best[n]])} points; the best that measures nothing, {_control(frames[n], best[n])}." for n,found in measured.items()]
     if unmeasured: out.append(f"Significantly better than the uniform map without measuring: {listed(unmeasured)}.")

@@ -346,7 +346,8 @@ def memory(self:StepCost)->dict: # bytes of each step, including what is in use 
     state = lambda opt: sum(v.numel()*v.element_size() for s in opt.state.values()
                             for v in s.values() if isinstance(v, torch.Tensor))
     bound = size(self.plain, self.plain_teacher) + state(self.plain_optimizer) + _peak_memory(self.bound, self.device)
-    full = size(self.task, self.teacher) + state(self.trainer.optimizer) + _peak_memory(self.full, self.device)
+    averages = [cb.average for cb in self.trainer.callbacks if isinstance(cb, EMA)]
+    full = size(self.task, self.teacher, *averages) + state(self.trainer.optimizer) + _peak_memory(self.full, self.device)
     return dict(bound=bound, full=full, ratio=full/bound)
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #4e2a1eb7

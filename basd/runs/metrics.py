@@ -100,7 +100,8 @@ def read_metrics(
     kind:str|None=None, # "step", "epoch", "finding", "test"; all rows if None
 )->list:
     "Rows of a run's log"
-    rows = [json.loads(line) for line in (Path(run)/'metrics.jsonl').read_text().splitlines()]
+    text = (Path(run)/'metrics.jsonl').read_text(encoding='utf-8')
+    rows = [json.loads(line) for line in text.rpartition('\n')[0].splitlines()]     # a run that was killed may have left part of a line
     return [r for r in rows if kind in (None, r['kind'])]
 
 # %% ../../nbs/runs/64_metrics.ipynb #7a1c0e03

@@ -439,7 +439,7 @@ class Test(Callback):
         exported, best = self.export if self.export in weights else 'last', self.validation.best
         by = None if not t.data.val else 'knn' if t.config.eval_metric == 'knn' else 'distill_loss' if 'distill_loss' in best else 'top1'
         t.result = dict(exported=exported, test=result, best_epoch=best['epoch'], best_by=by,
-                        **{f'val_{k}': v for k,v in best.items() if k != 'epoch'}, seconds=self.metrics.elapsed(), skipped_images=t.data.skipped_images())
+                        **{f'val_{k}': v for k,v in best.items() if by and k != 'epoch'}, seconds=self.metrics.elapsed(), skipped_images=t.data.skipped_images())
         if rank() == 0:
             student.model.load_state_dict(weights[exported])
             save_student(student, self.run)
