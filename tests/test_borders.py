@@ -43,6 +43,23 @@ def teacher():
     return create_teacher("deit_tiny_patch16_224", untrained=True, num_classes=10, img_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=2)
 
 
+def far_student(): return create_student(student().model, mean=(.1, .2, .3), std=(.3, .3, .3))
+
+
+def head_alone():
+    s = student()
+    s.model.requires_grad_(False)
+    s.model.head.requires_grad_(True)
+    return s
+
+
+def detached_attention():
+    "As reentrant gradient checkpointing runs them: queries and keys are made without gradient"
+    task = task_of("basd", selector=dict(name="ramp"))
+    task.student.model.blocks[0].attn.qkv.register_forward_hook(lambda m, args, out: out.detach())
+    return task
+
+
 def task_of(method="distill", **options):
     torch.manual_seed(0)
     return create_task(method, student(), teacher(), total_steps=10, **options)
@@ -84,6 +101,16 @@ REFUSED = {  # what is given → words of the refusal, and the call
     "one teacher image for four": ("1 images of the teacher for 4", lambda: task_of()(x, y, x[:1])),
     "teacher images up to 255": ("pixels of the teacher's images", lambda: task_of()(x, y, 255*x)),
     "bytes beside normalized images": ("images are bytes", lambda: task_of(normalized=True)((x - .5)/.5, y, (255*x).byte())),
+    "a normalized view of another teacher": ("has other mean and std", lambda: create_task("distill", far_student(), teacher(), total_steps=1, normalized=True)(x - .5, y, x - .5)),
+    "one logit": ("one logit", lambda: create_task("ce", create_student("deit_tiny_patch16_224", num_classes=1, img_size=16, patch_size=4, depth=1, width=24, heads=2))),
+    "logits of a map": ("logits of one image of shape (1, 10, 4, 4)", lambda: create_task("ce", create_student(nn.Conv2d(3, 10, 4, 4), img_size=16, layers=[]))),
+    "a method nobody knows": ("did you mean 'fitnets'?", lambda: task_of("fitnet")),
+    "a recipe with a student of its own": ("sets its student besides a method", lambda: task_of("lift")),
+    "a recipe in stages": ("sets its stages besides a method", lambda: task_of("two_stage")),
+    "a student frozen below its head": ("have no gradient, so losses on these layers would train nothing", lambda: create_task("basd", head_alone(), teacher(), total_steps=1)(x, y)),
+    "attention without a gradient": ("queries and keys of blocks.0 have no gradient", lambda: detached_attention()(x, y)),
+    "an argument that is 0": ("drop_rate is for a model that is built", lambda: create_student(nn.Conv2d(3, 10, 4, 4), img_size=16, layers=[], drop_rate=0)),
+    "a model without the size of its images": ("is tapped without the size of its images", lambda: create_task("ce", TappedModel(student().model, mean=(.5,)*3, std=(.5,)*3))),
     "logits as labels": ("are no probabilities", lambda: task_of()(x, randn(4, 10))),
     "several labels at once": ("are no probabilities", lambda: task_of()(x, torch.ones(4, 10))),
     "a share of a step": ("step=0.29", lambda: task_of()(x, y, step=.29)),

@@ -1,13 +1,20 @@
 """Classes have names: a run keeps those of its training split, and whatever meets it later is numbered by them."""
 import json
+import os
 import shutil
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from basd.runs.run_directory import read_classes
+from basd.analysis.reports import evaluate_run, evaluate_student
 from basd.cli import main
+from basd.core.registry import METHODS
+from basd.runs.builders import build_teacher
+from basd.runs.recipes import load_recipe
+from basd.runs.run_directory import read_classes
 
 COLOURS = dict(ant=(220, 30, 30), bee=(30, 220, 30), cow=(30, 30, 220), dog=(220, 220, 30))
 WORDS = ["data.train_split=Training", "data.test_split=Testing", "data.workers=0", "data.batch_size=12", "data.val_size=12",
@@ -127,3 +134,64 @@ def test_tests_that_are_among_the_training_images(tmp_path, capsys):
     for i in range(8): (root/"Testing"/"ant"/f"{i}.png").unlink()
     printed = run(capsys, "train", *CE, f"data.source={root}", "train.epochs=1", "--run-dir", tmp_path/"run").out
     assert "16 of the 16 test images are among the training images" in printed
+
+
+def named_teacher(classes, **section):
+    "The teacher of a run on images of these classes, by the names that come with its weights"
+    recipe = load_recipe("deit_cifar", [*WORDS, "method.name=distill"])[""]
+    recipe.teacher = replace(recipe.teacher, **section)
+    return build_teacher(recipe, METHODS.get("distill").requires(recipe.method.options), classes)
+
+
+def test_weights_that_come_with_names(trained, tmp_path, capsys):
+    "An exported student, from its folder or its file, teaches by the names of its classes as its run does"
+    run(capsys, "export", trained/"run", "--to", tmp_path/"out")
+    for origin in (dict(model=f"local-dir:{tmp_path/'out'}", pretrained=True),
+                   dict(model="deit_tiny_patch16_224", checkpoint=str(trained/"run"/"student.safetensors"), img_size=16,
+                        kwargs=dict(patch_size=8, depth=1, embed_dim=32, num_heads=2, num_classes=3))):
+        assert named_teacher(["cow", "ant"], **origin).columns.tolist() == [2, 0]
+        assert named_teacher(["ant", "bee", "cow"], **origin).columns is None
+        with pytest.raises(ValueError, match="has no class 'dog'"): named_teacher(["ant", "dog"], **origin)
+        capsys.readouterr()
+        assert named_teacher(["n01", "n02", "n03"], **origin).columns is None                # another vocabulary, as ImageNet's numbers
+        assert "its logits are taken in the student's order" in capsys.readouterr().out
+
+
+def test_a_folder_without_splits_is_tested_whole(trained, tmp_path, capsys):
+    "A fifth of it was, without a word"
+    whole = zoo(tmp_path, **{".": called("ant", "bee", "cow")}, per_class=10)
+    assert "(30 images)" in run(capsys, "evaluate", trained/"run", "--quick", "--on", whole).out
+    report = evaluate_run(str(trained/"run"), on=whole, corrupted=0, device="cpu")           # a path, not a text
+    assert report["accuracy"]["n"] == 30 and report["knn"]["train_n"] == 36 and report["images"] == str(whole)
+
+
+def test_other_images_by_the_same_name(trained, tmp_path, capsys):
+    "The images of a run are compared with those of its test"
+    copy = shutil.copytree(trained, tmp_path/"copy")
+    edit = (copy/"run"/"recipe.yaml").read_text().replace(str(trained/"zoo"), str(zoo(tmp_path/"zoo", Training=called("ant", "bee", "cow"), Testing=called("ant", "bee"))))
+    (copy/"run"/"recipe.yaml").write_text(edit)
+    with pytest.warns(UserWarning, match="are not those of"): evaluate_student(str(copy/"run"), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_student(str(trained/"run"), device="cpu")
+
+
+def test_dollars_and_bytes(tmp_path, capsys):
+    "Names are drawn as they are; a name that is no text is refused before a step is made"
+    zoo(tmp_path/"money", Training={"$1-$5": "ant", "$5_$10": "bee"}, Testing={"$1-$5": "ant", "$5_$10": "bee"})
+    run(capsys, "train", *CE, f"data.source={tmp_path/'money'}", "train.epochs=1", "--run-dir", tmp_path/"run")
+    run(capsys, "evaluate", tmp_path/"run", "--corrupted", "0")
+    try: os.rename(os.fsencode(tmp_path/"money"/"Training"/"$1-$5"), os.fsencode(tmp_path/"money"/"Training")+b"/caf\xe9")
+    except OSError: pytest.skip("the file system takes no such name")
+    assert "is no UTF-8" in run(capsys, "train", *CE, f"data.source={tmp_path/'money'}", "--run-dir", tmp_path/"other", status=2).err
+
+
+def test_a_recipe_that_was_edited_in_its_run(trained, tmp_path, capsys):
+    "It was compared with itself"
+    copy = shutil.copytree(trained/"run", tmp_path/"run")
+    text = (copy/"recipe.yaml").read_text()
+    (copy/"recipe.yaml").write_text(text.replace("  epochs: 8\n", "  epochs: 9\n"))
+    assert "was changed since the run began: train.epochs: 8, 9" in run(capsys, "resume", copy, status=2).err
+    (copy/"recipe.yaml").write_text(text.replace("  workers: 0\n", "  workers: 1\n"))            # may change
+    run(capsys, "resume", copy)
+    assert json.loads((copy/"environment.json").read_text())["recipe"]["data"]["workers"] in (0, 1)

@@ -138,3 +138,18 @@ def test_a_student_of_ones_own(tmp_path, monkeypatch, capsys):
     exec(shown_code(card, "python"), seen := {})
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert_same_view(torch.from_numpy(seen["logits"]), student, x, 16)
+
+
+def test_the_folder_is_a_beginning_for_timm(run, tmp_path):
+    "Other classes, no head and one channel, as of a folder that timm wrote; and a run that begins there is exported in its turn"
+    export_run(run, tmp_path/"out")
+    place = f"local-dir:{tmp_path/'out'}"
+    weights = timm.create_model(place, pretrained=True).state_dict()
+    for words in (dict(num_classes=7), dict(num_classes=0), dict(in_chans=1)):
+        model = timm.create_model(place, pretrained=True, **words)
+        assert torch.equal(model.blocks[1].mlp.fc1.weight, weights["blocks.1.mlp.fc1.weight"]), words
+    again = create_student(place, num_classes=10, pretrained=True, img_size=8)
+    save_student(again, tmp_path)
+    for k, v in load_student(tmp_path).model.state_dict().items(): assert torch.equal(v, weights[k]), k
+    with pytest.raises(ValueError, match="do not fit the model as built with .*embed_dim=36"):
+        create_student(place, num_classes=10, pretrained=True, width=36, heads=2)

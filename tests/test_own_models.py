@@ -228,3 +228,46 @@ def test_a_resumed_run_takes_the_same_teacher(tmp_path, teacher, monkeypatch):
     stopped_after_an_epoch(tmp_path/"run", monkeypatch, how)
     torch.manual_seed(5)
     with pytest.raises(ValueError, match="began with a teacher of other weights"): basd.resume(str(tmp_path/"run"), **given(Cnn(3, 12)))
+
+
+class Rows(nn.Module):
+    "Blocks whose maps have their channels last, (B, h, w, D), as no attribute says"
+    def __init__(self, d=24):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, d, 4, 4), nn.Linear(d, 10)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4*d), nn.GELU(), nn.Linear(4*d, d)) for _ in range(3))
+
+    def forward(self, x):
+        x = self.patches(x).permute(0, 2, 3, 1)
+        for block in self.blocks: x = x + block(x)
+        return self.head(x.mean((1, 2)))
+
+
+def test_channels_last_are_told_by_the_layers():
+    "64 tokens of 24 channels; they were read as 192 tokens of 8"
+    model = Rows()
+    student = basd.create_student(model, img_size=32)
+    student.infer_shapes(torch.zeros(1, 3, 32, 32))
+    assert (student.tokens, student.widths, student.grid_sizes) == ([64]*3, [24]*3, [(8, 8)]*3)
+    turned = basd.create_teacher(model, img_size=32, **PLAIN, channels_last=False)
+    turned.infer_shapes(torch.zeros(1, 3, 32, 32))
+    assert turned.tokens == [8*24]*3                                                         # what is given counts
+
+
+def test_a_teacher_in_half_precision():
+    "In a loop in float32 it gets images in its own number type, and a student in float64 beside a teacher in float32 likewise"
+    made = lambda seed: (torch.manual_seed(seed), timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=4, depth=2,
+                                                                    embed_dim=24, num_heads=3))[1]
+    x, y = torch.rand(8, 3, 16, 16), torch.arange(8)
+    loss = lambda student, teacher: basd.create_task("distill", student, basd.create_teacher(teacher), total_steps=1)(x, y)["losses"]["logits"].item()
+    exact = loss(made(0), made(1))
+    assert loss(made(0), made(1).bfloat16()) == pytest.approx(exact, rel=.05) and loss(made(0).double(), made(1)) == pytest.approx(exact, rel=1e-4)
+    assert loss(made(0), made(1).half()) == pytest.approx(exact, rel=.01)
+
+
+def test_the_second_output_is_the_logits():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.features, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 10)
+        def forward(self, x): z = self.features(x).mean((2, 3)); return z, self.head(z)
+    student = basd.create_student(Two(), img_size=16, layers=[], logits=1)
+    assert basd.create_task("ce", student, total_steps=1).classes == 10

@@ -7,7 +7,9 @@ __all__ = ['run_student', 'run_teacher', 'write_evaluation', 'evaluate_student',
 
 # %% ../../nbs/analysis/83_reports.ipynb #8e67efc8
 import json
+import os
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +69,24 @@ def _classes_of(
     found = None if run is None else run_classes(run, recipe)
     return build_datasets(recipe)[0].classes if found is None else found
 
+# %% ../../nbs/analysis/83_reports.ipynb #7d077266
+def _own_training_images(recipe, run):
+    "Training images of the run and which of them it learned from, for neighbors and a probe; (None, []) where they are not on this machine"
+    try: return build_datasets(recipe, run)[:2]
+    except (ValueError, OSError): return None, []
+
+def _warn_of(images, run=None):
+    "Warn of what was left out or drawn of images, or with `run` whether they are others than those of its test"
+    notes = [*images.source.notes]
+    if run is not None:
+        try: there = json.loads((Path(run)/'environment.json').read_text(encoding='utf-8'))['data']['test']
+        except (OSError, ValueError, KeyError, TypeError): there = ''
+        here = images.fingerprint() if there.startswith('content-') else there
+        notes = [f"the test images of {images.source.name} are not those of {run} (fingerprint {there} there, {here} here)"]*(here != there)
+    if rank() == 0:
+        for n in notes: warnings.warn(n, stacklevel=3)
+
+
 # %% ../../nbs/analysis/83_reports.ipynb #b65f1f24
 def _others(
     recipe,               # of a run
@@ -80,6 +100,8 @@ def _others(
     except (ValueError, OSError): train = None                               # test images alone, or classes of its own
     test = open_images(d, d.test_split, on, classes or (train and train.classes),
                        whose if classes else f"{on}'s training split")
+    if classes and getattr(test.source, 'drawn', False):                     # a folder without splits: all of it is to be tested
+        return *_own_training_images(recipe, whose), open_images(d, '', on, classes, whose)
     return train, [] if train is None else list(range(len(train))), test
 
 # %% ../../nbs/analysis/83_reports.ipynb #deffdc7c
@@ -91,11 +113,14 @@ def _images_of(
     "The images that a run is evaluated on, numbered by the run's classes; other images that have classes of their own, by these"
     if on is None:
         train, fit, _, test = build_datasets(recipe, run)
+        _warn_of(test, run)
         return train, fit, test
     # what the caller names may be imported, what the run names may not
     with fetching(recipe), trusting({on} if is_import_name(on) else (), Path.cwd()):
-        try: return _others(recipe, on, _classes_of(run, recipe), run)
-        except ClassMismatch: return _others(recipe, on)
+        try: found = _others(recipe, on, _classes_of(run, recipe), run)
+        except ClassMismatch: found = _others(recipe, on)
+    _warn_of(found[2])
+    return found
 
 # %% ../../nbs/analysis/83_reports.ipynb #012eaa0b
 def write_evaluation(
@@ -121,7 +146,7 @@ def evaluate_student(
     # to `evaluation.json`
 )->dict:
     "Accuracy of a run's weights on its test split, exact on any number of ranks"
-    run = Path(run_dir)
+    run, on = Path(run_dir), on and os.fspath(on)
     recipe, out = load_run_recipe(run, trust), {}
     if weights not in ('all', 'exported'): weights_path(dict.fromkeys(('last', 'best', 'ema')), weights, recipe)
     found = saved_weights(run)
@@ -246,7 +271,7 @@ def evaluate_run(
     # also `report.json` and `report.png` in the run directory
 )->dict:
     "All metrics of a run's student; on one process"
-    run = Path(run_dir)
+    run, on = Path(run_dir), on and os.fspath(on)
     recipe, found = load_run_recipe(run, trust), saved_weights(run)
     name = weights_path(found, weights, recipe, run)
     with offering(take_objects(dict(student=student, teacher=teacher, data=data))[0]), process_group(device) as here:

@@ -135,7 +135,7 @@ def page_style():
     import matplotlib.pyplot as plt
     # a backend sets its parameters when it is loaded; within the context they would be lost at its end
     plt.switch_backend(plt.get_backend())
-    return plt.style.context('basd.page')
+    return plt.style.context(['basd.page', {'text.parse_math': False}])    # names of classes and runs may have dollars
 
 # %% ../../nbs/core/07_files.ipynb #4b781bc5
 def save_figure(

@@ -144,7 +144,7 @@ def mix_labels(
      "sum is neither 1 nor 0; on a GPU a class that does not exist, or such a row, is an assertion of the device")
     _check_labels(y, num_classes)
     if not 0 <= smoothing <= 1: raise ValueError(f"smoothing={smoothing:g}; give a probability mass from 0 to 1")
-    if y.dim() == 2: one_hot, known = y.float(), torch.ones_like(y[:, :1], dtype=torch.bool)
+    if y.dim() == 2: one_hot, known = y.float(), (y != 0).any(1, keepdim=True)
     else: one_hot, known = (y[:, None] == torch.arange(num_classes, device=y.device)).float(), (y >= 0)[:, None]
     p = one_hot*(1 - smoothing) + smoothing/num_classes
     if blend is None: return p*known

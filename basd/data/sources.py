@@ -338,6 +338,8 @@ def _find_classes(
         if _hidden(e.name): left['hidden or system name'] += 1
         elif _kind(e) == 'folder': out.setdefault(_same(e.name), []).append(e.path)
         else: left['file outside of the class folders' if _kind(e) == 'file' else _kind(e)] += 1
+    if unfit := next((n for n in out if not _is_text(n)), None):
+        raise ValueError(f"{split} has a class folder whose name is no UTF-8 ({unfit!r}), which no file of a run could hold; rename it")
     names, alike, places = sorted(out, key=natural_order), {}, {}
     for b in names:
         a = alike.setdefault(b.casefold(), b)
@@ -347,6 +349,12 @@ def _find_classes(
         other = places.setdefault(_identity(path), name)
         if other != name: raise ValueError(f"classes {other!r} and {name!r} of {split} are one folder; remove the link")
     return {n: out[n] for n in names}
+
+def _is_text(name):
+    "Whether a file name is UTF-8; other bytes are lone surrogates in Python"
+    try: name.encode(); return True
+    except UnicodeEncodeError: return False
+
 
 # %% ../../nbs/data/46_sources.ipynb #25a309a2
 def _find_images(

@@ -51,6 +51,8 @@ def create_student(
     grid:tuple|None=None,         # (rows, columns) of the patches; None: worked out
     mean=None,                    # of each channel of images in [0, 1]; None: the model's own
     std=None,                     # likewise
+    channels_last:bool|None=None, # maps are (B, h, w, D); None: worked out
+    logits='auto',                # key or place of the logits in what a module of your own returns
     **kwargs,                     # of `timm.create_model`
 )->TappedModel:
     "A student, by name or from a module, tapped at its student layers"
@@ -66,7 +68,7 @@ def create_student(
     if not isinstance(model, str):
         img_size = check_module(model, img_size, mean, dict(pretrained=pretrained, num_classes=num_classes)
                                 | {k: v for k,v in args.items() if k != 'img_size'}, trained=False)
-        student = wrap_student(model, None, None, layers, attention, img_size, prefix, grid, mean, std)
+        student = wrap_student(model, None, None, layers, attention, img_size, prefix, grid, mean, std, channels_last, logits)
         student.origin = (f'given as {type(model).__name__}' if checkpoint is None else
                           weights_origin(model, False, load_weights(model, checkpoint, True, checkpoint_key)))
         return student
@@ -80,8 +82,9 @@ def create_student(
     m, args = create_timm_model(model, pretrained, num_classes=10 if num_classes is None else num_classes, **args)
     taken = None if checkpoint is None else load_weights(m, checkpoint, True, checkpoint_key)
     if named: img_size = check_module(m, img_size, mean, {}, trained=False)
-    elif ':' in model: model = (m.pretrained_cfg or {}).get('architecture') # its name without the hub
-    student = wrap_student(m, model, args, layers, attention, img_size, prefix, grid, mean, std)
+    elif ':' in model:                                      # its name without the hub, and the arguments that stood there
+        model, args = (m.pretrained_cfg or {}).get('architecture'), args | timm.models.get_model_args(m)
+    student = wrap_student(m, model, args, layers, attention, img_size, prefix, grid, mean, std, channels_last, logits)
     student.origin = f'given as {type(m).__name__}' if is_given_name(model) and taken is None else weights_origin(m, pretrained, taken)
     return student
 
@@ -97,6 +100,8 @@ def wrap_student(
     grid:tuple|None=None,    # (rows, columns) of the patches; None: worked out
     mean=None,               # of each channel of images in [0, 1]; None: its own or its timm part's, for a foreign one ImageNet's
     std=None,                # likewise
+    channels_last:bool|None=None, # maps are (B, h, w, D); None: worked out
+    logits='auto',           # key or place of the logits in what it returns
 )->TappedModel:
     "Tap a model that is there already; your own `nn.Module` too"
     _check_given(model)
@@ -104,7 +109,7 @@ def wrap_student(
     own = square_side(getattr(getattr(_configured(model), 'patch_embed', None), 'img_size', None), f'patch_embed.img_size of {kind}')
     img_size = square_side(img_size) or own or square_side(config['input_size'][1:], f'input_size of {kind}')
     t = TappedModel(model, _default_student_layers(len(layer_names(model))) if layers is None else layers, attention,
-               config['mean'], config['std'], prefix, grid=grid)
+               config['mean'], config['std'], prefix, channels_last, grid=grid, logits=logits)
     t.input_size = 3, img_size, img_size
     t.architecture, t.model_args = architecture, dict(model_args or {})
     return t

@@ -147,7 +147,7 @@ def tokens(self:Taps,
     "Tokens of one layer's output"
     r = self.readings[i]
     if out.dim() == 4:
-        last = r.last if r.last is not None else self._last(out)
+        last = r.last if r.last is not None else self._last(i, out)
         return *to_tokens(out, channels_last=last), 0
     if out.dim() != 3: return *to_tokens(out), 0
     if r.turned: out = out.mT
@@ -162,9 +162,22 @@ def tokens(self:Taps,
     return out[:, prefix:] if r.order is None else out[:, prefix:][:, r.order.to(out.device)], grid, prefix
 
 @patch
-def _last(self:Taps, out):
+def _last(self:Taps,
+    i:int,      # of the layer
+    out:Tensor, # what it returned, of four dimensions
+)->bool:
+    "Whether channels are the last dimension: by the widths that timm states, else by those of the layer's own modules"
     first, last = out.shape[1] in self.widths, out.shape[-1] in self.widths
+    if first == last and self.channels_last is not True:
+        maps, rows = _module_widths(self.modules[i])
+        first, last = out.shape[1] in maps, out.shape[-1] in rows
     return last if first != last else self.channels_last
+
+def _module_widths(module):
+    "Channels of convolutions within a module, which put them first, and of layers that work on the last dimension"
+    each = list(module.modules())
+    return ({m.out_channels for m in each if isinstance(m, nn.Conv2d)},
+            {m.normalized_shape[-1] for m in each if type(m) is nn.LayerNorm} | {m.out_features for m in each if isinstance(m, nn.Linear)})
 
 # %% ../../nbs/models/40_taps.ipynb #804a3827
 def _embedding(model):
@@ -349,7 +362,9 @@ class TappedModel(nn.Module):
             return x
         check_image_type(x)
         if x.dtype == torch.uint8: x = x.to(self.mean.dtype) / 255
-        return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+        x = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype)
+        return x.to(own)                                        # weights of another precision than the loop's
 
     def _taps(self):
         "`Taps` of this model, made anew where a module was replaced or a setting changed since the pass before"
@@ -456,7 +471,7 @@ def _settled(taps, i):
     r, out = taps.readings[i], taps.outputs.get(i)
     if out is None or i in taps.repeated: taps.versions = {j: _version(o) for j,o in taps.outputs.items()}; taps.check()
     if taps.time_axis or out.dim() not in (3, 4): return r
-    if out.dim() == 4: return replace(r, last=taps._last(out) if r.last is None else r.last)
+    if out.dim() == 4: return replace(r, last=taps._last(i, out) if r.last is None else r.last)
     _, grid, prefix = taps.tokens(i, out)
     moves = r.order is None and _place_tokens(out.shape[1], taps.grid, prefix, True)[1] == grid
     # the patch embedding has it, for every size

@@ -10,6 +10,7 @@ __all__ = ['FrozenTeacher', 'refuse_derived', 'freeze', 'read_weights', 'load_we
 # %% ../../nbs/models/41_teachers.ipynb #5c1bb8e6
 import difflib
 import inspect
+import json
 import sys
 import warnings
 from collections import OrderedDict
@@ -389,6 +390,8 @@ def create_timm_model(
                              f"given {given or 'none'}") from None
         if pretrained and 'No pretrained weights exist' in message:
             raise ValueError(f"{model} has no published weights; set pretrained=false, or give a checkpoint") from None
+        if pretrained and isinstance(e, RuntimeError) and 'state_dict' in message:
+            raise ValueError(f"the weights of {model} do not fit the model as built with {given or 'no arguments'}: {message}") from None
         if pretrained:
             raise ValueError(f"the weights of {model} cannot be fetched ({type(e).__name__}); "
                              "connect to the network once, or give a checkpoint file and pretrained=false") from None
@@ -491,7 +494,7 @@ def check_module(
     _check_given(m)
     known = _configured(m)
     kind, foreign, embed = type(m).__name__, not getattr(known, 'pretrained_cfg', None), getattr(known, 'patch_embed', None)
-    if extra := [k for k,v in built.items() if v not in (None, False, 0)]:
+    if extra := [k for k,v in built.items() if v is not None and v is not False]:
         raise ValueError(f"{kind} is built already, and {extra[0]} is for a model that is built by its name; leave it out")
     own = square_side(getattr(embed, 'img_size', None), f'patch_embed.img_size of {kind}')
     fixed = own and getattr(embed, 'strict_img_size', False)
@@ -505,6 +508,23 @@ def check_module(
         raise ValueError(f"{kind} has no configuration of timm's that holds how its images are normalized; give mean and std "
                          "for images in [0, 1], or mean=(0, 0, 0) and std=(1, 1, 1) if it takes them as they are")
     return size
+
+# %% ../../nbs/models/41_teachers.ipynb #a82a2a7a
+def _stated_classes(
+    m:nn.Module,
+    checkpoint=None, # file that its weights are from
+)->list|None:        # in the order of its logits; None: not stated
+    "Class names that come with weights: in a folder or on a hub of timm's, in a Transformers model, beside a student's weights"
+    names = (getattr(m, 'pretrained_cfg', None) or {}).get('label_names') if checkpoint is None else None
+    by_id = getattr(getattr(m, 'config', None), 'id2label', None) or {}
+    if checkpoint is None and by_id and not all(str(v).startswith('LABEL_') for v in by_id.values()):
+        names = [by_id[i] for i in sorted(by_id)]
+    beside = None if checkpoint is None else Path(checkpoint).with_name('student.json')
+    if beside is not None and Path(checkpoint).name == 'student.safetensors' and beside.is_file():
+        try: names = json.loads(beside.read_text(encoding='utf-8')).get('label_names')
+        except (ValueError, AttributeError): names = None
+    return list(names) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else None
+
 
 # %% ../../nbs/models/41_teachers.ipynb #aa2d4a68
 def create_teacher(
@@ -522,6 +542,7 @@ def create_teacher(
     prefix:int|None=None,    # class and register tokens; None: worked out
     grid:tuple|None=None,    # (rows, columns) of the patches; None: worked out
     logits='auto',           # as in `_find_logits`
+    channels_last:bool|None=None, # maps are (B, h, w, D); None: worked out
     **kwargs,                # of `timm.create_model`
 )->FrozenTeacher:
     "A frozen teacher, by name or from a module; raises ValueError for rectangular images, and for what does not go together"
@@ -539,10 +560,11 @@ def create_teacher(
         warnings.warn(f"{model} teaches without trained weights; give pretrained=True or a checkpoint, "
                       "or untrained=True if that is meant", stacklevel=2)
     config = input_config(m, mean, std)
-    t = TappedModel(m, layers, attention, config['mean'], config['std'], prefix, grid=grid, logits=logits)
+    t = TappedModel(m, layers, attention, config['mean'], config['std'], prefix, channels_last, grid=grid, logits=logits)
     t.input_size = 3, *2*(img_size or square_side(config['input_size'][1:], f'input_size of {type(m).__name__}'),)
     t.architecture, t.model_args = None if given else model, args
     t.origin = f'given as {type(m).__name__}' if (given or named) and taken is None and not untrained else weights_origin(m, pretrained, taken)
+    t.label_names = _stated_classes(m, checkpoint)
     return freeze(t)
 
 # %% ../../nbs/models/41_teachers.ipynb #d3c1d602

@@ -232,9 +232,10 @@ def _one_teacher(
     "A frozen teacher"
     layers = 'all' if needs.teacher_layers is None else needs.teacher_layers
     if t.run is not None: return _of_classes(load_teacher_run(t.run, layers, needs.attention), classes, t.run, needs.logits)
-    return create_teacher(t.model, layers=layers, attention=needs.attention,
-                          **{k: getattr(t, k) for k in ('pretrained', 'checkpoint', 'checkpoint_key', 'untrained',
-                                                    'img_size', 'mean', 'std')}, **t.kwargs)
+    teacher = create_teacher(t.model, layers=layers, attention=needs.attention,
+                             **{k: getattr(t, k) for k in ('pretrained', 'checkpoint', 'checkpoint_key', 'untrained',
+                                                       'img_size', 'mean', 'std')}, **t.kwargs)
+    return _by_stated_names(teacher, classes, t.checkpoint or t.model, needs.logits)
 
 # %% ../../nbs/runs/66_builders.ipynb #a2c6c4c1
 def load_teacher_run(
@@ -277,6 +278,23 @@ def _of_classes(
     teacher.columns = torch.tensor([] if missing is not None else [at[c] for c in classes], dtype=torch.long)
     return teacher
 
+# %% ../../nbs/runs/66_builders.ipynb #c33381e0
+def _by_stated_names(
+    teacher,           # frozen, with `label_names` where its weights came with names
+    classes:list|None, # the student's class names; None: the teacher is not changed
+    origin,            # of the teacher, for messages
+    compared:bool,     # whether the method compares logits
+):                     # `teacher`
+    "The same for a teacher that is no run: its names may be of another vocabulary, and then its order counts"
+    names = teacher.label_names
+    if not compared or not names or not classes or names == classes: return teacher
+    if set(names) & set(classes) and len(set(names)) == len(names): return _of_classes(teacher, classes, origin, compared)
+    if rank() == 0:
+        print(f"the teacher {origin} calls its classes {', '.join(map(repr, names[:3]))}, …, and the student's are {', '.join(map(repr, classes[:3]))}, …; "
+              "its logits are taken in the student's order")
+    return teacher
+
+
 # %% ../../nbs/runs/66_builders.ipynb #a88cfcb1
 def describe_teacher(
     model, # `TappedModel`, `TeacherEnsemble` or None
@@ -307,6 +325,9 @@ def run_once(
     if half is not None:
         raise ValueError(f"{type(getattr(tapped, 'model', tapped)).__name__} has weights in {str(half).removeprefix('torch.')}; keep the "
                          "module in float32 (module.float()) and use autocast, by precision='bf16' or that of the loop around")
+    if tapped.input_size is None:
+        raise ValueError(f"{type(getattr(tapped, 'model', tapped)).__name__} is tapped without the size of its images; set its input_size to (3, height, width), or "
+                         "give the module to create_student or create_teacher with img_size")
     image = torch.zeros(1, *tapped.input_size, dtype=torch.uint8, device=device)
     try: return tapped.infer_shapes(image)
     except torch.OutOfMemoryError: raise

@@ -67,8 +67,9 @@ def _timm_config(
 )->dict: # content of config.json
     "Configuration of the student in the layout of timm's hub"
     name, args, module = timm_entry(student)
-    fixed = bool((getattr(student.model, 'pretrained_cfg', None) or {}).get('fixed_input_size'))
-    prepared = _image_preparation(student) | dict(fixed_input_size=fixed, num_classes=args['num_classes'])
+    own = getattr(student.model, 'pretrained_cfg', None) or {}
+    prepared = _image_preparation(student) | dict(fixed_input_size=bool(own.get('fixed_input_size')), num_classes=args['num_classes'])
+    prepared |= {k: own[k] for k in ('classifier', 'first_conv') if own.get(k)}     # what other classes or channels replace
     return dict(architecture=name, num_classes=args.pop('num_classes'), model_args=args, pretrained_cfg=prepared,
                 **_label_names(student), **(dict(module=module) if module else {}))
 

@@ -6,7 +6,8 @@
 __all__ = ['own_paths', 'RECIPES_DIR', 'SCHEMA_FILE', 'merge_recipes', 'pack_paths', 'settle_paths', 'split_pair', 'recipe_stem',
            'read_recipe', 'merge_override', 'recipe_names', 'method_names', 'packaged_file', 'parse_override',
            'as_overrides', 'stage_trees', 'read_schema', 'type_in_words', 'choices_of', 'RecipeKey', 'recipe_sections',
-           'recipe_keys', 'takes_option', 'nearest_option', 'check_words', 'read_frame', 'frame_names']
+           'recipe_keys', 'takes_option', 'nearest_option', 'check_words', 'read_frame', 'frame_names',
+           'method_section']
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #256e4447
 import json
@@ -300,9 +301,10 @@ def as_overrides(
     return texts + [text for k,v in sections.items() for text in walk(k, v)]
 
 def _listed(x):
-    "Plain data with lists in place of tuples, and paths as texts"
+    "Plain data with lists in place of tuples, numbers in place of NumPy's and torch's, and paths as texts"
     if isinstance(x, dict): return {k: _listed(v) for k,v in x.items()}
     if isinstance(x, (list, tuple)): return [_listed(v) for v in x]
+    if type(x).__module__.partition('.')[0] in ('numpy', 'torch') and hasattr(x, 'tolist'): return x.tolist()    # without importing either
     return os.fspath(x) if isinstance(x, os.PathLike) else x
 
 # %% ../../nbs/runs/60_recipe_files.ipynb #44f8338f
@@ -639,3 +641,16 @@ def _equipped(stage, frame):
     takes = lambda k: isinstance(name := method.get('name', 'ce'), str) and takes_option(name, [k])
     layers = {k: v for k,v in layers.items() if takes(k)}
     return out if layers.keys() & method.keys() else out | {'method': merge_recipes(layers, method)}
+
+# %% ../../nbs/runs/60_recipe_files.ipynb #302d7508
+def method_section(
+    name:str, # one of `method_names`
+)->dict:      # `name` of the method, and its options
+    "The section `method` of a packaged recipe, for models that are there already"
+    tree = _folded(_chain(name))
+    more = [k for k in ('stages', 'data', 'views', 'student', 'teacher', 'train') if tree.get(k)]
+    if more:
+        raise ValueError(f"the recipe {name} sets its {', '.join(more)} besides a method, which a loop of your own would have to do; basd.train({name!r}) runs "
+                         f"it, and `basd recipes {name}` prints it")
+    return dict(tree['method'])
+

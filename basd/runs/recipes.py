@@ -240,7 +240,7 @@ def _keys(cls, path):
     "Names allowed below `path` of the dataclass `cls`"
     for part in path:
         cls = next((_section(f.type) for f in fields(cls) if f.name == part), None) if cls else None
-    return list(dict.fromkeys([*(f.name for f in fields(cls)), *getattr(cls, 'registry', ())])) if cls else []
+    return list(dict.fromkeys([*(f.name for f in fields(cls) if f.init), *getattr(cls, 'registry', ())])) if cls else []
 
 def _message(error, cls, prefix=''):
     e = error.errors()[0]
@@ -249,7 +249,9 @@ def _message(error, cls, prefix=''):
     if e['type'] in ('unexpected_keyword_argument', 'extra_forbidden'):
         path = [p for p in loc[:-1] if p[:1].islower()]
         keys = _keys(cls, path)
-        return (f"unknown key {prefix}{'.'.join([*path, loc[-1]])}{suggestion(loc[-1], keys)}; "
+        sections = [] if path else [f"{k}.{loc[-1]}" for k in keys if loc[-1] in _keys(cls, [k])]
+        hint = f" (did you mean {sections[0]!r}?)" if sections else suggestion(loc[-1], keys)
+        return (f"unknown key {prefix}{'.'.join([*path, loc[-1]])}{hint}; "
                 f"allowed: {', '.join(keys) or 'none'}")
     m = e['msg'].removeprefix('Value error, ')
     key, inner = f"{prefix}{'.'.join(loc)}".rstrip('.'), re.match(r'\w+', m)
@@ -276,7 +278,7 @@ def validate_tree(
     if not isinstance(tree, dict):
         raise ValueError(f"{prefix.rstrip('.') or 'recipe'}={_short(tree)}: should be a section")
     odd = [k for k in tree if not isinstance(k, str)]
-    if odd: raise ValueError(f"unknown key {prefix}{odd[0]!r}; allowed: {', '.join(f.name for f in fields(cls))}")
+    if odd: raise ValueError(f"unknown key {prefix}{odd[0]!r}; allowed: {', '.join(_keys(cls, []))}")
     try: filled = options_adapter(cls).validate_python(tree)
     except ValidationError as e: raise ValueError(_message(e, cls, prefix)) from None
     _finite(filled, prefix.rstrip('.').split('.') if prefix else [])
@@ -526,6 +528,8 @@ def to_dict(
     return tree | {'method': {'name': recipe.method.name, **tree['method']['options']}}
 
 # %% ../../nbs/runs/61_recipes.ipynb #67579475
+_own_sources = '# data.source and data.root stand as they were given, so that a relative one starts in the working directory.\n'
+
 def recipe_text(
     recipe,      # `Recipe`, or stage → `Recipe`, as of `load_recipe`
     name:str|None=None, # of the whole, where there are stages
@@ -535,7 +539,7 @@ def recipe_text(
     if isinstance(recipe, dict) and '' in recipe: recipe = recipe['']
     tree = (to_dict(recipe) if isinstance(recipe, Recipe)
             else dict(name=name, stages={k: to_dict(r) for k,r in recipe.items()}))
-    return own_paths + yaml.safe_dump(_plain(pack_paths(tree, folder)), sort_keys=False, allow_unicode=True, width=120)
+    return own_paths + _own_sources + yaml.safe_dump(_plain(pack_paths(tree, folder)), sort_keys=False, allow_unicode=True, width=120)
 
 def write_recipe(
     recipe,      # `Recipe`, or stage → `Recipe`

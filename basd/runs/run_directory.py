@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 import basd
@@ -29,7 +30,7 @@ from ..core.distributed import world_size
 from ..core.files import open_private, fingerprint, remove_stale_temp_files, write_atomic
 from ..core.registry import suggestion
 from .recipe_files import settle_paths
-from .recipes import Recipe, to_dict, diff_recipes, load_recipe, write_recipe
+from .recipes import Recipe, to_dict, diff_recipes, load_recipe, recipe_text, write_recipe
 
 # %% ../../nbs/runs/62_run_directory.ipynb #83c03a0f
 def save_checkpoint(
@@ -230,7 +231,7 @@ def create_run_directory(
                          "or choose another --run-dir")
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(
-        environment() | ({} if images is None else dict(data=images))
+        environment() | ({} if images is None else dict(data=images)) | dict(recipe=yaml.safe_load(recipe_text(recipe, folder=path)))
         | ({} if made_of is None else dict(made_of=made_of)), indent=1), encoding='utf-8'))
     name()
     write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
@@ -238,14 +239,23 @@ def create_run_directory(
 
 def _same_recipe(path, recipe, images=None):
     free = _may_change if images is not None else [k for k in _may_change if k not in ('data.source', 'data.root')]
+    _same_file(path, _may_change)
     changed = _changes(load_run_recipe(path), recipe, free)
     if changed:
         raise ValueError(f"{path} holds a run of another recipe; {changed[0]} (there, here); "
                          "resume with the same recipe or begin a new run")
     return path
 
+def _same_file(path, free):
+    "Refuse a recipe.yaml that was edited since it was written, which would be the same recipe as itself"
+    try: then, now = json.loads((path/'environment.json').read_text(encoding='utf-8')).get('recipe'), yaml.safe_load((path/'recipe.yaml').read_text(encoding='utf-8'))
+    except (OSError, ValueError, AttributeError): return                        # what is damaged is refused elsewhere
+    edited = [d for d in diff_recipes(then, now) if d.split(':')[0] not in free] if isinstance(then, dict) else []
+    if edited:
+        raise ValueError(f"recipe.yaml in {path} was changed since the run began: {edited[0]} (then, now); put that back, or begin a new run with the file")
+
 def _same_images(path, images):
-    try: there = dict(json.loads((path/'environment.json').read_text()).get('data') or {})
+    try: there = dict(json.loads((path/'environment.json').read_text(encoding='utf-8')).get('data') or {})
     except FileNotFoundError: there = {}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}/environment.json is damaged, so the images cannot be compared with those of the run; "
@@ -323,6 +333,7 @@ def check_resume(
     before = past[-1] if past and isinstance(past[-1], dict) else there
     moved = diff_recipes(to_dict(load_run_recipe(path)), to_dict(recipe))
     there['resumed'] = [*past, now | dict(step=step, recipe=moved)]
+    if moved: there['recipe'] = yaml.safe_load(recipe_text(recipe, folder=path))
     write_atomic(path/'environment.json', lambda p: p.write_text(json.dumps(there, indent=1), encoding='utf-8'))
     if moved: write_atomic(path/'recipe.yaml', lambda p: write_recipe(recipe, p))
     relevant = lambda e: {k: e.get(k) for k in ('versions', 'python', 'gpu', 'threads', 'ranks')} | dict(

@@ -411,7 +411,7 @@ def _open_run(
         if data.knn: marks['knn'] = f'{data.knn[0].fingerprint()}-{fingerprint([*data.knn[1:]])}'
         notes, made, fresh = image_notes(data.images, data.test, marks), loader_arguments(recipe, data, task), not (run/'recipe.yaml').is_file()
         if data.knn: notes += [n for n in data.knn[0].source.notes if n not in notes]
-        notes += task.method.notes(made['steps'], recipe.train.log_every)
+        notes += task.method.notes(made['steps'], recipe.train.log_every) + _warmup_notes(recipe.train)
         create_run_directory(run, recipe, resume, marks, made | (dict(notes=notes) if notes else {}), data.names or None)
         for line in (*in_lines(made), *notes): print(f"{recipe.name or 'run'}: {line}", flush=True)
         data.lock = lock_run_directory(run)
@@ -465,6 +465,12 @@ def create_schedule(
     if t.lr_steps is None: return CosineLRScheduler(optimizer, t_initial=total, lr_min=t.min_lr, **warm)
     # timm counts the update to come, so that step n + 1 is the first after n
     return MultiStepLRScheduler(optimizer, [round(e*per_epoch) + 1 for e in sorted(t.lr_steps)], t.lr_decay, **warm)
+
+# %% ../../nbs/training/75_build.ipynb #ea6a77fa
+def _warmup_notes(t):
+    "Whether the learning rate rises for the whole of a run"
+    return [f"the warm-up ({t.warmup_epochs:g} epochs) is not shorter than the run ({t.epochs}), so the learning rate rises to its end; lower train.warmup_epochs"]*(t.lr_steps is None and t.warmup_epochs >= t.epochs)
+
 
 # %% ../../nbs/training/75_build.ipynb #140cf06f
 def _callbacks_of(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..core.distributed import all_reduce_mean
-from ..core.registry import METHODS, trusting
+from ..core.registry import METHODS, is_import_name, suggestion, trusting
 from ..core.sampling import step_generator
 from ..data.mixing import MixParams, check_mixing, mix_images, mix_labels, sample_mix
 from ..geometry.alignment import student_statistics
@@ -29,6 +29,7 @@ from ..models.taps import TappedModel, check_image_type
 from ..models.teachers import TeacherEnsemble, FrozenTeacher, create_teacher, freeze, check_shared_modules, refuse_derived
 from ..runs.builders import infer_shapes, run_once
 from ..runs.inference import autocast
+from ..runs.recipe_files import merge_recipes, method_names, method_section
 from ..runs.recipes import build_recipe, check_layer_options, none_negative, validate_tree
 
 # %% ../../nbs/training/69_task.ipynb #27bcaffa
@@ -178,6 +179,13 @@ def check_gradient(self:DistillationTask, features):
     if not any(x.requires_grad for x in read):
         raise ValueError("the student's outputs have no gradient, so it would not be trained; leave torch.no_grad() and detach() out of its "
                          "forward pass, and do not freeze it")
+    for name,x,a in zip(self.student.names, features.tokens, features.attention):
+        if a is not None and x.requires_grad and not a.q.requires_grad:
+            raise ValueError(f"queries and keys of {name} have no gradient, so a loss on its attention would train nothing: what runs them is without, as "
+                             "reentrant gradient checkpointing is; checkpoint with use_reentrant=False")
+    if features.tokens and not any(x.requires_grad for x in features.tokens):
+        raise ValueError(f"{', '.join(self.student.names)} of the student have no gradient, so losses on these layers would train nothing; do not freeze "
+                         "what comes before the last of them, tap others, or take a method that compares logits alone, as distill")
 
 # %% ../../nbs/training/69_task.ipynb #a98252f0
 def _check_images(
@@ -210,7 +218,8 @@ def check_batch(self:DistillationTask,
     if len(views[-1]) != len(images): raise ValueError(f"{len(teacher_images)} images of the teacher for {len(images)} of the student; give both of each")
     if self.normalized and any(v.dtype == torch.uint8 for v in views):
         raise ValueError("images are bytes, and normalized=True says they are normalized; leave it out")
-    if self.normalized or not self.check_scale: return
+    if not self.check_scale: return
+    if self.normalized: self.check_normalized(views); return
     untouched = getattr(self.teacher, 'mean', 0) is None                # a teacher that takes its images as they are given
     for v,who in zip(views, ('student', 'teacher')):
         if not v.is_floating_point() or who == 'teacher' and untouched: continue
@@ -219,6 +228,23 @@ def check_batch(self:DistillationTask,
             raise ValueError(f"pixels of the {who}'s images from {low:.2f} to {high:.2f}; give images in [0, 1], or bytes, or normalized=True to "
                              "create_task if they are normalized for the student")
         self.check_scale = False
+
+# %% ../../nbs/training/69_task.ipynb #d0bafb19
+@patch
+def check_normalized(self:DistillationTask,
+    views:list, # the student's images, and the teacher's if they are given
+):
+    "Refuse a view of a teacher with other statistics, for which it may have been normalized; warn of a first batch that nobody has normalized"
+    numbers = lambda m: None if m.mean is None else [round(v, 4) for b in (m.mean, m.std) for v in b.flatten().tolist()]
+    for t in getattr(self.teacher, 'members', [self.teacher]) if len(views) > 1 else ():
+        if numbers(t) != numbers(self.student):
+            raise ValueError("normalized=True says that images are normalized for the student, and the teacher, whose view is given, has other mean and std; "
+                             "leave the teacher's view out, or give both in [0, 1] and leave normalized out")
+    low, high = (x.item() for x in views[0].aminmax())
+    if low >= 0 and high <= 1:
+        warnings.warn(f"pixels from {low:.2f} to {high:.2f} and normalized=True: normalized images have pixels below 0; leave it out for images in [0, 1]")
+    self.check_scale = False
+
 
 # %% ../../nbs/training/69_task.ipynb #f3d94cba
 def _resized(
@@ -452,7 +478,10 @@ def _outputs_of(
 )->tuple: # C; are there labels
     "Logits of a student, and whether it learns from labels; refuses what does not go together"
     logits = run_once(student, next(student.parameters()).device).logits
+    if logits is not None and logits.dim() != 2:
+        raise ValueError(f"logits of one image of shape {tuple(logits.shape)}; give a student that returns (B, C), as by a mean over places and flatten(1)")
     has, labels = 0 if logits is None else logits.shape[1], logits is not None if labels is None else labels
+    if has == 1: raise ValueError("the student has one logit, and a softmax over one class learns nothing; give it two, for yes and no")
     if num_classes not in (None, has):
         raise ValueError(f"num_classes={num_classes}, and the student has {f'{has} logits' if has else 'no head'}; "
                          "give num_classes to create_student, or a module with a head for them")
@@ -479,7 +508,7 @@ def _refuse_alone(
 
 # %% ../../nbs/training/69_task.ipynb #e2a3cd02
 def create_task(
-    method,                    # name of a method, "package.module:Class", or a class of your own
+    method,                    # name of a method, or of a packaged recipe of one, "package.module:Class", or a class of your own
     student,                   # of `create_student`, or a module
     teacher=None,              # of `create_teacher`, a module, or a list of several; not used if the method needs none
     *,
@@ -494,11 +523,17 @@ def create_task(
     grad_accum_steps:int=1,    # micro-batches of a step; each call then says which one it has, by `micro`
     seed:int=0,                # of the method's initial weights, and of all that is drawn in a step
     precision:str|None=None,   # "bf16", "fp16": autocast; "float32": none; None: that of the surrounding loop
-    normalized:bool=False,     # images are already normalized for the student, as timm's loaders make them, not in [0, 1]
+    normalized:bool=False,     # images, a teacher's view included, are already normalized for the student, as timm's loaders make them, not in [0, 1]
     **options,                 # of the method, as in the section `method` of a recipe
 )->DistillationTask:
     "Student, frozen teacher and method as one module, for any training loop"
     own = isinstance(method, type)
+    if not own and method not in METHODS and method in method_names():          # a published technique: a method with options
+        options = merge_recipes(method_section(method), options)
+        method = options.pop('name')
+    elif isinstance(method, str) and method not in METHODS and not is_import_name(method):
+        raise ValueError(f"unknown method {method!r}{suggestion(method, [*METHODS, *method_names()])}; allowed: {', '.join(METHODS)}, package.module:Class, or "
+                         f"the name of a packaged recipe: {', '.join(n for n in method_names() if not n.startswith('basd_') and n not in METHODS)}")
     with trusting(True, Path.cwd()):                            # a loop may name code of its own
         kind, name = (method, method.__name__) if own else (METHODS.get(method), method)
         options = (validate_tree(kind.Options, options, 'method.') if own else
