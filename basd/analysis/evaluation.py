@@ -366,7 +366,7 @@ def teacher_predictions(
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #c75e8a43
 def agreements(
-    result:dict, # of `evaluate_predictions`; with `agreement_2` and so on of a student with several teachers
+    result:dict, # of `evaluate_predictions`, with a further part for each further teacher
 )->dict:         # part → (the teacher in words, a short label)
     "The parts of a report that compare with a teacher"
     parts = [part for part in result if part.startswith('agreement')]

@@ -642,7 +642,6 @@ def _equipped(stage, frame):
     layers = {k: v for k,v in layers.items() if takes(k)}
     return out if layers.keys() & method.keys() else out | {'method': merge_recipes(layers, method)}
 
-# %% ../../nbs/runs/60_recipe_files.ipynb #302d7508
 def method_section(
     name:str, # one of `method_names`
 )->dict:      # `name` of the method, and its options

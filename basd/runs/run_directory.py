@@ -249,7 +249,7 @@ def _same_recipe(path, recipe, images=None):
 def _same_file(path, free):
     "Refuse a recipe.yaml that was edited since it was written, which would be the same recipe as itself"
     try: then, now = json.loads((path/'environment.json').read_text(encoding='utf-8')).get('recipe'), yaml.safe_load((path/'recipe.yaml').read_text(encoding='utf-8'))
-    except (OSError, ValueError, AttributeError): return                        # what is damaged is refused elsewhere
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError): return    # what is damaged is refused elsewhere
     edited = [d for d in diff_recipes(then, now) if d.split(':')[0] not in free] if isinstance(then, dict) else []
     if edited:
         raise ValueError(f"recipe.yaml in {path} was changed since the run began: {edited[0]} (then, now); put that back, or begin a new run with the file")
