@@ -3,11 +3,13 @@ that broadcast, floats cut to integers, masks read as positions, other scales, n
 import copy
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, randn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 from basd import create_student, create_task, create_teacher
 from basd.data.mixing import MixParams, mix_labels
@@ -53,10 +55,19 @@ def head_alone():
     return s
 
 
-def detached_attention():
-    "As reentrant gradient checkpointing runs them: queries and keys are made without gradient"
+def checkpointed(run):
+    "A task whose student's first blocks are run by a function of the block and its input"
     task = task_of("basd", selector=dict(name="ramp"))
-    task.student.model.blocks[0].attn.qkv.register_forward_hook(lambda m, args, out: out.detach())
+    class Run(nn.Module):
+        def __init__(self, block): super().__init__(); self.block = block
+        def forward(self, x): return run(self.block, x)
+    model = task.student.model
+    inner, outer = model.blocks, nn.ModuleList(Run(b) for b in model.blocks)
+    def forward_features(x, **_):
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+        for b in outer: x = b(x)
+        return model.norm(x)
+    model.forward_features = forward_features
     return task
 
 
@@ -107,8 +118,8 @@ REFUSED = {  # what is given → words of the refusal, and the call
     "a method nobody knows": ("did you mean 'fitnets'?", lambda: task_of("fitnet")),
     "a recipe with a student of its own": ("sets its student besides a method", lambda: task_of("lift")),
     "a recipe in stages": ("sets its stages besides a method", lambda: task_of("two_stage")),
-    "a student frozen below its head": ("have no gradient, so losses on these layers would train nothing", lambda: create_task("basd", head_alone(), teacher(), total_steps=1)(x, y)),
-    "attention without a gradient": ("queries and keys of blocks.0 have no gradient", lambda: detached_attention()(x, y)),
+    "attention in reentrant checkpoints": ("queries and keys of blocks.0 of the student ran without gradient", lambda: checkpointed(lambda b, x: checkpoint(b, x, use_reentrant=True))(x, y)),
+    "layers without gradient": ("blocks.0 of the student ran without gradient", lambda: checkpointed(lambda b, x: x + torch.no_grad()(b)(x))(x, y)),
     "an argument that is 0": ("drop_rate is for a model that is built", lambda: create_student(nn.Conv2d(3, 10, 4, 4), img_size=16, layers=[], drop_rate=0)),
     "a model without the size of its images": ("is tapped without the size of its images", lambda: create_task("ce", TappedModel(student().model, mean=(.5,)*3, std=(.5,)*3))),
     "logits as labels": ("are no probabilities", lambda: task_of()(x, randn(4, 10))),
@@ -198,3 +209,16 @@ def test_a_sign_is_no_negative_weight():
     "`entropy_sign: -1` is one of the words of its option"
     stage = [*load_recipe("basd_fourier", "method.selector.entropy_sign=-1").values()][-1]
     assert stage.method.options.selector.entropy_sign == -1
+
+
+def test_frozen_layers_are_allowed():
+    "Head alone: one warning, as exits may be trained on a frozen backbone; a frozen first block, or adapters behind its attention: none"
+    task = create_task("basd", head_alone(), teacher(), total_steps=1)
+    with pytest.warns(UserWarning, match="are frozen, with all before them"): task(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task(x, y)
+        part = student()
+        for frozen in (part.model.patch_embed, part.model.blocks[0].attn, part.model.blocks[0].norm1): frozen.requires_grad_(False)
+        part.model.pos_embed.requires_grad_(False), part.model.cls_token.requires_grad_(False)
+        create_task("basd", part, teacher(), total_steps=1)(x, y)["loss"].backward()

@@ -79,7 +79,7 @@ class DistillationTask(nn.Module):
         self.__dict__['teacher'] = self.__dict__['teacher_fn'] = teacher
         self.classes, self.seed, self.grad_accum_steps, self.precision, self.label_scale = classes, seed, grad_accum_steps, precision, label_scale
         self.total_steps, self.normalized = total_steps, normalized
-        self.check_scale, self.looks, self.check_mix = False, 0, True     # what is still to be checked: see `check_batch`, `check_loop`
+        self.check_scale, self.looks, self.check_mix, self.check_frozen = False, 0, True, True  # what is still to be checked: see `check_batch`, `check_loop`
         self.updates, self.versions = 0, []                     # optimizer steps, counted by `after_update`; see `check_loop`
         self.followed = None                                    # hook of `follow`
         self.compare_fn, self.depth = self.compare, None             # teacher layers that the last step read; None: all
@@ -96,7 +96,7 @@ class DistillationTask(nn.Module):
     def __setstate__(self, state):
         # an object from before these attributes were there, or of another form
         versions = [v for v in state.get('versions', ()) if isinstance(v, tuple)]
-        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True) | state | dict(versions=versions, followed=None))
+        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True, check_frozen=False) | state | dict(versions=versions, followed=None))
         self.compare_fn, self.__dict__['teacher_fn'] = self.compare, self.teacher
 
     def get_extra_state(self): return torch.tensor(self.updates)
@@ -179,13 +179,29 @@ def check_gradient(self:DistillationTask, features):
     if not any(x.requires_grad for x in read):
         raise ValueError("the student's outputs have no gradient, so it would not be trained; leave torch.no_grad() and detach() out of its "
                          "forward pass, and do not freeze it")
+    if not torch.compiler.is_compiling(): self.check_layers(features)
+
+# %% ../../nbs/training/69_task.ipynb #f938910d
+@patch
+def check_layers(self:DistillationTask, features):
+    "Raises ValueError for tapped layers that can be trained and ran without gradient; warns once if all of them are frozen"
     for name,x,a in zip(self.student.names, features.tokens, features.attention):
-        if a is not None and x.requires_grad and not a.q.requires_grad:
-            raise ValueError(f"queries and keys of {name} have no gradient, so a loss on its attention would train nothing: what runs them is without, as "
-                             "reentrant gradient checkpointing is; checkpoint with use_reentrant=False")
-    if features.tokens and not any(x.requires_grad for x in features.tokens):
-        raise ValueError(f"{', '.join(self.student.names)} of the student have no gradient, so losses on these layers would train nothing; do not freeze "
-                         "what comes before the last of them, tap others, or take a method that compares logits alone, as distill")
+        within = a is not None and not a.q.requires_grad and _from_checkpoint(x)
+        if within or not x.requires_grad and any(p.requires_grad for p in self.student.model.get_submodule(name).parameters()):
+            raise ValueError(f"{'queries and keys of ' if within else ''}{name} of the student ran without gradient, so a loss on them would train nothing, as in "
+                             "reentrant gradient checkpointing and under torch.no_grad(); checkpoint with use_reentrant=False")
+    if features.tokens and self.check_frozen and not any(x.requires_grad for x in features.tokens):
+        warnings.warn(f"{', '.join(self.student.names)} of the student are frozen, with all before them, so losses on these layers do not train it")
+    self.check_frozen = False
+
+def _from_checkpoint(x:Tensor)->bool:
+    "Whether `x` comes out of reentrant gradient checkpointing, or is cut out of what does"
+    f = x.grad_fn
+    for _ in range(3):
+        if f is None or type(f).__name__ == 'CheckpointFunctionBackward': break
+        f = next((g for g,_ in f.next_functions if g is not None), None)
+    return f is not None and type(f).__name__ == 'CheckpointFunctionBackward'
+
 
 # %% ../../nbs/training/69_task.ipynb #a98252f0
 def _check_images(
