@@ -68,6 +68,7 @@ def checkpointed(run):
         for b in outer: x = b(x)
         return model.norm(x)
     model.forward_features = forward_features
+    task.looks = 0
     return task
 
 
@@ -112,14 +113,12 @@ REFUSED = {  # what is given → words of the refusal, and the call
     "one teacher image for four": ("1 images of the teacher for 4", lambda: task_of()(x, y, x[:1])),
     "teacher images up to 255": ("pixels of the teacher's images", lambda: task_of()(x, y, 255*x)),
     "bytes beside normalized images": ("images are bytes", lambda: task_of(normalized=True)((x - .5)/.5, y, (255*x).byte())),
-    "a normalized view of another teacher": ("has other mean and std", lambda: create_task("distill", far_student(), teacher(), total_steps=1, normalized=True)(x - .5, y, x - .5)),
     "one logit": ("one logit", lambda: create_task("ce", create_student("deit_tiny_patch16_224", num_classes=1, img_size=16, patch_size=4, depth=1, width=24, heads=2))),
     "logits of a map": ("logits of one image of shape (1, 10, 4, 4)", lambda: create_task("ce", create_student(nn.Conv2d(3, 10, 4, 4), img_size=16, layers=[]))),
     "a method nobody knows": ("did you mean 'fitnets'?", lambda: task_of("fitnet")),
     "a recipe with a student of its own": ("sets its student besides a method", lambda: task_of("lift")),
     "a recipe in stages": ("sets its stages besides a method", lambda: task_of("two_stage")),
     "attention in reentrant checkpoints": ("queries and keys of blocks.0 of the student ran without gradient", lambda: checkpointed(lambda b, x: checkpoint(b, x, use_reentrant=True))(x, y)),
-    "layers without gradient": ("blocks.0 of the student ran without gradient", lambda: checkpointed(lambda b, x: x + torch.no_grad()(b)(x))(x, y)),
     "an argument that is 0": ("drop_rate is for a model that is built", lambda: create_student(nn.Conv2d(3, 10, 4, 4), img_size=16, layers=[], drop_rate=0)),
     "a model without the size of its images": ("is tapped without the size of its images", lambda: create_task("ce", TappedModel(student().model, mean=(.5,)*3, std=(.5,)*3))),
     "logits as labels": ("are no probabilities", lambda: task_of()(x, randn(4, 10))),
@@ -222,3 +221,15 @@ def test_frozen_layers_are_allowed():
         for frozen in (part.model.patch_embed, part.model.blocks[0].attn, part.model.blocks[0].norm1): frozen.requires_grad_(False)
         part.model.pos_embed.requires_grad_(False), part.model.cls_token.requires_grad_(False)
         create_task("basd", part, teacher(), total_steps=1)(x, y)["loss"].backward()
+
+
+@pytest.mark.parametrize("words, call", {
+    "normalized by the student's mean and std": lambda: create_task("distill", far_student(), teacher(), total_steps=1, normalized=True)(x - .5, y, x - .5),
+    "normalized images have pixels below 0": lambda: task_of(normalized=True)(x, y),
+    "have parameters to train and outputs without gradient": lambda: checkpointed(lambda b, x: torch.no_grad()(b)(x))(x, y)}.items())
+def test_warnings(words, call):
+    with pytest.warns(UserWarning, match=words): call()
+
+
+def test_one_output_without_labels(): create_task("match", create_student("deit_tiny_patch16_224", num_classes=1, img_size=16, patch_size=4, depth=2, width=24, heads=2, layers=[1]),
+                                                  teacher(), labels=False, total_steps=1, losses=dict(gram={}), student_layers=[1], teacher_layers=[3])(x)

@@ -136,11 +136,11 @@ def test_tests_that_are_among_the_training_images(tmp_path, capsys):
     assert "16 of the 16 test images are among the training images" in printed
 
 
-def named_teacher(classes, **section):
+def named_teacher(classes, method="distill", **section):
     "The teacher of a run on images of these classes, by the names that come with its weights"
     recipe = load_recipe("deit_cifar", [*WORDS, "method.name=distill"])[""]
     recipe.teacher = replace(recipe.teacher, **section)
-    return build_teacher(recipe, METHODS.get("distill").requires(recipe.method.options), classes)
+    return build_teacher(recipe, replace(METHODS.get("distill").requires(recipe.method.options), logits=method == "distill"), classes)
 
 
 def test_weights_that_come_with_names(trained, tmp_path, capsys):
@@ -152,7 +152,9 @@ def test_weights_that_come_with_names(trained, tmp_path, capsys):
         assert named_teacher(["cow", "ant"], **origin).columns.tolist() == [2, 0]
         assert named_teacher(["ant", "bee", "cow"], **origin).columns is None
         with pytest.raises(ValueError, match="has no class 'dog'"): named_teacher(["ant", "dog"], **origin)
+        assert named_teacher(["cow", "ant"], method="ce", **origin).columns.tolist() == [2, 0]      # as a report compares it
         capsys.readouterr()
+        assert named_teacher(["ant", "bee", "Cow"], **origin).columns is None                # one is spelled otherwise
         assert named_teacher(["n01", "n02", "n03"], **origin).columns is None                # another vocabulary, as ImageNet's numbers
         assert "its logits are taken in the student's order" in capsys.readouterr().out
 
@@ -162,6 +164,8 @@ def test_a_folder_without_splits_is_tested_whole(trained, tmp_path, capsys):
     whole = zoo(tmp_path, **{".": called("ant", "bee", "cow")}, per_class=10)
     assert "(30 images)" in run(capsys, "evaluate", trained/"run", "--quick", "--on", whole).out
     report = evaluate_run(str(trained/"run"), on=whole, corrupted=0, device="cpu")           # a path, not a text
+    seen = shutil.copytree(trained/"zoo"/"Training", tmp_path/"seen")
+    with pytest.warns(UserWarning, match="48 of the 48 images of seen/ are among the training images"): evaluate_student(str(trained/"run"), on=seen, device="cpu")
     assert report["accuracy"]["n"] == 30 and report["knn"]["train_n"] == 36 and report["images"] == str(whole)
 
 
@@ -194,4 +198,5 @@ def test_a_recipe_that_was_edited_in_its_run(trained, tmp_path, capsys):
     assert "was changed since the run began: train.epochs: 8, 9" in run(capsys, "resume", copy, status=2).err
     (copy/"recipe.yaml").write_text(text.replace("  workers: 0\n", "  workers: 1\n"))            # may change
     run(capsys, "resume", copy)
-    assert json.loads((copy/"environment.json").read_text())["recipe"]["data"]["workers"] in (0, 1)
+    (copy/"recipe.yaml").write_text(text.replace("  run: null\n", "  run: moved\n"))                # a teacher elsewhere: not refused for that
+    run(capsys, "resume", copy)

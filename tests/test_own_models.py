@@ -15,7 +15,8 @@ from torch import nn
 import basd
 from basd.cli import _of_stages, main
 from basd.core.distributed import rank
-from basd.models.students import load_student
+from basd.models.students import load_student, save_student
+from basd.models.taps import TappedModel
 from basd.runs.builders import take_objects
 from basd.runs.recipe_files import as_overrides
 from basd.training.build import _check_given
@@ -254,6 +255,25 @@ def test_channels_last_are_told_by_the_layers():
     assert turned.tokens == [8*24]*3                                                         # what is given counts
 
 
+def test_gates_do_not_turn_maps():
+    "A layer with linear gates over channels, whose map is as wide as the gate"
+    class Gated(nn.Module):
+        def __init__(self): super().__init__(); self.gate = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 32))
+        def forward(self, x): return x*self.gate(x.mean((2, 3))).sigmoid()[:, :, None, None]
+    model = nn.Sequential(nn.Conv2d(3, 32, 4, 4), Gated(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    student = basd.create_student(model, img_size=32, layers=["1"])
+    student.infer_shapes(torch.zeros(1, 3, 32, 32))
+    assert (student.tokens, student.widths) == ([64], [32])
+
+
+def test_weights_of_two_precisions():
+    "Images are in the type of the kernels where no weight has theirs, and as they are where one has"
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=16, patch_size=4, depth=1, embed_dim=24, num_heads=3).bfloat16()
+    model.cls_token.data = model.cls_token.data.float()
+    assert TappedModel(model, [], mean=(.5,)*3, std=(.5,)*3).normalize(torch.rand(1, 3, 16, 16).bfloat16()).dtype == torch.bfloat16
+    assert TappedModel(model.double().half(), [], mean=(.5,)*3, std=(.5,)*3).normalize(torch.rand(1, 3, 16, 16)).dtype == torch.float16
+
+
 def test_a_teacher_in_half_precision():
     "In a loop in float32 it gets images in its own number type, and a student in float64 beside a teacher in float32 likewise"
     made = lambda seed: (torch.manual_seed(seed), timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=4, depth=2,
@@ -271,3 +291,11 @@ def test_the_second_output_is_the_logits():
         def forward(self, x): z = self.features(x).mean((2, 3)); return z, self.head(z)
     student = basd.create_student(Two(), img_size=16, layers=[], logits=1)
     assert basd.create_task("ce", student, total_steps=1).classes == 10
+
+
+def test_a_reading_that_was_given_is_stored(tmp_path):
+    "In student.json, by which teachers and exports read the student"
+    student = basd.create_student("deit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=4, depth=2, width=24, heads=3, prefix=1, grid=(4, 4), logits=None)
+    save_student(student, tmp_path)
+    again = load_student(tmp_path)
+    assert (again.prefix, tuple(again.grid), again.logits, again.channels_last) == (1, (4, 4), None, None)

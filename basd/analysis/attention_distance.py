@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .evaluation import eval_mode
 from ..core.chunking import chunk_size
-from ..core.files import page_style, save_figure
+from ..core.files import page_style, save_figure, verbatim
 from ..core.numerics import upcast, autocast_disabled, to_float64
 
 # %% ../../nbs/analysis/79_attention_distance.ipynb #bc661ad0
@@ -166,7 +166,7 @@ def plot_attention(
         for ax,key,line in zip(axs, (what, 'entropy'), (U, 1.)):
             for i,name in enumerate(names):
                 plot_heads(results[name][key], ax, .07*(i - (len(names) - 1)/2),
-                           marker='o', ms=3, color=f'C{i}', label=name)
+                           marker='o', ms=3, color=f'C{i}', label=verbatim(name))
             for name,r in base.items():
                 color, label = (f'C{names.index(name)}' if name in names else '.3',
                                  'untrained' if name is None else f'{name}, untrained')

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .evaluation import eval_mode, name_ticks
-from ..core.files import page_style, save_figure
+from ..core.files import page_style, save_figure, verbatim
 from ..core.numerics import to_float64
 
 # %% ../../nbs/analysis/80_cka_maps.ipynb #c2a66782
@@ -179,7 +179,7 @@ def plot_cka(
             im = ax.imshow(torch.tensor(r['cka']).numpy(), vmin=0, vmax=1, origin='lower', aspect=shape)
             name_ticks(ax.yaxis, _short_names(r['layers_a']))
             name_ticks(ax.xaxis, _short_names(r['layers_b']))
-            ax.set(title=title, xlabel=f"layer of {r['names'][1]}", ylabel=f"layer of {r['names'][0]}")
+            ax.set(title=verbatim(title), xlabel=verbatim(f"layer of {r['names'][1]}"), ylabel=verbatim(f"layer of {r['names'][0]}"))
             ax.grid(False)
         fig.colorbar(im, ax=axs, label='CKA', shrink=.8)
         if path is not None: save_figure(fig, path)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .evaluation import check_logits, eval_mode, name_ticks
-from ..core.files import page_style, save_figure
+from ..core.files import page_style, save_figure, verbatim
 from ..core.numerics import autocast_disabled, to_float64
 
 # %% ../../nbs/analysis/81_curvature.ipynb #94657d74
@@ -272,7 +272,7 @@ def plot_curvature(
         for i,(name, r) in enumerate(results.items()):
             size, shift = r['parameters'] if each else 1, .5*(i + .5)/len(results) - .25
             ranks = [j + 1 + shift for j in range(len(r['eigenvalues']))]
-            left.errorbar(ranks, r['eigenvalues'], r['residuals'], fmt='o', ms=4, capsize=2, label=name)
+            left.errorbar(ranks, r['eigenvalues'], r['residuals'], fmt='o', ms=4, capsize=2, label=verbatim(name))
             right.errorbar(i, r['trace']/size, r['trace_error']/size, fmt='o', ms=4, capsize=2)
         for ax in (left, right): ax.axhline(0, color='.5', lw=1)
         ranks = range(1, 1 + max(len(r['eigenvalues']) for r in results.values()))
@@ -298,7 +298,7 @@ def plot_landscape(
         for ax, (line, label) in zip(axs, labels.items()):
             for name,r in results.items():
                 losses = [math.nan if v is None else v for v in r[line]['loss']]
-                ax.plot(r[line]['t'], losses, 'o-', ms=2, label=name)
+                ax.plot(r[line]['t'], losses, 'o-', ms=2, label=verbatim(name))
             ax.axvline(0, color='.5', ls='--', lw=1)
             ax.set(xlabel=f'step / length of the weights\n{label}', ylabel='loss (nats)')
         axs[0].legend()

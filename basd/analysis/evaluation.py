@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional import classification as counted
 
-from ..core.files import page_style, save_figure
+from ..core.files import page_style, save_figure, verbatim
 from ..data.views import ViewDataset, DualViewTransform
 from ..geometry.neighbors import check_features, knn_predict
 
@@ -159,7 +159,7 @@ def name_ticks(
 ):
     "Name the positions 0, 1, … where there is room; long names of an x axis stand upright"
     if len(names) <= 20:
-        axis.set_ticks(range(len(names)), names, fontsize=8,
+        axis.set_ticks(range(len(names)), [*map(verbatim, names)], fontsize=8,
                        rotation=90 if axis.axis_name == 'x' and max(map(len, names)) > 3 else 0)
 
 # %% ../../nbs/analysis/76_evaluation.ipynb #691bb524
@@ -431,7 +431,7 @@ def plot_report(
             data = result if name == 'scores' else result.get(name, dict(skipped='not measured'))
             if 'skipped' not in data: draw(data, axs[name]); continue
             axs[name].set_axis_off()
-            axs[name].text(.5, .5, f"{name.replace('_', ' ')}: {data['skipped']}", ha='center', va='center', wrap=True,
+            axs[name].text(.5, .5, verbatim(f"{name.replace('_', ' ')}: {data['skipped']}"), ha='center', va='center', wrap=True,
                            fontsize=7, transform=axs[name].transAxes)
         if c := result.get('cost'):
             fig.suptitle(f"{c['parameters']/1e6:.3g} M parameters, {c['flops']/1e9:.3g} GFLOPs an image, "

@@ -100,8 +100,11 @@ def _others(
     except (ValueError, OSError): train = None                               # test images alone, or classes of its own
     test = open_images(d, d.test_split, on, classes or (train and train.classes),
                        whose if classes else f"{on}'s training split")
-    if classes and getattr(test.source, 'drawn', False):                     # a folder without splits: all of it is to be tested
-        return *_own_training_images(recipe, whose), open_images(d, '', on, classes, whose)
+    if classes and getattr(test.source, 'drawn', False) and os.path.realpath(on) != os.path.realpath(d.source):
+        own, test = _own_training_images(recipe, whose), open_images(d, '', on, classes, whose)     # no splits: all of it is to be tested
+        if own[0] is not None and (n := test.shared(own[0])):
+            warnings.warn(f"{n} of the {len(test)} images of {test.source.name} are among the training images of {whose}", stacklevel=4)
+        return *own, test
     return train, [] if train is None else list(range(len(train))), test
 
 # %% ../../nbs/analysis/83_reports.ipynb #deffdc7c

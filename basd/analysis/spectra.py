@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .evaluation import eval_mode
-from ..core.files import page_style, save_figure
+from ..core.files import page_style, save_figure, verbatim
 from ..core.numerics import to_float64
 from ..losses.spectral import _eigenvalues, gram
 
@@ -130,7 +130,7 @@ def plot_ranks(
     for i,(name,r) in enumerate(results.items()):
         for key,style in (('effective_rank', 'o-'), ('image_rank', '.--')):
             ax.plot([v/len(s) for v,s in zip(r[key], r['spectrum'])], style, ms=4, color=f'C{i}',
-                    label=name if key == 'effective_rank' else None)
+                    label=verbatim(name) if key == 'effective_rank' else None)
     ax.axhline(1, color='k', lw=1, ls=':')
     ax.set(xlabel='layer', ylabel='effective rank ÷ width', yscale='log')
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -150,7 +150,7 @@ def plot_spectra(
         fig, axs = plt.subplots(lines, columns, figsize=(7, 2.7*lines), squeeze=False)
         for ax,(name,r) in zip(axs.flat, results.items()):
             plot_spectrum(r, ax)
-            ax.set_title(name)
+            ax.set_title(verbatim(name))
         for ax in axs[:, 0]: ax.set_ylabel('normalized singular value')
         plot_ranks(results, axs.flat[len(results)])
         for ax in axs.flat[len(results) + 1:]: ax.set_axis_off()
@@ -208,7 +208,7 @@ def plot_layer_weights(
         fig, axs = plt.subplots(len(results), 3, figsize=(7, 2.3*len(results)), squeeze=False)
         for (heat, layer, entropy),(name,r) in zip(axs, results.items()):
             plot_weights(last[name], heat, top)
-            heat.set_title(name)
+            heat.set_title(verbatim(name))
             for ax,key,reference,label in ((layer, 'layer', (last[name].shape[1] - 1)/2, 'mean teacher layer'),
                                            (entropy, 'entropy', 1., 'entropy ÷ log L')):
                 for p,values in enumerate(zip(*r[key])):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fingerprint', 'remove_stale_temp_files', 'write_atomic', 'open_private', 'create_private_folder', 'page_style',
-           'save_figure', 'fsync', 'disk_error', 'format_bytes']
+           'verbatim', 'save_figure', 'fsync', 'disk_error', 'format_bytes']
 
 # %% ../../nbs/core/07_files.ipynb #3d0be15a
 import ctypes
@@ -135,7 +135,15 @@ def page_style():
     import matplotlib.pyplot as plt
     # a backend sets its parameters when it is loaded; within the context they would be lost at its end
     plt.switch_backend(plt.get_backend())
-    return plt.style.context(['basd.page', {'text.parse_math': False}])    # names of classes and runs may have dollars
+    return plt.style.context('basd.page')
+
+# %% ../../nbs/core/07_files.ipynb #bb779484
+def verbatim(
+    text:str, # name of a class or a run
+)->str:
+    "Text that matplotlib draws as it is, dollars included, which would begin a formula"
+    return text.replace('$', r'\$')
+
 
 # %% ../../nbs/core/07_files.ipynb #4b781bc5
 def save_figure(

@@ -122,12 +122,19 @@ def export_config(
     args, names = dict(student.model_args), getattr(student, 'label_names', None)
     config = dict(architecture=student.architecture, num_classes=args.pop('num_classes', None), model_args=args,
                   input_size=list(student.input_size), **({} if names is None else dict(label_names=list(names))),
-                  mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist())
+                  mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(), **_stated_reading(student))
     try: text = json.dumps(config, indent=1)
     except TypeError as e:
         raise ValueError(f"the student cannot be exported with {args} ({e}); give arguments that JSON has") from None
     if student.architecture is not None: _check_stored(json.loads(text), 'student.json of this student')
     return text
+
+def _stated_reading(student):
+    "How its layers and logits are read, as far as that was given and not worked out"
+    usual = dict(prefix=None, grid=None, channels_last=None, logits='auto')
+    given = {k: getattr(student, k) for k,v in usual.items() if getattr(student, k) != v}
+    return dict(reading=given) if given else {}
+
 
 # %% ../../nbs/models/42_students.ipynb #d250d35d
 def save_student(
@@ -189,7 +196,7 @@ def _read_config(
         c = json.loads(Path(path).read_text(encoding='utf-8'))
         if (isinstance(c['architecture'], str | None) and isinstance(c['model_args'], dict)
                 and len(c['input_size']) == 3
-                and _names(c.get('label_names'), c['num_classes'])
+                and _names(c.get('label_names'), c['num_classes']) and _is_reading(c.get('reading', {}))
                 and all(isinstance(n, int) for n in (c['num_classes'], *c['input_size']))): return _check_stored(c, path)
     except _StoredArguments: raise
     except (ValueError, KeyError, TypeError, RecursionError): pass
@@ -198,6 +205,11 @@ def _read_config(
 
 def _names(names, classes):
     return names is None or isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
+
+def _is_reading(given):
+    kinds = dict(prefix=int, grid=list, channels_last=bool, logits=str|int|None)
+    return isinstance(given, dict) and all(k in kinds and isinstance(v, kinds[k]) for k,v in given.items())
+
 
 # %% ../../nbs/models/42_students.ipynb #ac378317
 def load_student(
@@ -216,7 +228,7 @@ def load_student(
     m, args = create_timm_model(c['architecture'], num_classes=c['num_classes'], **c['model_args'])
     taken = load_weights(m, weights)
     student = wrap_student(m, c['architecture'], args, layers, attention, c['input_size'][-1],
-                         mean=c.get('mean'), std=c.get('std'))
+                         mean=c.get('mean'), std=c.get('std'), **c.get('reading', {}))
     student.origin, student.label_names = weights_origin(m, False, taken), c.get('label_names')
     return student
 

@@ -170,14 +170,14 @@ def _last(self:Taps,
     first, last = out.shape[1] in self.widths, out.shape[-1] in self.widths
     if first == last and self.channels_last is not True:
         maps, rows = _module_widths(self.modules[i])
-        first, last = out.shape[1] in maps, out.shape[-1] in rows
+        first, last = out.shape[1] in maps | rows, out.shape[-1] in rows and out.shape[1] not in maps | rows
     return last if first != last else self.channels_last
 
 def _module_widths(module):
     "Channels of convolutions within a module, which put them first, and of layers that work on the last dimension"
     each = list(module.modules())
     return ({m.out_channels for m in each if isinstance(m, nn.Conv2d)},
-            {m.normalized_shape[-1] for m in each if type(m) is nn.LayerNorm} | {m.out_features for m in each if isinstance(m, nn.Linear)})
+            {m.normalized_shape[-1] for m in each if type(m) is nn.LayerNorm} | {n for m in each if isinstance(m, nn.Linear) for n in (m.in_features, m.out_features)})
 
 # %% ../../nbs/models/40_taps.ipynb #804a3827
 def _embedding(model):
@@ -363,8 +363,7 @@ class TappedModel(nn.Module):
         check_image_type(x)
         if x.dtype == torch.uint8: x = x.to(self.mean.dtype) / 255
         x = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
-        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype)
-        return x.to(own)                                        # weights of another precision than the loop's
+        return x.to(_precision(self.model, x.dtype))
 
     def _taps(self):
         "`Taps` of this model, made anew where a module was replaced or a setting changed since the pass before"
@@ -421,6 +420,14 @@ class TappedModel(nn.Module):
     def has_attention(self)->bool:
         "Whether every tapped layer has attention; True only after `infer_shapes`"
         return bool(self.heads) and None not in self.heads
+
+def _precision(model, usual):
+    "The number type of a model's images: `usual`, or that of its first matrix or kernel if no weight has it"
+    kinds = (p for p in model.parameters() if p.is_floating_point())
+    first = next(kinds, None)
+    if first is None or first.dtype == usual or any(p.dtype == usual for p in kinds): return usual
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1), first.dtype)
+
 
 # %% ../../nbs/models/40_taps.ipynb #80ca3ff0
 @contextmanager

@@ -494,7 +494,8 @@ def check_module(
     _check_given(m)
     known = _configured(m)
     kind, foreign, embed = type(m).__name__, not getattr(known, 'pretrained_cfg', None), getattr(known, 'patch_embed', None)
-    if extra := [k for k,v in built.items() if v is not None and v is not False]:
+    headless = lambda k, v: k == 'num_classes' and v == 0 and not getattr(m, 'num_classes', 0)
+    if extra := [k for k,v in built.items() if v is not None and v is not False and not headless(k, v)]:
         raise ValueError(f"{kind} is built already, and {extra[0]} is for a model that is built by its name; leave it out")
     own = square_side(getattr(embed, 'img_size', None), f'patch_embed.img_size of {kind}')
     fixed = own and getattr(embed, 'strict_img_size', False)
@@ -516,14 +517,17 @@ def _stated_classes(
 )->list|None:        # in the order of its logits; None: not stated
     "Class names that come with weights: in a folder or on a hub of timm's, in a Transformers model, beside a student's weights"
     names = (getattr(m, 'pretrained_cfg', None) or {}).get('label_names') if checkpoint is None else None
-    by_id = getattr(getattr(m, 'config', None), 'id2label', None) or {}
-    if checkpoint is None and by_id and not all(str(v).startswith('LABEL_') for v in by_id.values()):
-        names = [by_id[i] for i in sorted(by_id)]
+    config = getattr(m, 'config', None)
+    by_id, outputs = getattr(config, 'id2label', None), getattr(m, 'num_classes', getattr(config, 'num_labels', None))
+    if checkpoint is None and isinstance(by_id, Mapping) and not all(str(v).startswith('LABEL_') for v in by_id.values()):
+        try: names = [by_id[i] for i in sorted(by_id, key=int)]
+        except (TypeError, ValueError): names = None
     beside = None if checkpoint is None else Path(checkpoint).with_name('student.json')
     if beside is not None and Path(checkpoint).name == 'student.safetensors' and beside.is_file():
         try: names = json.loads(beside.read_text(encoding='utf-8')).get('label_names')
         except (ValueError, AttributeError): names = None
-    return list(names) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else None
+    fit = isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) and outputs in (None, len(names))    # of this head
+    return list(names) if fit else None
 
 
 # %% ../../nbs/models/41_teachers.ipynb #aa2d4a68

@@ -287,9 +287,11 @@ def _by_stated_names(
 ):                     # `teacher`
     "The same for a teacher that is no run: its names may be of another vocabulary, and then its order counts"
     names = teacher.label_names
-    if not compared or not names or not classes or names == classes: return teacher
-    if set(names) & set(classes) and len(set(names)) == len(names): return _of_classes(teacher, classes, origin, compared)
-    if rank() == 0:
+    if not names or not classes or names == classes: return teacher
+    distinct, common = len(set(names)) == len(names), set(names) & set(classes)
+    if distinct and (len(common) == len(classes) or common and compared and len(names) != len(classes)):
+        return _of_classes(teacher, classes, origin, compared)
+    if compared and rank() == 0:
         print(f"the teacher {origin} calls its classes {', '.join(map(repr, names[:3]))}, …, and the student's are {', '.join(map(repr, classes[:3]))}, …; "
               "its logits are taken in the student's order")
     return teacher
@@ -395,8 +397,7 @@ def _of_wrapper(role, tapped):
     if tapped.mean is not None: own |= {k: getattr(tapped, k).flatten().tolist() for k in ('mean', 'std')}
     usual = dict(prefix=None, grid=None, logits='auto', channels_last=None, time_axis=False)
     reads = {k: getattr(tapped, k) for k,v in usual.items() if getattr(tapped, k) != v}
-    accepted = ('prefix', 'grid', 'logits') if role == 'teacher' else ('prefix', 'grid')
-    if lost := reads.keys() - set(accepted):
+    if lost := reads.keys() - {'prefix', 'grid', 'logits', 'channels_last'}:
         raise ValueError(f"{role} is wrapped with {min(lost)}={reads[min(lost)]!r}, which a run cannot take over; "
                          "give a module whose output needs no such setting")
     return own | (dict(kwargs=reads | (dict(grid=[*reads['grid']]) if 'grid' in reads else {})) if reads else {})

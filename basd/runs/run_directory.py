@@ -250,7 +250,9 @@ def _same_file(path, free):
     "Refuse a recipe.yaml that was edited since it was written, which would be the same recipe as itself"
     try: then, now = json.loads((path/'environment.json').read_text(encoding='utf-8')).get('recipe'), yaml.safe_load((path/'recipe.yaml').read_text(encoding='utf-8'))
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError): return    # what is damaged is refused elsewhere
-    edited = [d for d in diff_recipes(then, now) if d.split(':')[0] not in free] if isinstance(then, dict) else []
+    # as JSON, which has no keys that are numbers; files that were moved are named anew
+    found = diff_recipes(then, json.loads(json.dumps(now))) if isinstance(then, dict) else []
+    edited = [d for d in found if (k := d.split(':')[0]) not in (*free, 'teacher.run', 'teacher.checkpoint', 'student.checkpoint') and not k.startswith('teacher.extra_teachers')]
     if edited:
         raise ValueError(f"recipe.yaml in {path} was changed since the run began: {edited[0]} (then, now); put that back, or begin a new run with the file")
 

@@ -469,7 +469,7 @@ def create_schedule(
 # %% ../../nbs/training/75_build.ipynb #ea6a77fa
 def _warmup_notes(t):
     "Whether the learning rate rises for the whole of a run"
-    return [f"the warm-up ({t.warmup_epochs:g} epochs) is not shorter than the run ({t.epochs}), so the learning rate rises to its end; lower train.warmup_epochs"]*(t.lr_steps is None and t.warmup_epochs >= t.epochs)
+    return [f"the warm-up ({t.warmup_epochs:g} epochs) is not shorter than the run ({t.epochs}), so the learning rate rises to its end; lower train.warmup_epochs"]*(t.warmup_epochs >= t.epochs)
 
 
 # %% ../../nbs/training/75_build.ipynb #140cf06f

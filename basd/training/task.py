@@ -79,7 +79,7 @@ class DistillationTask(nn.Module):
         self.__dict__['teacher'] = self.__dict__['teacher_fn'] = teacher
         self.classes, self.seed, self.grad_accum_steps, self.precision, self.label_scale = classes, seed, grad_accum_steps, precision, label_scale
         self.total_steps, self.normalized = total_steps, normalized
-        self.check_scale, self.looks, self.check_mix, self.check_frozen = False, 0, True, True  # what is still to be checked: see `check_batch`, `check_loop`
+        self.check_scale, self.looks, self.check_mix, self.check_frozen, self.check_view = False, 0, True, True, True  # what is still to be checked: see `check_batch`, `check_loop`
         self.updates, self.versions = 0, []                     # optimizer steps, counted by `after_update`; see `check_loop`
         self.followed = None                                    # hook of `follow`
         self.compare_fn, self.depth = self.compare, None             # teacher layers that the last step read; None: all
@@ -96,7 +96,7 @@ class DistillationTask(nn.Module):
     def __setstate__(self, state):
         # an object from before these attributes were there, or of another form
         versions = [v for v in state.get('versions', ()) if isinstance(v, tuple)]
-        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True, check_frozen=False) | state | dict(versions=versions, followed=None))
+        super().__setstate__(dict(check_scale=False, looks=0, check_mix=True, check_frozen=False, check_view=True) | state | dict(versions=versions, followed=None))
         self.compare_fn, self.__dict__['teacher_fn'] = self.compare, self.teacher
 
     def get_extra_state(self): return torch.tensor(self.updates)
@@ -181,18 +181,20 @@ def check_gradient(self:DistillationTask, features):
                          "forward pass, and do not freeze it")
     if not torch.compiler.is_compiling(): self.check_layers(features)
 
-# %% ../../nbs/training/69_task.ipynb #f938910d
 @patch
 def check_layers(self:DistillationTask, features):
-    "Raises ValueError for tapped layers that can be trained and ran without gradient; warns once if all of them are frozen"
+    "Raises ValueError for attention in reentrant gradient checkpointing; warns once of tapped layers without gradient"
     for name,x,a in zip(self.student.names, features.tokens, features.attention):
-        within = a is not None and not a.q.requires_grad and _from_checkpoint(x)
-        if within or not x.requires_grad and any(p.requires_grad for p in self.student.model.get_submodule(name).parameters()):
-            raise ValueError(f"{'queries and keys of ' if within else ''}{name} of the student ran without gradient, so a loss on them would train nothing, as in "
-                             "reentrant gradient checkpointing and under torch.no_grad(); checkpoint with use_reentrant=False")
-    if features.tokens and self.check_frozen and not any(x.requires_grad for x in features.tokens):
-        warnings.warn(f"{', '.join(self.student.names)} of the student are frozen, with all before them, so losses on these layers do not train it")
-    self.check_frozen = False
+        if a is not None and not a.q.requires_grad and _from_checkpoint(x):
+            raise ValueError(f"queries and keys of {name} of the student ran without gradient, so a loss on them would train nothing, as reentrant gradient "
+                             "checkpointing runs them; checkpoint with use_reentrant=False")
+    if not self.check_frozen: return
+    self.check_frozen, without = False, [n for n,x in zip(self.student.names, features.tokens) if not x.requires_grad]
+    if odd := [n for n in without if any(p.requires_grad for p in self.student.model.get_submodule(n).parameters())]:
+        warnings.warn(f"{', '.join(odd)} of the student have parameters to train and outputs without gradient, so losses on these outputs do not train them, as in "
+                      "reentrant gradient checkpointing and under torch.no_grad()")
+    elif without and len(without) == len(features.tokens):
+        warnings.warn(f"{', '.join(without)} of the student are frozen, with all before them, so losses on these layers do not train it")
 
 def _from_checkpoint(x:Tensor)->bool:
     "Whether `x` comes out of reentrant gradient checkpointing, or is cut out of what does"
@@ -234,8 +236,8 @@ def check_batch(self:DistillationTask,
     if len(views[-1]) != len(images): raise ValueError(f"{len(teacher_images)} images of the teacher for {len(images)} of the student; give both of each")
     if self.normalized and any(v.dtype == torch.uint8 for v in views):
         raise ValueError("images are bytes, and normalized=True says they are normalized; leave it out")
-    if not self.check_scale: return
     if self.normalized: self.check_normalized(views); return
+    if not self.check_scale: return
     untouched = getattr(self.teacher, 'mean', 0) is None                # a teacher that takes its images as they are given
     for v,who in zip(views, ('student', 'teacher')):
         if not v.is_floating_point() or who == 'teacher' and untouched: continue
@@ -245,19 +247,20 @@ def check_batch(self:DistillationTask,
                              "create_task if they are normalized for the student")
         self.check_scale = False
 
-# %% ../../nbs/training/69_task.ipynb #d0bafb19
 @patch
 def check_normalized(self:DistillationTask,
     views:list, # the student's images, and the teacher's if they are given
 ):
-    "Refuse a view of a teacher with other statistics, for which it may have been normalized; warn of a first batch that nobody has normalized"
+    "Warn once of a view for a teacher with other statistics, for which it may have been normalized, and of a first batch that nobody has normalized"
     numbers = lambda m: None if m.mean is None else [round(v, 4) for b in (m.mean, m.std) for v in b.flatten().tolist()]
-    for t in getattr(self.teacher, 'members', [self.teacher]) if len(views) > 1 else ():
-        if numbers(t) != numbers(self.student):
-            raise ValueError("normalized=True says that images are normalized for the student, and the teacher, whose view is given, has other mean and std; "
-                             "leave the teacher's view out, or give both in [0, 1] and leave normalized out")
+    if len(views) > 1 and self.check_view:
+        if any(numbers(t) != numbers(self.student) for t in getattr(self.teacher, 'members', [self.teacher])):
+            warnings.warn("normalized=True says that all images are normalized by the student's mean and std, and the teacher, whose view is given, has others; if "
+                          "that view is normalized for the teacher, give both in [0, 1] and leave normalized out")
+        self.check_view = False
+    if not self.check_scale: return
     low, high = (x.item() for x in views[0].aminmax())
-    if low >= 0 and high <= 1:
+    if low >= 0 and high <= 1 and (self.student.mean > 0).all():
         warnings.warn(f"pixels from {low:.2f} to {high:.2f} and normalized=True: normalized images have pixels below 0; leave it out for images in [0, 1]")
     self.check_scale = False
 
@@ -497,7 +500,7 @@ def _outputs_of(
     if logits is not None and logits.dim() != 2:
         raise ValueError(f"logits of one image of shape {tuple(logits.shape)}; give a student that returns (B, C), as by a mean over places and flatten(1)")
     has, labels = 0 if logits is None else logits.shape[1], logits is not None if labels is None else labels
-    if has == 1: raise ValueError("the student has one logit, and a softmax over one class learns nothing; give it two, for yes and no")
+    if has == 1 and (labels or needs.logits): raise ValueError("the student has one logit, and a softmax over one class learns nothing; give it two, for yes and no")
     if num_classes not in (None, has):
         raise ValueError(f"num_classes={num_classes}, and the student has {f'{has} logits' if has else 'no head'}; "
                          "give num_classes to create_student, or a module with a head for them")
@@ -517,7 +520,7 @@ def _refuse_alone(
     "Refuse a method that needs more than successive batches"
     if needs.views_per_image > 1:
         raise ValueError(f"method {name!r} with these options reads each image in {needs.views_per_image} views, which the loader of this package "
-                         "arranges; leave out virtual, or train a recipe")
+                         "arranges; leave out two_views, or train a recipe")
     if callbacks := method.callbacks():
         raise ValueError(f"method {name!r} chooses the images of an epoch in {type(callbacks[0]).__name__}, a callback of the trainer, "
                          "which a loop of your own does not call; train a recipe")
@@ -545,11 +548,13 @@ def create_task(
     "Student, frozen teacher and method as one module, for any training loop"
     own = isinstance(method, type)
     if not own and method not in METHODS and method in method_names():          # a published technique: a method with options
-        options = merge_recipes(method_section(method), options)
+        section = method_section(method)
+        if isinstance(chosen := options.get('selector'), dict) and 'name' in chosen: section.pop('selector', None)     # with options of its own
+        options = merge_recipes(section, options)
         method = options.pop('name')
     elif isinstance(method, str) and method not in METHODS and not is_import_name(method):
         raise ValueError(f"unknown method {method!r}{suggestion(method, [*METHODS, *method_names()])}; allowed: {', '.join(METHODS)}, package.module:Class, or "
-                         f"the name of a packaged recipe: {', '.join(n for n in method_names() if not n.startswith('basd_') and n not in METHODS)}")
+                         "a technique that `basd recipes` lists")
     with trusting(True, Path.cwd()):                            # a loop may name code of its own
         kind, name = (method, method.__name__) if own else (METHODS.get(method), method)
         options = (validate_tree(kind.Options, options, 'method.') if own else
