@@ -24,6 +24,7 @@ from .spectra import layer_weight_history, plot_layer_weights, plot_spectra, spe
 from ..core.files import write_atomic
 from ..core.processes import process_group
 from ..data.views import ViewDataset, DualViewTransform
+from ..models.teachers import members_of
 from ..runs.builders import input_size, build_datasets
 from ..runs.run_directory import load_run_recipe, saved_weights, weights_path
 
@@ -47,7 +48,7 @@ class OpenedRun:
     @cached_property
     def teachers(self)->dict: # name → model
         teacher = run_teacher(self.recipe, device=self.device)
-        members = getattr(teacher, 'members', [teacher])
+        members = members_of(teacher)
         return {f'teacher {i}' if len(members) > 1 else 'teacher': m for i,m in enumerate(members, 1)}
 
     @cached_property

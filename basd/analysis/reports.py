@@ -23,6 +23,7 @@ from ..core.files import fingerprint, write_atomic
 from ..core.processes import process_group
 from ..core.registry import METHODS, is_import_name, offering, require_given, trusting
 from ..data.sources import ClassMismatch
+from ..models.teachers import members_of
 from ..runs.builders import (
     build_student, build_teacher, fetching, _granted_data, input_size, build_datasets, open_images, run_classes, take_objects)
 from ..geometry.neighbors import knn_among
@@ -79,7 +80,7 @@ def _warn_of(images, run=None):
     "Warn of what was left out or drawn of images, or with `run` whether they are others than those of its test"
     notes = [*images.source.notes]
     if run is not None:
-        try: there = json.loads((Path(run)/'environment.json').read_text(encoding='utf-8'))['data']['test']
+        try: there = str(json.loads((Path(run)/'environment.json').read_text(encoding='utf-8'))['data']['test'])
         except (OSError, ValueError, KeyError, TypeError): there = ''
         here = images.fingerprint() if there.startswith('content-') else there
         notes = [f"the test images of {images.source.name} are not those of {run} (fingerprint {there} there, {here} here)"]*(here != there)
@@ -242,7 +243,7 @@ def _teacher_outputs(
         outputs = predict(one, test, None, size, device)
         headless = outputs['logits'] is None or outputs['logits'].shape[1] != len(test.among or test.classes)
         return outputs, predict(one, train, fit, size, device, among=test.among) if headless and train is not None else None
-    return [of(one) for one in getattr(teacher, 'members', [teacher])], ''
+    return [of(one) for one in members_of(teacher)], ''
 
 # %% ../../nbs/analysis/83_reports.ipynb #06b507ac
 def _agreement(outputs, outputs_t, bank_t):

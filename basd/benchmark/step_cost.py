@@ -30,6 +30,7 @@ from ..core.registry import METHODS
 from ..data.cache import Cache, RecordLayout
 from ..data.views import DualViewTransform, build_loader
 from ..models.feature_records import RecordSchema, unpack_features, pack_features
+from ..models.teachers import members_of
 from ..runs.builders import build_student, input_size
 from ..runs.inference import autocast
 from ..runs.recipes import Recipe, StudentRecipe, TeacherRecipe, load_recipe
@@ -50,13 +51,6 @@ def _without_weights(
     "The same teachers, randomly initialized"
     blank = dict(pretrained=False, checkpoint=None, checkpoint_key=None, untrained=True)
     return replace(t, extra_teachers=[o | blank for o in t.extra_teachers], **blank)
-
-# %% ../../nbs/benchmark/85_step_cost.ipynb #23ded8df
-def _members(
-    teacher, # `TappedModel`, `TeacherEnsemble` or None
-)->list:
-    "The models of a teacher"
-    return [] if teacher is None else [*getattr(teacher, 'members', [teacher])]
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #c18e46ef
 class _SyntheticImages:
@@ -124,7 +118,7 @@ def make_inputs(self:StepCost):
 def compile(self:StepCost):
     "Compile the models of both steps"
     compile_model(self.trainer, self.device)
-    for m in (self.plain, *_members(self.plain_teacher)): m.model = torch.compile(m.model)
+    for m in (self.plain, *members_of(self.plain_teacher)): m.model = torch.compile(m.model)
 
 # %% ../../nbs/benchmark/85_step_cost.ipynb #80958bc8
 @patch
@@ -135,7 +129,7 @@ def bound(self:StepCost,
     with autocast(self.device, self.recipe.train.precision):
         if teacher and self.teacher is not None:
             with record_function('bound/teacher'), torch.no_grad():
-                for t in _members(self.plain_teacher): t.model(t.normalize(self.clean))
+                for t in members_of(self.plain_teacher): t.model(t.normalize(self.clean))
         with record_function('bound/student'): z = self.plain.model(self.plain.normalize(self.x))
         loss = F.cross_entropy(z.float(), self.y)
     with record_function('bound/backward'): loss.backward()
@@ -212,7 +206,7 @@ def beside_labels(self:StepCost,
     "Time of a step relative to one with labels only, with the teacher's forward pass and with its features read from disk"
     labels = lambda: self.bound(teacher=False)
     out = dict(full=_time_pairs(labels, self.full, self.device, reps))
-    if self.task.cache is None and len(_members(self.teacher)) == 1:
+    if self.task.cache is None and len(members_of(self.teacher)) == 1:
         self.task.cache = self.cache_teacher()
         out['cached'] = _time_pairs(labels, self.full, self.device, reps)
         self.task.cache = self.records = None
@@ -249,7 +243,7 @@ def by_depth(self:StepCost,
     reps:int=3,            # rounds
 )->dict: # depth → time relative to the whole pass, median of the rounds
     "Time of the teacher's pass up to each depth, relative to the whole pass"
-    L = max(len(t.names) for t in _members(self.teacher))
+    L = max(len(t.names) for t in members_of(self.teacher))
     depths = depths or sorted({max(1, L*i//4) for i in (1, 2, 3)})
     with autocast(self.device, self.recipe.train.precision):
         rounds = [[_seconds(partial(self.run_teacher, n), self.device) for n in (None, *depths)] for _ in range(1 + reps)][1:]
@@ -436,7 +430,7 @@ def bench(
 
 def _early(b, reps):
     "Layers of the teacher that are run, and the time relative to all layers"
-    depth, layers = b.task.method.teacher_depth(), max(len(t.names) for t in _members(b.teacher))
+    depth, layers = b.task.method.teacher_depth(), max(len(t.names) for t in members_of(b.teacher))
     return dict(layers=layers, depth=depth, teacher=b.by_depth() if layers > 1 else {},
                 step=b.early_stop_ratio(reps) if depth is not None and depth < layers else None)
 

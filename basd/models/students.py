@@ -102,6 +102,7 @@ def wrap_student(
     std=None,                # likewise
     channels_last:bool|None=None, # maps are (B, h, w, D); None: worked out
     logits='auto',           # key or place of the logits in what it returns
+    time_axis:bool=False,    # layers, and the head, return (T, B, ...): means over time are read
 )->TappedModel:
     "Tap a model that is there already; your own `nn.Module` too"
     _check_given(model)
@@ -109,7 +110,7 @@ def wrap_student(
     own = square_side(getattr(getattr(_configured(model), 'patch_embed', None), 'img_size', None), f'patch_embed.img_size of {kind}')
     img_size = square_side(img_size) or own or square_side(config['input_size'][1:], f'input_size of {kind}')
     t = TappedModel(model, _default_student_layers(len(layer_names(model))) if layers is None else layers, attention,
-               config['mean'], config['std'], prefix, channels_last, grid=grid, logits=logits)
+               config['mean'], config['std'], prefix, channels_last, time_axis, grid, logits)
     t.input_size = 3, img_size, img_size
     t.architecture, t.model_args = architecture, dict(model_args or {})
     return t
@@ -122,18 +123,12 @@ def export_config(
     args, names = dict(student.model_args), getattr(student, 'label_names', None)
     config = dict(architecture=student.architecture, num_classes=args.pop('num_classes', None), model_args=args,
                   input_size=list(student.input_size), **({} if names is None else dict(label_names=list(names))),
-                  mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(), **_stated_reading(student))
+                  mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(), **(dict(reading=student.stated_reading) if student.stated_reading else {}))
     try: text = json.dumps(config, indent=1)
     except TypeError as e:
         raise ValueError(f"the student cannot be exported with {args} ({e}); give arguments that JSON has") from None
     if student.architecture is not None: _check_stored(json.loads(text), 'student.json of this student')
     return text
-
-def _stated_reading(student):
-    "How its layers and logits are read, as far as that was given and not worked out"
-    usual = dict(prefix=None, grid=None, channels_last=None, logits='auto')
-    given = {k: getattr(student, k) for k,v in usual.items() if getattr(student, k) != v}
-    return dict(reading=given) if given else {}
 
 
 # %% ../../nbs/models/42_students.ipynb #d250d35d
@@ -207,7 +202,7 @@ def _names(names, classes):
     return names is None or isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
 
 def _is_reading(given):
-    kinds = dict(prefix=int, grid=list, channels_last=bool, logits=str|int|None)
+    kinds = dict(prefix=int, grid=list, channels_last=bool, logits=str|int|None, time_axis=bool)
     return isinstance(given, dict) and all(k in kinds and isinstance(v, kinds[k]) for k,v in given.items())
 
 

@@ -346,6 +346,12 @@ class TappedModel(nn.Module):
             self.taps.install_hooks()
         return self
 
+    @property
+    def stated_reading(self)->dict:
+        "Settings of how its output is read, as far as they were given and not left to be worked out"
+        usual = dict(prefix=None, grid=None, channels_last=None, logits='auto', time_axis=False)
+        return {k: getattr(self, k) for k,v in usual.items() if getattr(self, k) != v}
+
     def remove_hooks(self):
         "Remove the hooks that `install_hooks` left"
         if self.taps is not None: self.taps.remove()

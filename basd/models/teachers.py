@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FrozenTeacher', 'refuse_derived', 'freeze', 'read_weights', 'load_weights', 'check_model_name', 'square_side',
            'create_timm_model', 'weights_origin', 'input_config', 'check_module', 'create_teacher',
-           'check_shared_modules', 'TeacherEnsemble']
+           'check_shared_modules', 'TeacherEnsemble', 'members_of']
 
 # %% ../../nbs/models/41_teachers.ipynb #5c1bb8e6
 import difflib
@@ -614,3 +614,11 @@ class TeacherEnsemble(nn.Module):
         "Leave the hooks of all of them in place"
         for t in self.members: t.install_hooks()
         return self
+
+# %% ../../nbs/models/41_teachers.ipynb #f7217c79
+def members_of(
+    teacher, # `TappedModel`, `TeacherEnsemble` or None
+)->list:     # empty for None
+    "The models of a teacher"
+    if teacher is None: return []
+    return list(teacher.members) if isinstance(teacher, TeacherEnsemble) else [teacher]

@@ -28,7 +28,7 @@ from ..data.sources import (
 from ..methods.base import Requires, FeatureShapes
 from ..models.students import create_student, export_config, load_student
 from ..models.taps import TappedModel, _out_of_order
-from ..models.teachers import FrozenTeacher, TeacherEnsemble, _check_given, _configured, create_teacher, freeze
+from ..models.teachers import FrozenTeacher, TeacherEnsemble, _check_given, _configured, create_teacher, freeze, members_of
 from .recipe_files import read_recipe
 from .recipes import DataRecipe, Recipe, TeacherRecipe, check_teachers, teachers_of
 from .run_directory import read_classes
@@ -339,12 +339,12 @@ def run_once(
 
 # %% ../../nbs/runs/66_builders.ipynb #de7bd328
 def infer_shapes(
-    tapped,    # `TappedModel`
+    tapped,    # `TappedModel` or `TeacherEnsemble`
     device,
 )->FeatureShapes:
     "Shapes of a model's tapped layers, from first to last; raises ValueError as `run_once`, or if they are listed in another order"
     shapes = FeatureShapes.from_features(run_once(tapped, device))
-    for m in getattr(tapped, 'members', [tapped]): _check_depths(m)
+    for m in members_of(tapped): _check_depths(m)
     return shapes
 
 def _check_depths(tapped):
@@ -395,10 +395,9 @@ def _of_wrapper(role, tapped):
     "What the section of a wrapped model should hold: its images, and how its layers are read"
     own = dict(img_size=tapped.input_size[-1]) if tapped.input_size else {}
     if tapped.mean is not None: own |= {k: getattr(tapped, k).flatten().tolist() for k in ('mean', 'std')}
-    usual = dict(prefix=None, grid=None, logits='auto', channels_last=None, time_axis=False)
-    reads = {k: getattr(tapped, k) for k,v in usual.items() if getattr(tapped, k) != v}
-    if lost := reads.keys() - {'prefix', 'grid', 'logits', 'channels_last'}:
-        raise ValueError(f"{role} is wrapped with {min(lost)}={reads[min(lost)]!r}, which a run cannot take over; "
+    reads = tapped.stated_reading
+    if 'time_axis' in reads:
+        raise ValueError(f"{role} is wrapped with time_axis={tapped.time_axis}, which a run cannot take over; "
                          "give a module whose output needs no such setting")
     return own | (dict(kwargs=reads | (dict(grid=[*reads['grid']]) if 'grid' in reads else {})) if reads else {})
 

@@ -31,6 +31,7 @@ from ..data.sources import ImageDataset, open_source, stratified_split
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
 from ..models.layers import layer_names
 from ..geometry.neighbors import knn_among, knn_predict, usual_k
+from ..models.teachers import members_of
 from ..runs.builders import (
     build_student, build_teacher, describe_teacher, fetching, input_size, labeled_positions, image_notes, build_datasets,
     open_images, run_once, _granted_data)
@@ -326,7 +327,7 @@ def _teacher_classes(
 )->list:           # names; numbers where it has none
     "Classes of the head of a recipe's teacher"
     teacher = build_teacher(recipe, needs)
-    first = getattr(teacher, 'members', [teacher])[0]
+    first = members_of(teacher)[0]
     z = run_once(first, 'cpu').logits
     if z is None:
         raise ValueError(f"method {recipe.method.name!r} compares logits, and the teacher has no head; "
@@ -572,7 +573,7 @@ def shard_teacher(
     device,
 ):
     "Divide the weights of the teachers that say so among the ranks"
-    chosen = [m for t,m in zip(teachers, getattr(task.teacher, 'members', [task.teacher])) if t.shard and m is not None]
+    chosen = [m for t,m in zip(teachers, members_of(task.teacher)) if t.shard]
     if world_size() == 1 or not chosen: return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

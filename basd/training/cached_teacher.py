@@ -16,6 +16,7 @@ from ..core.files import fingerprint
 from ..data.cache import Cache, RecordLayout
 from ..data.views import DualViewTransform, recorded_crop
 from ..models.feature_records import RecordSchema, unpack_features, pack_features
+from ..models.teachers import TeacherEnsemble
 
 # %% ../../nbs/training/71_cached_teacher.ipynb #90f73a7c
 def _moves(
@@ -61,7 +62,7 @@ class CachedTeacher:
         shard:int=512,   # images per file
     ):
         check_static_teacher_view(views)
-        if hasattr(teacher, 'members'): raise ValueError("several teachers have no cache yet; leave out teacher.cache")
+        if isinstance(teacher, TeacherEnsemble): raise ValueError("several teachers have no cache yet; leave out teacher.cache")
         self.teacher, self.device = teacher, torch.device(device)
         self.images, self.indices, self.views, self.each = images, list(map(int, indices)), views, views.recorded or 1
         features = self.compute([0])

@@ -26,7 +26,7 @@ from ..methods.base import Requires, Method, StepState, Target
 from ..models.students import create_student
 from ..models.layers import resolve_layers
 from ..models.taps import TappedModel, check_image_type
-from ..models.teachers import TeacherEnsemble, FrozenTeacher, create_teacher, freeze, check_shared_modules, refuse_derived
+from ..models.teachers import TeacherEnsemble, FrozenTeacher, create_teacher, freeze, check_shared_modules, members_of, refuse_derived
 from ..runs.builders import infer_shapes, run_once
 from ..runs.inference import autocast
 from ..runs.recipe_files import merge_recipes, method_names, method_section
@@ -254,7 +254,7 @@ def check_normalized(self:DistillationTask,
     "Warn once of a view for a teacher with other statistics, for which it may have been normalized, and of a first batch that nobody has normalized"
     numbers = lambda m: None if m.mean is None else [round(v, 4) for b in (m.mean, m.std) for v in b.flatten().tolist()]
     if len(views) > 1 and self.check_view:
-        if any(numbers(t) != numbers(self.student) for t in getattr(self.teacher, 'members', [self.teacher])):
+        if any(numbers(t) != numbers(self.student) for t in members_of(self.teacher)):
             warnings.warn("normalized=True says that all images are normalized by the student's mean and std, and the teacher, whose view is given, has others; if "
                           "that view is normalized for the teacher, give both in [0, 1] and leave normalized out")
         self.check_view = False
@@ -378,8 +378,7 @@ def compile(self:DistillationTask,
     **kwargs, # of `torch.compile`
 )->DistillationTask:
     "Compile models and method, in place"
-    members = getattr(self.teacher, 'members', [self.teacher])
-    config, tapped = torch._dynamo.config, max((len(t.names) for t in members if t is not None), default=0)
+    config, tapped = torch._dynamo.config, max((len(t.names) for t in members_of(self.teacher)), default=0)
     config.recompile_limit = max(config.recompile_limit, 8 + tapped)          # the teacher may stop after any of its layers
     for m in (self.student, self.teacher): m and m.install_hooks()
     self.compare_fn = torch.compile(self.compare, **kwargs)
@@ -412,7 +411,7 @@ def assemble_task(
     "Task of a student, a teacher and a method built for the shapes of both"
     device = next(student.parameters()).device
     if teacher is not None: teacher = teacher.to(device)
-    if len(getattr(teacher, 'members', ())) > 1 and not method.requires(options).several:
+    if len(members_of(teacher)) > 1 and not method.requires(options).several:
         raise ValueError(f"{len(teacher.members)} teachers, and {method.__name__} learns from one; give one, or take amtml or diverse, or a method "
                          "whose Requires has several=True")
     check_shared_modules(student, teacher)

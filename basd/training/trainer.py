@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..core.distributed import world_size
+from ..models.teachers import members_of
 from ..runs.metrics import AverageMeter
 from .optimizers import clip_grad_norms
 
@@ -42,8 +43,7 @@ class Trainer:
         self.listen(callbacks)
         params = lambda m: [p for p in m.parameters() if p.requires_grad]
         self.groups = [params(task.student), params(task.method)]               # clipped separately
-        teachers = getattr(task.teacher, 'members', [task.teacher])
-        self.layers = max((len(t.names) for t in teachers if t is not None), default=0) # tapped, of the deepest teacher
+        self.layers = max((len(t.names) for t in members_of(task.teacher)), default=0) # tapped, of the deepest teacher
         self.step, self.epoch, self.meter, self.result = 0, 0, AverageMeter(), None
         self.skipped, self.comment, self.validated = torch.zeros((), dtype=torch.long), '', ''
         self.stopping = self.should_stop = False                                # requested here; agreed by all ranks
