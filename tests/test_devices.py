@@ -19,7 +19,7 @@ from basd.losses.token_relations import sample_token_pairs
 from basd.models.students import create_student
 from basd.runs.inference import validate
 
-ON_THE_CPU = {"_interpolation", "_overlap", "_stencil", "_kept", "_ring", "_rings", "_codes",        # tables
+ON_THE_CPU = {"_interpolation", "_overlap", "_stencil", "_built", "_ring", "_rings", "_codes",        # tables
               "_open_digits", "stratified_split", "_shuffled"}                 # images, their split, the order of a layer's tokens
 
 

@@ -24,14 +24,16 @@ def _interpolation(n_in, n_out):
     return (h(b.clamp(-1, 1)) - h(a.clamp(-1, 1))) / (r - 1)
 
 # %% ../../nbs/core/05_resampling.ipynb #d9433327
-@lru_cache(maxsize=512)
-def _kept(build, sizes, device, dtype):
+def _built(build, sizes, device, dtype):
     with torch.inference_mode(False), torch.no_grad(): return build(*sizes).to(dtype).to(device)
+
+_kept = lru_cache(maxsize=512)(_built)
 
 def _operator(build, sizes, device, dtype):
     if min(sizes) < 1:
         raise ValueError(f"cannot resample {sizes[0]} tokens to {sizes[1]}; both counts must be at least 1")
-    return _kept(build, tuple(map(int, sizes)), torch.device(device or 'cpu'), dtype or torch.float32)
+    get = _built if torch.compiler.is_compiling() else _kept        # a compiler would look through the cache, and warn of it
+    return get(build, tuple(map(int, sizes)), torch.device(device or 'cpu'), dtype or torch.float32)
 
 # %% ../../nbs/core/05_resampling.ipynb #f2b5929c
 def interpolation_matrix(

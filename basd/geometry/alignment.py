@@ -21,7 +21,6 @@ from ..core.numerics import covariance, effective_rank, eigh, upcast, autocast_d
 from ..core.resampling import resample_tokens
 
 # %% ../../nbs/geometry/15_alignment.ipynb #9e13df05
-@lru_cache(maxsize=256)
 def _codes(n, width, grid, device, dtype):
     axes = [n] if grid is None else list(grid)
     m = width // (2*len(axes))                                                   # frequencies per axis
@@ -30,6 +29,8 @@ def _codes(n, width, grid, device, dtype):
     codes = [torch.cat([w.sin(), w.cos()], 1) for w in waves]                    # (a, 2m) each
     if grid is not None: codes = [codes[0].repeat_interleave(axes[1], 0), codes[1].repeat(axes[0], 1)]
     return F.pad(torch.cat(codes, 1), (0, width - 2*m*len(axes))).to(dtype).to(device)
+
+_kept_codes = lru_cache(maxsize=256)(_codes)
 
 # %% ../../nbs/geometry/15_alignment.ipynb #2babda2f
 def sincos_position_embedding(
@@ -46,7 +47,8 @@ def sincos_position_embedding(
     if width < (need := 2 if grid is None else 4):
         raise ValueError(f"width={width} holds no code of a place; it must be at least {need}")
     kind = torch.device(device or 'cpu'), dtype or torch.float32
-    with torch.inference_mode(False): return _codes(n, width, grid and tuple(grid), *kind)
+    get = _codes if torch.compiler.is_compiling() else _kept_codes  # a compiler would look through the cache, and warn of it
+    with torch.inference_mode(False): return get(n, width, grid and tuple(grid), *kind)
 
 # %% ../../nbs/geometry/15_alignment.ipynb #b93d7b8c
 class TokenAligner(nn.Module):

@@ -130,8 +130,6 @@ class FrequencySelector(Float32Buffers, nn.Module):
         check_choices(FrequencySelector, dist=dist, normalize=normalize, entropy_sign=entropy_sign)
         if bins is not None and bins < 2: raise ValueError(f"bins={bins}; give at least 2 rings, or None for no rings")
         if entropy < 0: raise ValueError(f"entropy={entropy} is negative; set entropy_sign=-1 to raise the entropy")
-        if not (.05 < tau < 10 if normalize == 'standard' else tau > 0):
-            raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside, or any with normalize='none'")
         self.widths_s, self.widths_t, self.bins, self.dist = list(widths_s), list(widths_t), bins, dist
         self.drop_dc, self.normalize, self.entropy, self.entropy_sign = drop_dc, normalize, entropy, entropy_sign
         self.rho = nn.Parameter(torch.full((len(self.widths_s),), rho_of(tau, normalize)), requires_grad=entropy != 0)

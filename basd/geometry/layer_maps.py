@@ -87,6 +87,8 @@ class FixedSelector(FrequencySelector):
 
     def no_weight_decay(self)->set: return set()
 
+    def extra_repr(self): return f"points={len(self.widths_s)}, layers={len(self.widths_t)}, read={self.read}"
+
 # %% ../../nbs/geometry/14_layer_maps.ipynb #dc669c0e
 @patch(as_prop=True)
 def mixed_width(self:FixedSelector)->int:

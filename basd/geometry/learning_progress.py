@@ -23,7 +23,7 @@ class LearningProgressSelector(GrassmannSelector):
         dim:int=128,      # d, width of the shared space to which both models' tokens are mapped
         fast:float=.9,    # decay per batch of the quick mean
         slow:float=.99,   # decay per batch of the slow mean, above `fast`
-        floor:float=.01, # least spread of progress that counts as one; keeps weights uniform where nothing moves
+        floor:float=.01, # least spread of progress that counts as one; keeps weights near uniform where nothing moves
         band:float|None=None, # weights stay in a band of this width around `depth_prior`'s line, a share of the depth; None: no band
         tau:float=1.,     # temperature, in (0.05, 10)
         recon:float=.1,   # weight of the reconstruction loss, which trains the maps into the shared space; 0: none

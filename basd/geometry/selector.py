@@ -128,10 +128,14 @@ def rho_of(
     tau:float, # temperature; in (0.05, 10), or any positive number with normalize='none'
     normalize:Literal['standard', 'none']='standard',
 )->float:
-    "The parameter ρ of a temperature: the inverse of `temperatures_of`"
+    "The parameter ρ of a temperature: the inverse of `temperatures_of`; raises ValueError for a temperature outside of its range"
     check_choices(rho_of, normalize=normalize)
+    if normalize == 'none':
+        if not tau > 0: raise ValueError(f"tau={tau} of the selector; give a positive temperature")
+        return tau + math.log(-math.expm1(-tau))
+    if not .05 < tau < 10: raise ValueError(f"tau={tau} of the selector is outside of (0.05, 10); choose one inside")
     share = math.log(tau/.05) / math.log(10/.05)
-    return math.log(share/(1 - share)) if normalize == 'standard' else tau + math.log(-math.expm1(-tau))
+    return math.log(share/(1 - share))
 
 def temperatures_of(
     rho:Tensor, # parameter, (P,)
@@ -146,7 +150,6 @@ def temperatures_of(
 def _check_options(
     s,         # `GrassmannSelector` with its options as attributes
     dim:int,   # of the shared space
-    tau:float, # first temperature
 ):
     "Raise an error for options that contradict each other or their range"
     for name, given, usual in (('ema_decay', s.ema_decay, .99), ('warmup_steps', s.warmup_steps, 50)):
@@ -164,8 +167,6 @@ def _check_options(
     if s.rank > narrowest: raise ValueError(f"rank={s.rank} directions of layers that are {narrowest} wide; lower rank")
     if s.procrustes and s.space != 'channel':
         raise ValueError("procrustes=True with space='sample', which needs no rotation; set space='channel' or procrustes=False")
-    if not (.05 < tau < 10 if s.normalize == 'standard' else tau > 0):
-        raise ValueError(f"tau={tau} is outside of (0.05, 10); choose one inside" + ", or normalize='none'"*(type(s) is GrassmannSelector))
 
 # %% ../../nbs/geometry/11_selector.ipynb #1529cdf9
 @SELECTORS.register('nearest')
@@ -205,7 +206,7 @@ class GrassmannSelector(Float32Buffers, nn.Module):
         self.rows, self.normalize, self.orth, self.recon = rows, normalize, orth, recon
         self.recon_form, self.max_rows, self.solver, self.ema_decay, self.warmup_steps, self.band = (
             recon_form, max_rows, solver, ema_decay, warmup_steps, band)
-        _check_options(self, dim, tau)
+        _check_options(self, dim)
         self.common = SharedProjection(widths_s, widths_t, dim, mode)
         self.rho = nn.Parameter(torch.full((len(widths_s),), rho_of(tau, normalize)), requires_grad=orth != 0)
         if solver == 'tracking':

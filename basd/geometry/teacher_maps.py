@@ -95,7 +95,7 @@ class _MeasuredOnce(TeacherDepth, GrassmannSelector):
     def __init__(self,
         widths_s:list, # widths of the student layers, P integers
         widths_t:list, # widths of the teacher's layers, L integers
-        batches:int,   # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
+        batches:int,   # least number of batches to measure, each micro-batch being one; measuring ends where the log is next written
         **options,     # of `GrassmannSelector`
     ):
         super().__init__(widths_s, widths_t, mode='frozen', recon=0., **options)
@@ -142,7 +142,7 @@ class TeacherMap(_MeasuredOnce, ABC):
         widths_t:list,   # widths of the teacher's layers, L integers
         rank:int=16,     # k, directions of a subspace
         dim:int=128,     # d, width to which layers of different widths are mapped
-        batches:int=20,  # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
+        batches:int=20,  # least number of batches to measure, each micro-batch being one; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, batches, rank=rank, dim=dim, max_rows=max_rows)
@@ -199,7 +199,7 @@ class ComplementarySelector(TeacherMap):
         rank:int=16,     # k, directions of a subspace
         dim:int=128,     # d, width to which layers of different widths are mapped
         last:bool=True,  # make the last layer one of those that are chosen
-        batches:int=20,  # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
+        batches:int=20,  # least number of batches to measure, each micro-batch being one; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, rank, dim, batches, max_rows)
@@ -229,7 +229,7 @@ class NearestOnceSelector(_MeasuredOnce):
         dim:int=128,     # d, width of the shared space to which both models' tokens are mapped, by maps that stay as drawn
         tau:float=1.,    # temperature, in (0.05, 10)
         least:float=.15, # least weight that a layer keeps; of those below it only a student layer's largest stays
-        batches:int=50,  # batches that are measured, at least, micro-batches one by one; measuring ends where the log is next written
+        batches:int=50,  # least number of batches to measure, each micro-batch being one; measuring ends where the log is next written
         max_rows:int=4096, # rows to compare, over all ranks; more are sampled by token place
     ):
         super().__init__(widths_s, widths_t, batches, rank=rank, dim=dim, max_rows=max_rows, tau=tau)

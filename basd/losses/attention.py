@@ -75,7 +75,7 @@ def self_similarity(
 # %% ../../nbs/losses/23_attention.ipynb #fce01aa2
 @LOSSES.register('attn')
 class AttentionKLLoss(FeatureLoss):
-    "KL divergence of the student's attention, mapped over heads, from mixed and resampled maps of the teacher"
+    "KL(teacher ‖ student): of the student's attention, mapped over heads, from mixed and resampled maps of the teacher"
     inputs, superposed, sliced = 'attention', ('mixup',), True
 
     def __init__(
@@ -245,7 +245,7 @@ def forward(
     rows:Tensor|None=None, # query rows that the target was made for
     epoch:float=0.,        # epochs that have passed, for `anneal`; a number or (). Leave it out before a balance
 )->Tensor: # nats, mean over student layers, 0-d
-    "KL divergence of the student's attention from the target; gradient to its queries and keys and to the head map"
+    "KL(target ‖ student) of the student's attention; gradient to its queries and keys and to the head map"
     loss = self.in_pieces(attention_s, target, rows) if callable(target) else self.compare(attention_s, target, rows)
     return loss * self.decay(epoch)
 

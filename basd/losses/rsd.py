@@ -35,7 +35,7 @@ def measured(
 # %% ../../nbs/losses/21_rsd.ipynb #cc3e9dd3
 def standardize(
     x:Tensor,          # rows, (..., M, D)
-    center:bool=True,  # Pearson; without it columns are scaled by their root mean square, which makes P a cosine
+    center:bool=True,  # Pearson; without it columns are scaled by their root mean square, which makes C a cosine
     floor:float=1e-5,  # smallest standard deviation
 )->Tensor:             # (..., M, D)
     "Columns of zero mean and unit variance over the rows of all ranks; zero where a column is constant"
@@ -60,17 +60,17 @@ def cross_correlation(
 
 # %% ../../nbs/losses/21_rsd.ipynb #4ce6e2bb
 def redundancy_loss(
-    P:Tensor,               # cross-correlation, (..., D, D)
+    C:Tensor,               # cross-correlation, (..., D, D)
     kappa:float|str=.01,    # weight of the off-diagonal; "1/D" as the original
     # divide by D, by nothing, as the paper, or by D², as the original
     reduction:Literal['dim', 'sum', 'mean']='dim',
 )->Tensor:                  # (...,)
     "Squared distance of the diagonal to one, plus `kappa` times that of the other entries to zero"
     check_choices(redundancy_loss, reduction=reduction)
-    D = P.shape[-1]
+    D = C.shape[-1]
     kappa = 1/D if kappa == '1/D' else kappa
-    diagonal = P.diagonal(dim1=-2, dim2=-1)
-    off = P.square().sum((-1, -2)) - diagonal.square().sum(-1)
+    diagonal = C.diagonal(dim1=-2, dim2=-1)
+    off = C.square().sum((-1, -2)) - diagonal.square().sum(-1)
     return ((1 - diagonal).square().sum(-1) + kappa*off) / {'dim': D, 'sum': 1, 'mean': D*D}[reduction]
 
 # %% ../../nbs/losses/21_rsd.ipynb #55b4d923

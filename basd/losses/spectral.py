@@ -31,7 +31,7 @@ def _eigenvalues(
     G:Tensor, # symmetric, (..., K, K)
 )->Tensor:    # descending, (..., K); nan where `G` is not finite
     "Eigenvalues, nan for a matrix that is not finite in place of an error"
-    A, size = condition_covariance(G)
+    A, size = condition_covariance(G)                           # G/size, with eps added to its diagonal
     return size*(eigvalsh(A) - torch.finfo(G.dtype).eps) + (0*G).sum((-1, -2))[..., None]
 
 # %% ../../nbs/losses/24_spectral.ipynb #a8407577

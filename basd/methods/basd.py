@@ -23,7 +23,7 @@ from ..core.features import Features
 from ..core.registry import (
     LOSSES, METHODS, SELECTORS, options_adapter, options_dataclass, options_from, pickled_by, refuse_unread,
     suggestion, validation_hint)
-from ..core.sampling import named_generator, sample_images, step_generator
+from ..core.sampling import named_generator, sample_images
 from ..geometry.alignment import InterpolationAligner, TokenAligner, target_statistics
 from ..geometry.layer_maps import FixedSelector, layer_pairs
 from ..geometry.selector import selection_metrics
@@ -338,11 +338,9 @@ def align(self:BASD,
 @patch
 def sample(self:BASD, progress:StepState, batch:int, device)->StepState:
     "`progress` with the samples of each loss, the selector and the aligners at this step"
-    generator = lambda i: step_generator(progress.seed*31 + i, progress.step, device)
-    n, s, own = self.student.tokens, self.student, dict(rsd=1, rel=2, attn=3, spectral=4)
-    of = lambda name: generator(own[name]) if name in own else named_generator(progress.seed, name, progress.step, device)
-    drawn = dict(selector=self.selector.sample(n, s.grid_sizes, batch, generator(0), device),
-                 align=sample_images(batch, self.options.aligner.samples, generator(5), device),
+    n, of = self.student.tokens, lambda name: named_generator(progress.seed, name, progress.step, device)
+    drawn = dict(selector=self.selector.sample(n, self.student.grid_sizes, batch, of('selector'), device),
+                 align=sample_images(batch, self.options.aligner.samples, of('align'), device),
                  losses={k: draw_sample(loss, k, n, batch, of(k), device) for k,loss in self.losses.items()})
     number = lambda v: torch.full((), float(v), device=device)
     return progress._replace(samples=drawn | dict(step=number(progress.step), total=number(progress.total_steps),
@@ -488,7 +486,8 @@ def after_update(self:BASD): self.selector.after_update()
 @patch
 def refresh(self:BASD):
     "Copy the state of moving selectors and losses to the host, and look whether an aligner has to follow"
-    for part in (self.selector, *self.aligners, *self.losses.values()): getattr(part, 'refresh', int)()
+    for part in (self.selector, *self.aligners, *self.losses.values()):
+        if hasattr(part, 'refresh'): part.refresh()
 
 # %% ../../nbs/methods/51_basd.ipynb #90fd23f1
 @patch
@@ -496,9 +495,9 @@ def notes(self:BASD, steps:int, log_every:int)->list:
     "Whether the run ends before a selector has measured its first batches, after which the teacher would stop early"
     batches = 0 if getattr(self.selector, 'last', True) else self.selector.batches
     fixed = -(-batches//log_every)*log_every                    # where the log is next written
+    if not batches or fixed < steps: return []
     return [f"selector {self.options.selector.name} measures {batches} batches and fixes its map at step {fixed}, which a run of {steps} steps "
-            "does not reach: weights change and the whole teacher is run to the end; lower method.selector.batches or train.log_every"]*(
-            batches > 0 and fixed >= steps)
+            "does not reach: weights change and the whole teacher is run to the end; lower method.selector.batches or train.log_every"]
 
 # %% ../../nbs/methods/51_basd.ipynb #ea90c508
 @patch

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.features import Features
 from ..core.registry import METHODS, options_from, options_dataclass
-from ..core.sampling import sample_images, step_generator
+from ..core.sampling import named_generator, sample_images
 from ..geometry.alignment import InterpolationAligner, TokenAligner, target_statistics
 from ..geometry.frequency_selector import FrequencySelector
 from ..geometry.selector import selection_metrics
@@ -98,14 +98,15 @@ def targets(self:BASDFourier,
 @patch
 def sample(self:BASDFourier, progress:StepState, batch:int, device)->StepState:
     "`progress` with the images that train the aligner at this step"
-    generator = step_generator(progress.seed, progress.step, device)
+    generator = named_generator(progress.seed, 'align', progress.step, device)
     return progress._replace(samples=sample_images(batch, self.options.aligner.samples, generator, device))
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #87e8aeb1
 @patch
 def refresh(self:BASDFourier):
     "Look whether an aligner has to follow the mixture"
-    for a in self.aligners: getattr(a, 'refresh', int)()
+    for a in self.aligners:
+        if hasattr(a, 'refresh'): a.refresh()
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #43003756
 @patch

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.features import Features
+from ..core.numerics import autocast_disabled, upcast
 from ..core.registry import METHODS, options_dataclass
 
 # %% ../../nbs/methods/50_base.ipynb #e1f501db
@@ -212,8 +213,7 @@ def cross_entropy(
 )->Tensor:         # ()
     "Cross-entropy with soft labels, mean over the batch, in float32; 0 without classes"
     if not logits.shape[1]: return logits.float().sum()
-    with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    with autocast_disabled(logits): return F.cross_entropy(upcast(logits), labels)
 
 # %% ../../nbs/methods/50_base.ipynb #325c64bb
 @METHODS.register('ce')
