@@ -233,3 +233,30 @@ def test_warnings(words, call):
 
 def test_one_output_without_labels(): create_task("match", create_student("deit_tiny_patch16_224", num_classes=1, img_size=16, patch_size=4, depth=2, width=24, heads=2, layers=[1]),
                                                   teacher(), labels=False, total_steps=1, losses=dict(gram={}), student_layers=[1], teacher_layers=[3])(x)
+
+
+@pytest.mark.parametrize("mixup", [0., .8])
+@pytest.mark.parametrize("method, options", [("distill", dict(loss="dkd")), ("match", dict(losses={}, logits=dict(loss="dkd"), student_layers=[1], teacher_layers=[1]))])
+def test_dkd_of_images_without_a_class(method, options, mixup):
+    "They have no part in it, as none in cross-entropy; they counted as images of class 0"
+    if method == "match": options = options | dict(losses=dict(gram={}))
+    task = task_of(method, **options, mixup=mixup, mix_prob=1.)
+    value = lambda labels: task(x, torch.tensor(labels), step=9)["losses"]["logits"].item()
+    assert value([-1]*4) == value([-100]*4) == 0.
+    some, all_of = value([3, 3, -1, -1]), value([3, 3, 3, 3])
+    assert 0 < some < all_of and value([0]*4) > 0
+
+
+def test_both_heads_in_evaluation():
+    "A student with a distillation head has one set of logits there, with which the teacher's are compared"
+    s = create_student("deit_tiny_distilled_patch16_224", num_classes=10, img_size=16, patch_size=4, depth=4, width=24, heads=2)
+    task = create_task("distill", s, teacher(), head="dist", total_steps=10)
+    assert task(x, y)["loss"].isfinite()
+    assert task.eval()(x, y)["losses"]["logits"] > 0
+
+
+def test_float64_beside_float32():
+    wide = teacher().double()
+    with pytest.raises(ValueError, match="the teacher has weights in float64, and what it is compared with has not"): create_task("basd", student(), wide)
+    with pytest.raises(ValueError, match="the student has weights in float64"): create_task("basd", student().double(), teacher())
+    assert create_task("distill", student(), wide, total_steps=1)(x, y)["loss"].isfinite()       # logits meet in float64

@@ -166,7 +166,7 @@ def test_a_folder_without_splits_is_tested_whole(trained, tmp_path, capsys):
     report = evaluate_run(str(trained/"run"), on=whole, corrupted=0, device="cpu")           # a path, not a text
     seen = shutil.copytree(trained/"zoo"/"Training", tmp_path/"seen")
     with pytest.warns(UserWarning, match="48 of the 48 images of seen/ are among the training images"): evaluate_student(str(trained/"run"), on=seen, device="cpu")
-    assert report["accuracy"]["n"] == 30 and report["knn"]["train_n"] == 36 and report["images"] == str(whole)
+    assert report["accuracy"]["n"] == 30 and report["knn"]["train_n"] == 24 and report["images"] == str(whole)
 
 
 def test_other_images_by_the_same_name(trained, tmp_path, capsys):
@@ -200,3 +200,13 @@ def test_a_recipe_that_was_edited_in_its_run(trained, tmp_path, capsys):
     run(capsys, "resume", copy)
     (copy/"recipe.yaml").write_text(text.replace("  run: null\n", "  run: moved\n"))                # a teacher elsewhere: not refused for that
     run(capsys, "resume", copy)
+
+
+def test_a_folder_with_tests_alone(trained, tmp_path):
+    "Its images are judged by neighbors among the run's training images; where their classes are others, among each other"
+    zoo(tmp_path/"known", Testing=called("ant", "cow"))
+    report = evaluate_run(str(trained/"run"), on=str(tmp_path/"known"), corrupted=0, device="cpu")
+    assert report["accuracy"]["top1"] == 100 and report["knn"]["top1"] > 90 and report["knn"]["train_n"] == 24 and "top1" in report["linear_probe"]
+    zoo(tmp_path/"other", Testing=called("ant", emu="dog"))
+    report = evaluate_run(str(trained/"run"), on=str(tmp_path/"other"), corrupted=0, device="cpu")
+    assert report["knn"]["train_n"] == 31 and report["knn"]["top1"] > 90 and "labeled training images" in report["linear_probe"]["skipped"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TINY
 from forks import on_ranks, state_of
+from PIL import Image
 from test_ranks import FRAME, METHODS, in_double, parts_and_gradients
 from torch.testing import assert_close
 
@@ -105,3 +106,22 @@ def test_replay(tmp_path):
     assert (found["batch"]["label"] < 0).any() and found["label_scale"] == trainer.task.label_scale
     here = rerun_step(trainer.task, *trainer.data.given(found["batch"]), **{k: found[k] for k in ("step", "total_steps", "epoch", "micro")})
     assert replay(tmp_path/"run", trust=True)["losses"] == here["losses"]
+
+
+def test_classes_without_an_image_or_a_label(tmp_path, monkeypatch, capsys):
+    "Are said before the first step, and refused where one is left"
+    monkeypatch.chdir(tmp_path)
+    for name, count in (("apple", 60), ("cherry", 2), ("fig", 30)):
+        (tmp_path/"fruit"/name).mkdir(parents=True)
+        for i in range(count): Image.new("RGB", (32, 32), (i, 2*i, 9)).save(tmp_path/"fruit"/name/f"{i}.png")
+    words = [*(w for w in TINY if not w.startswith("data.")), "data.source=fruit", "data.root=null", "data.batch_size=4", "data.workers=0", "data.val_size=0", "method={name: ce}"]
+    def lines(folder, *more):
+        build_trainer(load_recipe("basd_cifar10", [*words, *more])[""], tmp_path/folder, bars=False)
+        return [l for l in capsys.readouterr().out.splitlines() if ": of the 3 classes of" in l]
+    assert not lines("all")
+    line, = lines("few", "data.train_size=6", "data.split_seed=0")
+    assert " 1 without an image among the 6 that are trained on, 'cherry' for one" in line
+    with pytest.raises(ValueError, match="the 4 images that are trained on have a single class, 'apple'; raise data.train_size"):
+        lines("one", "data.train_size=4", "data.split_seed=13")
+    line, = lines("labels", "data.labeled=4", "method={name: distill}", "teacher={model: deit_tiny_patch16_224, untrained: true}")
+    assert " 1 without a label among the 4 that are used, 'cherry' for one; raise data.labeled" in line

@@ -138,3 +138,20 @@ def test_two_ranks_equal_one(tmp_path):
 def test_sixty_pictures_are_enough_for_the_recipe():
     "A fifth of them is the test split and a fifth of the rest the validation split; 38 are left"
     assert load_recipe("unlabeled")[""].data.batch_size <= 38
+
+
+@pytest.mark.parametrize("size, method, who", [(2, "{name: match, losses: {rkd: {}}}", "losses.rkd takes 3"), (1, "{name: match, losses: {crd: {}}}", "losses.crd takes 2"),
+                                               (1, "{name: distill, loss: vrm, alpha: 1.0}", "logits.loss takes 2")])
+def test_too_few_to_validate(size, method, who, tmp_path):
+    "Images among which a loss compares: refused before the first step where validation would read 0 or stop the run"
+    words = [f"data.val_size={size}", f"method={method}"]
+    with pytest.raises(ValueError, match=f"{who} images at least, and a batch of the {size} validation images has {size}; raise data.val_size"):
+        made(tmp_path/"run", *words)
+    assert not (tmp_path/"run").exists()
+
+
+def test_a_distillation_head(tmp_path):
+    "Such a student, trained without labels, is validated and tested"
+    words = [*TINY, *BARE, "method={name: distill, head: dist, alpha: 1.0}", "student.model=deit_tiny_distilled_patch16_224", "train.epochs=1"]
+    result = package.train("basd_cifar10", words, run_dir=str(tmp_path/"run"), bars=False)[""]
+    assert result["test"]["best"]["distill_loss"] > 0

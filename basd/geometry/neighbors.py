@@ -43,8 +43,8 @@ def check_features(
     "Raise an error for features that are missing or not finite, and for labels of another shape"
     for x in features:
         if x is None:
-            raise ValueError("there are no features; they are those of a tapped layer (`TappedModel(model, layers=[-1])`), "
-                             "of training images with labels, too")
+            raise ValueError("features are missing; they are those of a tapped layer (`TappedModel(model, layers=[-1])`), "
+                             "of the images that are judged and of labeled training images")
         if x.dim() != 2 or not x.isfinite().all():
             raise ValueError(f"features of shape {tuple(x.shape)}, {int((~x.isfinite()).sum())} of their numbers "
                              "not finite; give finite features of shape (n, D)")

@@ -130,6 +130,8 @@ class VRMLoss(nn.Module):
         if not 0 <= prune < 1: raise ValueError(f"prune={prune}; give a share from 0 to below 1")
         self.images, self.classes, self.prune, self.two_views = images, classes, prune, two_views
 
+    def least_images(self, tokens:list)->int: return 2 # one has no edge
+
     def forward(self,
         z_s:Tensor,    # student logits, (B, C)
         z_t:Tensor,    # teacher logits, (B, C)

@@ -58,17 +58,18 @@ def _dkd_terms(
     z_t:Tensor,   # teacher logits, constant, (B, C)
     labels:Tensor,# class probabilities, (B, C); the likeliest counts
     T:float=4.,   # temperature
-)->tuple:         # TCKD and NCKD, each (B,), nats
+)->tuple:         # TCKD and NCKD, each (B,), nats; 0 where an image has no label
     "Divergence of softened probabilities: of the target class, and of the others among themselves"
     check_logits(z_s, z_t, labels, T)
     with autocast_disabled(z_s):
         s, t = (z/T for z in upcast(z_s, z_t.detach()))
+        known = (labels.amax(-1) > 0).to(s.dtype)                                    # a row of zeros is an image without a label
         target = F.one_hot(labels.argmax(-1), s.shape[-1]).to(s.dtype)
         rest = lambda z: (z - 1e6*target).log_softmax(-1)                            # of the other classes alone
         two = lambda z: torch.stack([(z.log_softmax(-1)*target).sum(-1),
                                      (z - 1e6*target).logsumexp(-1) - z.logsumexp(-1)], -1)
         kl = lambda a, b: (a.exp()*(a - b)).sum(-1)
-        return kl(two(t), two(s)), (rest(t).exp()*(1 - target)*(rest(t) - rest(s))).sum(-1)
+        return known*kl(two(t), two(s)), known*(rest(t).exp()*(1 - target)*(rest(t) - rest(s))).sum(-1)
 
 # %% ../../nbs/losses/26_logits.ipynb #63cbaaa8
 class KDLoss(nn.Module):

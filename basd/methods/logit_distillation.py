@@ -74,7 +74,7 @@ class LogitDistillationLoss(nn.Module):
         b, y = target.mix, target.labels
         if b is not None and isinstance(self.loss, DKDLoss):
             if target.classes is None: raise ValueError("loss='dkd' of mixed images needs the class of each, Target.classes")
-            y = F.one_hot(target.classes.clamp(min=0), z_s.shape[-1])
+            y = F.one_hot(target.classes.clamp(min=0), z_s.shape[-1]) * (target.classes >= 0)[:, None]
         own, tau = self.one(z_s, z_t, y, epoch)
         if b is not None: own = torch.lerp(self.one(z_s, z_t[b.partner], y[b.partner], epoch)[0], own, b.lam.to(own.dtype))
         return (own, None, None) if tau is None else (own, tau.mean(), self.temperature.anchor_penalty(tau))
@@ -156,10 +156,11 @@ def forward(self:LogitDistillation, student:Features, teacher:Features, target:T
     "Loss, logits and metrics of one batch"
     o, z = self.options, student.logits
     drawn = (self.sample(progress, len(z), z.device) if progress.samples is None else progress).samples
-    if o.head == 'dist' and student.dist_logits is None:
+    if o.head == 'dist' and student.dist_logits is None and self.training:
         raise ValueError("the student handed over one set of logits; "
                          "head='dist' needs a model with a distillation head that is training")
-    z_d = z if o.head == 'class' else student.dist_logits
+    # in evaluation such a model hands over the mean of its heads
+    z_d = z if o.head == 'class' or student.dist_logits is None else student.dist_logits
     raw, tau, anchor = self.logits(z_d, teacher.logits, target, drawn['epoch'])
     agree = (z_d.argmax(-1) == teacher.logits.argmax(-1)).float().mean()
     parts = dict(ce=(1 - o.alpha)*cross_entropy(z, target.labels), logits=drawn['ramp']*o.alpha*raw)

@@ -102,11 +102,20 @@ def image_notes(
     train:ImageDataset,
     test:ImageDataset,
     fingerprints:dict, # of both, "train" and "test"
+    fit=None,          # training indices; None: all
+    labeled=None,      # those whose labels are used; None: all of them
 )->list:               # sentences
     "Notes about the images of a run, printed before it starts"
-    notes, empty = [*train.source.notes], sorted({*range(train.num_classes)} - {*train.labels.tolist()})
-    if empty: notes.append(f"of the {train.num_classes} classes of {train.source.name} {len(empty)} without images, "
-                           f"{train.classes[empty[0]]!r} for one; they keep their outputs, which are not trained")
+    labels = torch.as_tensor(train.labels)
+    without = lambda which: sorted({*range(train.num_classes)} - {*(labels if which is None else labels[which]).tolist()})
+    notes, empty, unused = [*train.source.notes], without(None), without(fit)
+    unlabeled = without(fit if labeled is None else labeled)
+    for few, what, then in ((empty, 'without images', 'they keep their outputs, which are not trained'),
+                            ([i for i in unused if i not in empty], f'without an image among the {len(fit or train)} that are trained on',
+                             'they keep their outputs, which are not trained; raise data.train_size or data.labeled, or lower data.val_size'),
+                            ([i for i in unlabeled if i not in unused] if labeled else [], f'without a label among the {len(labeled or [])} that are used',
+                             'raise data.labeled')):
+        if few: notes.append(f"of the {train.num_classes} classes of {train.source.name} {len(few)} {what}, {train.classes[few[0]]!r} for one; {then}")
     if fingerprints['train'] == fingerprints['test']:
         notes.append("test and training images are the same, so test accuracy is measured on training images")
     elif (same := test.shared(train) or 0) > len(test)//20:         # most data sets have a few duplicates
@@ -150,6 +159,9 @@ def build_datasets(
                              "that the validation split leaves")
         keep = torch.randperm(len(fit), generator=torch.Generator().manual_seed(d.split_seed))[:d.train_size]
         fit = [fit[i] for i in sorted(keep.tolist())]
+    if known and len(kinds := torch.as_tensor(train.labels)[fit].unique()) < 2:
+        raise ValueError(f"the {len(fit)} images that are trained on have a single class, {train.classes[int(kinds)]!r}; "
+                         "raise data.train_size, or lower data.val_size")
     return train, fit, val, test
 
 def _check_pair(d, train, test):

@@ -72,7 +72,7 @@ class DataRecipe:
     labels:Literal['auto', 'none'] = 'auto'
     # use only this many of the training images, drawn by `split_seed` after the validation images; null: all
     train_size:_PositiveInt|None = None
-    # training images whose labels are used, as many of each class: a share below 1 or a number from 1 on; null: all.
+    # training images whose labels are used, of each class in proportion to its size: a share below 1 or a number from 1 on; null: all.
     # A method without a teacher trains on these alone, as many steps as on all
     labeled:Annotated[float, Field(gt=0)]|None = None
     # validation images, held out of the training images: a share below 1, a number of images from 1 on, 0: none

@@ -69,10 +69,10 @@ class TrainingData:
         if len(self.fit) < d.batch_size:
             raise ValueError(f"data.batch_size={d.batch_size} is larger than the training set of {len(self.fit)} images; "
                              "lower it")
-        known = labeled_positions(self.images, self.fit, recipe)
-        self.knn = knn_datasets(recipe, self.images, known, self.fit, self.val) if recipe.train.knn_every else None
+        self.known = labeled_positions(self.images, self.fit, recipe)
+        self.knn = knn_datasets(recipe, self.images, self.known, self.fit, self.val) if recipe.train.knn_every else None
         self.readings = None                                    # of the layer that k-NN reads, from before the first step
-        self.hide_labels(known)
+        self.hide_labels(self.known)
         self.per_epoch = len(self.fit)//d.batch_size
         self.total = self.per_epoch*recipe.train.epochs
         self.batch_size, self.waited = d.batch_size, 0.         # seconds for data
@@ -251,8 +251,8 @@ def evaluate_unlabeled(self:TrainingData,
     task, was, total = self.task, model.training, 0.
     # losses that read the student's weights read, in the copy, those of the model that is evaluated
     method = copy.deepcopy(task.method, {id(task.student): model, id(task.teacher): task.teacher}).requires_grad_(False).eval()
-    ranks, n = world_size(), len(which)//world_size()
-    parts = torch.arange(n).tensor_split(-(-n*ranks*self.grad_accum_steps//self.recipe.data.batch_size))
+    ranks, parts = world_size(), self.unlabeled_batches(len(which))
+    n = sum(map(len, parts))
     batches = [(ranks*int(p[0]) + rank()*len(p) + torch.arange(len(p))).tolist() for p in parts]
     model.eval()
     for at,b in zip(batches, self.readers(split, ViewDataset(images, which, self.clean, train=False), batches)):
@@ -265,6 +265,25 @@ def evaluate_unlabeled(self:TrainingData,
     if split != 'test' or images.num_classes < 2: return out
     features = pooled_features(tapped_at(model, [-1], False), images, self.size, self.device, precision=task.precision)
     return out | knn_among(features, images.labels)
+
+# %% ../../nbs/training/75_build.ipynb #9a35be0e
+@patch
+def unlabeled_batches(self:TrainingData, images:int)->tuple: # of the positions on one rank
+    "Division of the validation or test images of a run without labels into batches of nearly equal size"
+    n = images//world_size()
+    return torch.arange(n).tensor_split(max(1, -(-n*world_size()*self.grad_accum_steps//self.recipe.data.batch_size)))
+
+@patch
+def check_unlabeled_batches(self:TrainingData, task:DistillationTask):
+    "Refuse, before the first step, splits on which a loss among images would have too few in a batch"
+    if self.label_scale: return
+    for split,images,more in (('validation', self.val, 'raise data.val_size, or set it to 0'), ('test', range(len(self.test)), 'give more of them')):
+        n, inner = world_size()*min(map(len, self.unlabeled_batches(len(images)))), []
+        for name,m in task.method.named_modules():
+            if not images or not hasattr(m, 'least_images') or name.startswith(tuple(inner)): continue
+            inner.append(f'{name}.')                            # what a loss is made of is its own affair
+            if n < (least := m.least_images(task.student.tokens or [1])):
+                raise ValueError(f"{name} takes {least} images at least, and a batch of the {len(images)} {split} images has {n}; {more}")
 
 # %% ../../nbs/training/75_build.ipynb #75aa0002
 @patch
@@ -410,7 +429,7 @@ def _open_run(
     if rank() == 0:
         marks = dict(train=data.images.fingerprint(), test=data.test.fingerprint())
         if data.knn: marks['knn'] = f'{data.knn[0].fingerprint()}-{fingerprint([*data.knn[1:]])}'
-        notes, made, fresh = image_notes(data.images, data.test, marks), loader_arguments(recipe, data, task), not (run/'recipe.yaml').is_file()
+        notes, made, fresh = image_notes(data.images, data.test, marks, data.fit, data.known), loader_arguments(recipe, data, task), not (run/'recipe.yaml').is_file()
         if data.knn: notes += [n for n in data.knn[0].source.notes if n not in notes]
         notes += task.method.notes(made['steps'], recipe.train.log_every) + _warmup_notes(recipe.train)
         create_run_directory(run, recipe, resume, marks, made | (dict(notes=notes) if notes else {}), data.names or None)
@@ -518,6 +537,7 @@ def build_trainer(
         task = build_task(recipe, data.classes, data.names, device, data.label_scale)
         if data.knn: data.readings = _pooled_readings(task.student, t.knn_every)
         data.classes, data.names = task.classes, task.student.label_names or []
+        data.check_unlabeled_batches(task)
         _set_views(recipe, data, task)
         optimizer = create_optimizer(task, t)
         trainer = Trainer(task, data, optimizer, t)
