@@ -106,16 +106,7 @@ def image_notes(
     labeled=None,      # those whose labels are used; None: all of them
 )->list:               # sentences
     "Notes about the images of a run, printed before it starts"
-    labels = torch.as_tensor(train.labels)
-    without = lambda which: sorted({*range(train.num_classes)} - {*(labels if which is None else labels[which]).tolist()})
-    notes, empty, unused = [*train.source.notes], without(None), without(fit)
-    unlabeled = without(fit if labeled is None else labeled)
-    for few, what, then in ((empty, 'without images', 'they keep their outputs, which are not trained'),
-                            ([i for i in unused if i not in empty], f'without an image among the {len(fit or train)} that are trained on',
-                             'they keep their outputs, which are not trained; raise data.train_size or data.labeled, or lower data.val_size'),
-                            ([i for i in unlabeled if i not in unused] if labeled else [], f'without a label among the {len(labeled or [])} that are used',
-                             'raise data.labeled')):
-        if few: notes.append(f"of the {train.num_classes} classes of {train.source.name} {len(few)} {what}, {train.classes[few[0]]!r} for one; {then}")
+    notes = [*train.source.notes, *_class_notes(train, fit, labeled)]
     if fingerprints['train'] == fingerprints['test']:
         notes.append("test and training images are the same, so test accuracy is measured on training images")
     elif (same := test.shared(train) or 0) > len(test)//20:         # most data sets have a few duplicates
@@ -123,6 +114,20 @@ def image_notes(
                      "so test accuracy is measured on training images in part")
     notes += [n for n in test.source.notes if n not in notes]
     return notes + _unread_split(train.source, test.source)
+
+# %% ../../nbs/runs/66_builders.ipynb #9e610456
+def _class_notes(train, fit, labeled):
+    "Sentences about classes without images, without one to train on, and without one whose label is used"
+    labels, left, out = torch.as_tensor(train.labels), set(range(train.num_classes)), []
+    untrained = 'they keep their outputs, which are not trained'
+    for which,what,then in ((range(len(labels)), 'images', untrained),
+                            (fit, 'an image among the {} that are trained on', f'{untrained}; raise data.train_size or data.labeled, or lower data.val_size'),
+                            (labeled or None, 'a label among the {} that are used', 'raise data.labeled')):
+        if which is None: continue
+        if few := sorted(left - {*labels[list(which)].tolist()}):
+            out.append(f"of the {train.num_classes} classes of {train.source.name} {len(few)} without {what.format(len(which))}, {train.classes[few[0]]!r} for one; {then}")
+        left -= {*few}
+    return out
 
 # %% ../../nbs/runs/66_builders.ipynb #c850a86d
 def _unread_split(train, test):
