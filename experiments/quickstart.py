@@ -1,12 +1,12 @@
 """Accuracy and time of the quickstart and its controls over five seeds, on one thread and on two.
 
-    python experiments/quickstart.py [--seeds 0 1 2 3 4] [--threads 1 2] [--jobs 2] [--runs runs/quickstart]
+    python experiments/quickstart.py [--seeds 0 1 2 3 4] [--threads 1 2] [--jobs 2] [--runs runs/quickstart] [--out FILE]
 
 The parts of a seed are `alone` (the quickstart's labels alone), `taught` (its teacher and BASD), `uniform` (BASD with the
 uniform layer map by the same teacher), `logits` (the teacher's logits alone, Hinton's) and `longer` (labels alone for as
 long as BASD takes); a part is done for all seeds before the next. Goes on where it was interrupted,
-and writes experiments/results/quickstart.json after each part: test top-1 in %, wall seconds of the stages, and processor
-seconds of the quickstart (the first two parts).
+and writes FILE, experiments/results/quickstart.json if none is given, after each part: test top-1 in %, wall seconds of the
+stages, and processor seconds of the quickstart (the first two parts). results/quickstart_again.json is a second set, by later code.
 """
 import argparse
 import json
@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from basd.runs.recipe_files import read_recipe
+
+from race_selectors import processor
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT/"experiments"/"results"/"quickstart.json"
@@ -63,7 +65,7 @@ def row(runs, seed, threads):
     done = {k: p for k,p in STAGES.items() if (folder/p/"result.json").is_file()}
     if not done: return None
     made = read(f"{next(iter(done.values()))}/environment.json")
-    return dict(seed=seed, threads=threads, commit=(made["git"] or {}).get("commit"), environment={k: made[k] for k in ("versions", "machine", "cpus")},
+    return dict(seed=seed, threads=threads, commit=(made["git"] or {}).get("commit"), cpu=processor(), environment={k: made[k] for k in ("versions", "machine", "cpus")},
                 top1={k: read(f"{p}/result.json")["test"]["best"]["top1"] for k,p in done.items()},
                 seconds={k: read(f"{p}/result.json")["seconds"] for k,p in done.items()},
                 cpu_seconds=sum(read(f"{p}.json")["cpu_seconds"] for p in ("alone", "taught"))
@@ -76,6 +78,7 @@ def main():
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     p.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--out", default=OUT, type=Path)
     p.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     a = p.parse_args()
     runs = a.runs.resolve()
@@ -83,7 +86,7 @@ def main():
 
     def write():
         rows = [r for t in (1, 2) for s in range(100) if (r := row(runs, s, t))]
-        OUT.write_text(json.dumps(dict(recipe=read_recipe("quickstart"), runs=rows), indent=1) + "\n")
+        a.out.write_text(json.dumps(dict(recipe=read_recipe("quickstart"), runs=rows), indent=1) + "\n")
     for threads in a.threads:
         for part in PARTS:
             with ThreadPoolExecutor(a.jobs) as pool:
