@@ -847,7 +847,7 @@ def _print_sentence(text): print(f"basd: {text.encode(errors='backslashreplace')
 @contextmanager
 def own_warnings():
     "Print warnings of this package as sentences like its errors, without file and line; those of other packages as Python does"
-    usual, package = warnings.showwarning, str(Path(basd.__file__).parent)
+    usual, package = warnings.showwarning, str(Path(basd.__file__).parent) + os.sep
     def show(message, category, filename, *more, **named):
         if filename.startswith(package): _print_sentence(' '.join(f'warning: {message}'.split()))
         else: usual(message, category, filename, *more, **named)

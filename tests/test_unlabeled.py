@@ -145,7 +145,7 @@ def test_sixty_pictures_are_enough_for_the_recipe():
 def test_too_few_to_validate(size, method, who, tmp_path):
     "Images among which a loss compares: refused before the first step where validation would read 0 or stop the run"
     words = [f"data.val_size={size}", f"method={method}"]
-    with pytest.raises(ValueError, match=f"{who} images at least, and a batch of the {size} validation images has {size}; raise data.val_size"):
+    with pytest.raises(ValueError, match=f"{who} images at least, and there are {size} to validate on; raise data.val_size"):
         made(tmp_path/"run", *words)
     assert not (tmp_path/"run").exists()
 

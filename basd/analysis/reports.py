@@ -102,11 +102,12 @@ def _others(
     test = open_images(d, d.test_split, on, classes or (train and train.classes),
                        whose if classes else f"{on}'s training split")
     if classes and getattr(test.source, 'drawn', False) and os.path.realpath(on) != os.path.realpath(d.source):
-        own, test = _own_training_images(recipe, whose), open_images(d, '', on, classes, whose)     # no splits: all of it is to be tested
+        train, test = None, open_images(d, '', on, classes, whose)          # no splits: all of it is to be tested
+    if train is None and classes:
+        own = _own_training_images(recipe, whose)
         if own[0] is not None and (n := test.shared(own[0])):
             warnings.warn(f"{n} of the {len(test)} images of {test.source.name} are among the training images of {whose}", stacklevel=4)
         return *own, test
-    if train is None and classes: return *_own_training_images(recipe, whose), test
     return train, [] if train is None else list(range(len(train))), test
 
 # %% ../../nbs/analysis/83_reports.ipynb #deffdc7c
@@ -295,7 +296,7 @@ def evaluate_run(
         taught, reason = _teacher_outputs(recipe, test, train, fit, here, classes)
         out = evaluate_predictions(outputs, bank, *(taught or [(None, None)])[0], [test.classes[i] for i in test.among or range(test.num_classes)])
         out |= {f'agreement_{i}': _agreement(outputs, *t) for i,t in enumerate(taught[1:], 2)}
-        if bank is None:                                # each image by the others
+        if bank is None and len(outputs['labels'].unique()) > 1:            # each image by the others
             near = knn_among(outputs['features'], outputs['labels'])
             out['knn'] = accuracy_summary(round(near['knn']*len(test)/100), len(test)) | dict(train_n=len(test) - 1, k=near['k'])
         if reason: out['agreement'] = dict(skipped=reason)

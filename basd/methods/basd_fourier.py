@@ -99,7 +99,7 @@ def targets(self:BASDFourier,
 def sample(self:BASDFourier, progress:StepState, batch:int, device)->StepState:
     "`progress` with the images that train the aligner at this step"
     generator = named_generator(progress.seed, 'align', progress.step, device)
-    return progress._replace(samples=sample_images(batch, self.options.aligner.samples, generator, device))
+    return progress._replace(samples=dict(align=sample_images(batch, self.options.aligner.samples, generator, device)))
 
 # %% ../../nbs/methods/55_basd_fourier.ipynb #87e8aeb1
 @patch
@@ -114,7 +114,7 @@ def forward(self:BASDFourier, student:Features, teacher:Features, target:Target,
     "Loss, logits and metrics of one batch"
     selection = self.selector(student.tokens, teacher.tokens, student.grid_sizes, teacher.grid_sizes, blend=target.mix)
     images = (self.sample(progress, len(student.logits), student.logits.device) if progress.samples is None
-              else progress).samples
+              else progress).samples['align']
     ys, align = self.targets(selection.weights.detach(), student, teacher, images)
     raw = mixed_loss(self.loss, Layers(student.tokens, student.grid_sizes), Layers(ys, student.grid_sizes), target.mix)
     parts = dict(ce=cross_entropy(student.logits, target.labels), fourier=self.options.distill_weight*raw,

@@ -125,7 +125,7 @@ def _class_notes(train, fit, labeled):
                             (labeled or None, 'a label among the {} that are used', 'raise data.labeled')):
         if which is None: continue
         if few := sorted(left - {*labels[list(which)].tolist()}):
-            out.append(f"of the {train.num_classes} classes of {train.source.name} {len(few)} without {what.format(len(which))}, {train.classes[few[0]]!r} for one; {then}")
+            out.append(f"of the {train.num_classes} classes of {train.source.name} {len(few)} without {what.format(len({*which}))}, {train.classes[few[0]]!r} for one; {then}")
         left -= {*few}
     return out
 
@@ -164,9 +164,6 @@ def build_datasets(
                              "that the validation split leaves")
         keep = torch.randperm(len(fit), generator=torch.Generator().manual_seed(d.split_seed))[:d.train_size]
         fit = [fit[i] for i in sorted(keep.tolist())]
-    if known and len(kinds := torch.as_tensor(train.labels)[fit].unique()) < 2:
-        raise ValueError(f"the {len(fit)} images that are trained on have a single class, {train.classes[int(kinds)]!r}; "
-                         "raise data.train_size, or lower data.val_size")
     return train, fit, val, test
 
 def _check_pair(d, train, test):

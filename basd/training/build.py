@@ -73,6 +73,9 @@ class TrainingData:
         self.knn = knn_datasets(recipe, self.images, self.known, self.fit, self.val) if recipe.train.knn_every else None
         self.readings = None                                    # of the layer that k-NN reads, from before the first step
         self.hide_labels(self.known)
+        if self.known and len(kinds := torch.as_tensor(self.images.labels)[self.fit].unique()) < 2:
+            raise ValueError(f"the {len({*self.fit})} images that are trained on have a single class, {self.names[int(kinds)]!r}; "
+                             "raise data.train_size or data.labeled, or lower data.val_size")
         self.per_epoch = len(self.fit)//d.batch_size
         self.total = self.per_epoch*recipe.train.epochs
         self.batch_size, self.waited = d.batch_size, 0.         # seconds for data
@@ -275,15 +278,15 @@ def unlabeled_batches(self:TrainingData, images:int)->tuple: # of the positions 
 
 @patch
 def check_unlabeled_batches(self:TrainingData, task:DistillationTask):
-    "Refuse, before the first step, splits on which a loss among images would have too few in a batch"
+    "Refuse, before the first step, splits of fewer images than a loss among images takes"
     if self.label_scale: return
-    for split,images,more in (('validation', self.val, 'raise data.val_size, or set it to 0'), ('test', range(len(self.test)), 'give more of them')):
-        n, inner = world_size()*min(map(len, self.unlabeled_batches(len(images)))), []
+    for split,images,more in (('validate', self.val, 'raise data.val_size, or set it to 0'), ('test', range(len(self.test)), 'give more of them')):
+        n, inner = len(images)//world_size()*world_size(), []
         for name,m in task.method.named_modules():
             if not images or not hasattr(m, 'least_images') or name.startswith(tuple(inner)): continue
             inner.append(f'{name}.')                            # what a loss is made of is its own affair
             if n < (least := m.least_images(task.student.tokens or [1])):
-                raise ValueError(f"{name} takes {least} images at least, and a batch of the {len(images)} {split} images has {n}; {more}")
+                raise ValueError(f"{name} takes {least} images at least, and there are {n} to {split} on; {more}")
 
 # %% ../../nbs/training/75_build.ipynb #75aa0002
 @patch
