@@ -121,7 +121,7 @@ def test_notes_before_the_first_step(tmp_path, capsys):
     printed = run(capsys, "train", *CE, f"data.source={root}", "data.test_split=Training", "train.epochs=1", "--run-dir",
                tmp_path/"run").out
     assert "test and training images are the same, so test accuracy is measured on training images" in printed
-    assert "of the 13 classes of zoo/Training 1 without images, '12' for one" in printed
+    assert "1 of the 13 classes of zoo/Training has no images, '12' for one" in printed
     assert read_classes(tmp_path/"run") == [*map(str, range(13))]
     shutil.copytree(root/"Training", root/"Testing")                                    # a copy is as equal as a name
     assert "test and training images are the same" in run(

@@ -117,11 +117,11 @@ def test_classes_without_an_image_or_a_label(tmp_path, monkeypatch, capsys):
     words = [*(w for w in TINY if not w.startswith("data.")), "data.source=fruit", "data.root=null", "data.batch_size=4", "data.workers=0", "data.val_size=0", "method={name: ce}"]
     def lines(folder, *more):
         build_trainer(load_recipe("basd_cifar10", [*words, *more])[""], tmp_path/folder, bars=False)
-        return [l for l in capsys.readouterr().out.splitlines() if ": of the 3 classes of" in l]
+        return [l for l in capsys.readouterr().out.splitlines() if " of the 3 classes of " in l]
     assert not lines("all")
     line, = lines("few", "data.train_size=6", "data.split_seed=0")
-    assert " 1 without an image among the 6 that are trained on, 'cherry' for one" in line
+    assert "1 of the 3 classes of fruit/train has no image among the 6 that are trained on, 'cherry' for one" in line
     with pytest.raises(ValueError, match="the 4 images that are trained on have a single class, 'apple'; raise data.train_size"):
         lines("one", "data.train_size=4", "data.split_seed=13")
     line, = lines("labels", "data.labeled=4", "method={name: distill}", "teacher={model: deit_tiny_patch16_224, untrained: true}")
-    assert " 1 without a label among the 4 that are used, 'cherry' for one; raise data.labeled" in line
+    assert "1 of the 3 classes of fruit/train has no label among the 4 that are used, 'cherry' for one; raise data.labeled" in line

@@ -19,7 +19,7 @@ OWN = {"progressive": dict(share=.3, ema_decay=.5, until=.8, fast=.5), "ramp": d
 LOGGED = {"progressive": [True, False, False], "nearest_once": [False, False, True]} | {n: [False]*3 for n in ("ramp", "complementary", "arc_length", "leap", "fixed")}
 WORDS = [w for w in TINY if not w.startswith(("method.selector", "teacher.kwargs"))] + [
     "teacher.kwargs={patch_size: 8, depth: 6, embed_dim: 48, num_heads: 3}", "student.drop_path=0", "train.log_every=2", "train.epochs=2",
-    "train.log_gradients=false"]
+    "train.log_gradients=false", "train.ema=null", "data.val_size=0"]
 
 
 def arguments(name):

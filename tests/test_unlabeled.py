@@ -155,3 +155,22 @@ def test_a_distillation_head(tmp_path):
     words = [*TINY, *BARE, "method={name: distill, head: dist, alpha: 1.0}", "student.model=deit_tiny_distilled_patch16_224", "train.epochs=1"]
     result = package.train("basd_cifar10", words, run_dir=str(tmp_path/"run"), bars=False)[""]
     assert result["test"]["best"]["distill_loss"] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_batches_to_validate_on_are_large_enough(ranks, tmp_path, monkeypatch):
+    "Micro-batches of four divide nine images into three, three and three, and five into a batch of two, in which no triple is"
+    trainer = made(tmp_path/"run", "data.batch_size=4", "data.val_size=5", "method={name: match, losses: {rkd: {}}}")
+    monkeypatch.setattr("basd.training.build.world_size", lambda: ranks)
+    for images in range(4, 40):
+        parts = trainer.data.unlabeled_batches(trainer.task, images)
+        assert min(map(len, parts))*ranks >= 3 and sum(map(len, parts)) == images//ranks
+    assert max(map(len, trainer.data.unlabeled_batches(trainer.task, 36))) == 4//ranks
+
+
+def test_fewer_images_than_ranks(tmp_path, monkeypatch):
+    "No rank is without an image"
+    trainer = made(tmp_path/"run", "data.val_size=1", "method={name: distill, alpha: 1.0}")
+    monkeypatch.setattr("basd.training.build.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="one image per rank at least, and there are 0 to validate on; raise data.val_size"):
+        trainer.data.check_unlabeled_batches(trainer.task)

@@ -2,12 +2,10 @@
 
     python tools/test_lanes.py
 
-Prints the end of each lane's output; status 1 if one fails, after all of its output. Tests of processes mostly wait for
-starts and stops, and pages differ much in length: with six lanes, no core of two idles.
+The lanes of `pytest` and the docs begin first, then the pages, the longest first, `WORKERS` at a time. Prints the end of
+each lane's output; status 1 if one fails, after all of its output.
 """
-import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,8 +13,9 @@ from pathlib import Path
 import hypothesis  # noqa: F401  its pytest plugin imports it at the end of each lane
 import pytest
 from nbdev.doclinks import nbglob
-from test_pages import prepare, report, test_pages
+from test_pages import jobs_of, prepare, report, run_jobs
 
+WORKERS = 3     # on two cores, as tests of processes often wait; with six, each takes a fifth more processor time
 LANES = dict(
     processes=["kill", "labeled", "ranks", "shell", "sizes", "unlabeled"],
     numbers=["bad_input", "options", "properties", "selectors"],
@@ -25,49 +24,36 @@ FILES = {name: [f"tests/test_{stem}.py" for stem in stems] for name, stems in LA
 FILES["others"] = ["tests", *(f"--ignore={path}" for paths in FILES.values() for path in paths)]
 
 
-def lane(files, log):
-    "Run pytest on `files` with its output in `log`, and end this process with its status"
+def write_to(log):
+    "Have this process write what it says into a file"
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1); os.dup2(output, 2)
+
+
+def lane(files, log):
+    "Run pytest on `files` with its output in `log`, and end this process with its status"
+    write_to(log)
     sys.path.pop(0)                     # this folder, in which the tests do not lie
     sys.dont_write_bytecode = True      # a module that tests write twice within a second would be read as it was
     sys.exit(pytest.main(["-q", "--durations=10", *files]))
 
 
-def start_docs(folder):
-    "Start the docs, in a Python of their own"
-    with open(folder/"docs", "w") as log: return subprocess.Popen([sys.executable, "tools/docs.py"], stdout=log, stderr=log)
-
-
-def start_lanes(folder):
-    "name → process"
-    fork = multiprocessing.get_context("fork")
-    lanes = {name: fork.Process(target=lane, args=(files, folder/name)) for name, files in FILES.items()}
-    for process in lanes.values(): process.start()
-    return lanes
-
-
-def status_of(process):
-    "Exit status of a lane, once it has ended"
-    if isinstance(process, subprocess.Popen): return process.wait()
-    process.join()
-    return process.exitcode
+def docs(log):
+    "Become a Python that draws the docs"
+    write_to(log)
+    os.execv(sys.executable, [sys.executable, "tools/docs.py"])
 
 
 def main():
     folder = Path(tempfile.mkdtemp())
-    lanes = dict(docs=start_docs(folder))
-    try:
-        prepare()
-        lanes |= start_lanes(folder)
-        failed = report(*test_pages([p.absolute() for p in sorted(nbglob(as_path=True))], [], 2))
-        for name, process in lanes.items():
-            status, output = status_of(process), (folder/name).read_text()
-            failed |= bool(status)
-            print(f"{name}:", output if status else "\n".join(output.splitlines()[-14:]), sep="\n", flush=True)
-        return failed
-    finally:
-        for process in lanes.values(): process.kill()
+    prepare()
+    lanes = {name: (lane, files, folder/name) for name, files in FILES.items()} | dict(docs=(docs, folder/"docs"))
+    pages = jobs_of([p.absolute() for p in sorted(nbglob(as_path=True))], [])
+    seconds, failed = run_jobs(lanes | pages, WORKERS)
+    for name in lanes:
+        output = (folder/name).read_text()
+        print(f"{name}:", output if name in failed else "\n".join(output.splitlines()[-14:]), sep="\n", flush=True)
+    return report(seconds, failed)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -131,31 +131,39 @@ def test_page(path, skip, flags):
     sys.exit(0 if passed and not unseeded and not stale else 1)
 
 
-FIRST = ["93_any_tokens", "88_compare", "91_first_run", "96_text", "84_compare_runs", "75_build"]   # the longest pages, so that none runs alone at the end
+FIRST = ["93_any_tokens", "88_compare", "91_first_run", "75_build", "84_compare_runs", "96_text"]   # the longest pages, so that none runs alone at the end
 
 
-def test_pages(pages, flags, workers):
-    "Seconds of each page, and the pages that failed"
-    fork, skip = multiprocessing.get_context("fork"), get_config().tst_flags.split()
-    waiting, running, seconds, failed = sorted(pages, key=lambda p: p.stem not in FIRST), {}, {}, []
-    while waiting or running:
-        while waiting and len(running) < workers:
-            page = waiting.pop(0)
-            process = fork.Process(target=test_page, args=(page, skip, flags))
-            process.start()
-            running[process.sentinel] = page, process, time.monotonic()
-        for sentinel in wait(running):
-            page, process, start = running.pop(sentinel)
-            process.join()
-            seconds[page] = time.monotonic() - start
-            if process.exitcode: failed.append(page)
+def jobs_of(pages, flags):
+    "name → function and arguments of a process that tests a page, the longest first"
+    skip = get_config().tst_flags.split()
+    return {os.path.relpath(p): (test_page, p, skip, flags) for p in sorted(pages, key=lambda p: p.stem not in FIRST)}
+
+
+def run_jobs(jobs, workers):
+    "Run jobs as forks of this process, `workers` at a time and in their order: seconds of each, and names of those that failed"
+    fork, waiting, running, seconds, failed = multiprocessing.get_context("fork"), list(jobs), {}, {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                function, *args = jobs[name := waiting.pop(0)]
+                process = fork.Process(target=function, args=args)
+                process.start()
+                running[process.sentinel] = name, process, time.monotonic()
+            for sentinel in wait(running):
+                name, process, start = running.pop(sentinel)
+                process.join()
+                seconds[name] = time.monotonic() - start
+                if process.exitcode: failed.append(name)
+    finally:
+        for _, process, _ in running.values(): process.kill()
     return seconds, failed
 
 
 def report(seconds, failed):
-    "Print the slowest pages and those that failed; whether there are any"
-    print("slowest pages:", *(f"{t:6.1f} s  {p.name}" for p, t in sorted(seconds.items(), key=lambda o: -o[1])[:15]), sep="\n")
-    print(f"{len(seconds)} pages, {len(failed)} failed", *(p.name for p in failed), sep="\n    ", flush=True)
+    "Print the slowest jobs and those that failed; whether there are any"
+    print("slowest:", *(f"{t:6.1f} s  {name}" for name, t in sorted(seconds.items(), key=lambda o: -o[1])[:15]), sep="\n")
+    print(f"{len(seconds)} jobs, {len(failed)} failed", *failed, sep="\n    ", flush=True)
     return bool(failed)
 
 
@@ -167,4 +175,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     prepare()
     pages = [p.absolute() for p in sorted(args.pages or nbglob(as_path=True))]
-    sys.exit(report(*test_pages(pages, args.flags.split(), args.workers)))
+    sys.exit(report(*run_jobs(jobs_of(pages, args.flags.split()), args.workers)))

@@ -121,11 +121,12 @@ def _class_notes(train, fit, labeled):
     labels, left, out = torch.as_tensor(train.labels), set(range(train.num_classes)), []
     untrained = 'they keep their outputs, which are not trained'
     for which,what,then in ((range(len(labels)), 'images', untrained),
-                            (fit, 'an image among the {} that are trained on', f'{untrained}; raise data.train_size or data.labeled, or lower data.val_size'),
-                            (labeled or None, 'a label among the {} that are used', 'raise data.labeled')):
+                            (fit, 'image among the {} that are trained on', f'{untrained}; raise data.train_size or data.labeled, or lower data.val_size'),
+                            (labeled or None, 'label among the {} that are used', 'raise data.labeled')):
         if which is None: continue
         if few := sorted(left - {*labels[list(which)].tolist()}):
-            out.append(f"of the {train.num_classes} classes of {train.source.name} {len(few)} without {what.format(len({*which}))}, {train.classes[few[0]]!r} for one; {then}")
+            out.append(f"{len(few)} of the {train.num_classes} classes of {train.source.name} {'has' if len(few) == 1 else 'have'} "
+                       f"no {what.format(len({*which}))}, {train.classes[few[0]]!r} for one; {then}")
         left -= {*few}
     return out
 
