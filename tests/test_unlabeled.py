@@ -119,17 +119,18 @@ def test_stop_and_go_on(tmp_path):
     assert results[0]["test"] == results[1]["test"] and results[0]["val_distill_loss"] == results[1]["val_distill_loss"]
 
 
-def measured(folder):
-    trainer = in_double(load_recipe("basd_cifar10", [*FRAME, *METHODS["basd"], "data.labels=none", "data.val_size=48",
+def measured(name, folder):
+    trainer = in_double(load_recipe("basd_cifar10", [*FRAME, *METHODS[name], "data.labels=none", "data.val_size=48",
                                                      "student.drop_path=0"])[""], folder)
     trainer.data.start_readers(16)
     found = trainer.data.evaluate(trainer.task.student, "val", "float32")
     return parts_and_gradients(trainer, next(iter(trainer.data.read(0, 0, 1)))), found
 
 
-def test_two_ranks_equal_one(tmp_path):
+@pytest.mark.parametrize("name", ["basd", "vrm"])       # vrm reads each image twice
+def test_two_ranks_equal_one(name, tmp_path):
     ((parts1, grads1), val1), ((parts2, grads2), val2) = (
-        on_ranks(measured, tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))
+        on_ranks(measured, name, tmp_path/f"run_{ranks}", ranks=ranks, folder=tmp_path) for ranks in (1, 2))
     for k in parts1: assert_close(parts2[k], parts1[k], rtol=1e-8, atol=1e-10, msg=lambda m, k=k: f"{k}: {m}")
     for k in grads1: assert_close(grads2[k], grads1[k], rtol=1e-6, atol=1e-9, msg=lambda m, k=k: f"{k}: {m}")
     assert val1["n"] == val2["n"] == 48 and val1["distill_loss"] == pytest.approx(val2["distill_loss"], rel=1e-6)

@@ -39,6 +39,7 @@ class AttentionScoreLoss(FeatureLoss):
         losses = []
         for f,x,y in zip(self.heads, _checked(xs, self.heads), _checked(ys, self.heads, xs)):
             s, t = f(x.scores()), y.scores().detach()
+            if s.shape != t.shape: raise ValueError(f"{s.shape[1]} student heads and {t.shape[1]} teacher heads; the loss was made for others")
             if self.center: s, t = (z - z.mean(-1, keepdim=True) for z in (s, t))
             losses.append((s - t).square().mean())
         return torch.stack(losses).mean()

@@ -150,8 +150,10 @@ def least_images(self:CKALoss,
     tokens:list, # of each student layer
 )->int: # of all ranks
     "Images that have three rows, as two that are centered, and one, are alike in any layer; four to debias"
-    rows = 4 if self.debias else 2 + self.center
-    return 1 if self.rows == 'within' else rows if self.rows == 'image' else images_for(rows, min(tokens), self.max_rows)
+    rows, n = 4 if self.debias else 2 + self.center, min(tokens)
+    if self.rows == 'within' and n < rows:
+        raise ValueError(f"rows='within' of {n} token{'s'*(n > 1)} per image, which any two layers have alike; it takes {rows}, or choose rows='token'")
+    return 1 if self.rows == 'within' else rows if self.rows == 'image' else images_for(rows, n, self.max_rows)
 
 # %% ../../nbs/losses/29_cka.ipynb #78e0043f
 @patch
@@ -203,5 +205,5 @@ def forward(self:CKALoss,
     pairs = pair_layers(xs, ys)
     places = self.sample([x.shape[1] for x in xs], len(xs[0]), device=xs[0].device) if places is None else places
     S, T = zip(*[self.select_rows(*pair, p) for pair,p in zip(pairs, places, strict=True)])
-    if len({(s.shape, t.shape) for s,t in zip(S, T)}) == 1: return self.one(torch.stack(S), torch.stack(T)).mean()
+    if self.rows != 'within' and len({(s.shape, t.shape) for s,t in zip(S, T)}) == 1: return self.one(torch.stack(S), torch.stack(T)).mean()
     return torch.stack([self.one(s, t).mean() for s,t in zip(S, T)]).mean()

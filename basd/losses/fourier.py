@@ -27,6 +27,7 @@ def fourier_distance(
     hermitian_weight:bool=False,
 )->Tensor:              # (...,)
     "Mean squared error of the real and imaginary parts of `rfft2`, without a transform"
+    if x.shape != y.shape: raise ValueError(f"student tokens {tuple(x.shape)} and teacher tokens {tuple(y.shape)} differ; resample and map them first")
     d, (h, w) = (x - y).unflatten(-2, grid), grid
     energy = d.square().sum((-3, -2, -1))
     if hermitian_weight: return energy/(h*w*x.shape[-1])

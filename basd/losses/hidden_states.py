@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..core.distributed import all_reduce_mean
 from ..core.numerics import is_degenerate, unit_directions, upcast, autocast_disabled
 from ..core.registry import LOSSES, check_choices, refuse_unread
 from .base import FeatureLoss, pair_aligned
@@ -77,6 +78,7 @@ def activation_map(
     p:float=2., # power
 )->Tensor:      # unit vectors over places, (B, N)
     "Activation map of each image: mean power of its tokens over channels, at unit length; zero where the tokens are below a hundredth of the usual"
+    h = h/all_reduce_mean(h.detach().abs().mean()).clamp(min=torch.finfo(h.dtype).tiny)    # or its powers would leave the range of numbers
     q = h.abs().pow(p).mean(-1)
     return unit_directions(q, short=is_degenerate(q, share=.01**p))
 

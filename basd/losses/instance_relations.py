@@ -78,12 +78,13 @@ def _pooled(
 def sample(self:RKDLoss,
     tokens:list, # of each student layer
     images:int,  # on this rank
-    generator:torch.Generator|None=None, # on `device`, equal on all ranks
+    generator:torch.Generator|None=None, # on `device`, equal on all ranks; None: evenly spaced
     device='cpu',
 )->Tensor|None:  # indices among the images of all ranks; None: all
     "Indices of the images among which angles are taken in one step"
     B = images*world_size()
     if self.images is None or self.images >= B: return None
+    if generator is None: return torch.arange(self.images, device=device)*B//self.images
     return torch.randperm(B, generator=generator, device=device)[:self.images]
 
 # %% ../../nbs/losses/33_instance_relations.ipynb #1677a289

@@ -37,9 +37,9 @@ class _Pooled(FeatureLoss):
             raise ValueError(f"{len(xs)} points and {len(ys)} teacher layers, "
                              f"but made for {len(self.maps)} and {self.L}")
         check_same_images(xs, ys)
-        q = torch.stack([f(upcast(x.mean(1))) for f,x in zip(self.maps, xs)], 1)
-        h = torch.stack([upcast(y.mean(1)) for y in ys], 1).detach()
-        return normalize_tokens(q, self.normalize), normalize_tokens(h, self.normalize)
+        # layer by layer: what is too short to be normalized is judged by the images of a layer, not by other layers
+        q = torch.stack([normalize_tokens(f(upcast(x).mean(1)), self.normalize) for f,x in zip(self.maps, xs)], 1)
+        return q, torch.stack([normalize_tokens(upcast(y).mean(1), self.normalize) for y in ys], 1).detach()
 
     def distance(self, q, target)->Tensor: # ()
         "Mean squared difference; of vectors of unit length the sum over channels, which does not shrink with their number"

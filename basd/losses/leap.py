@@ -158,9 +158,10 @@ class LEAPLoss(LayerLadder, FeatureLoss):
         teacher, # `TappedModel`
     ):
         "Copy the teacher's final norm, if it has one"
-        norm = getattr(getattr(teacher, 'model', None), 'norm', None)
-        if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (self.widths_t[0],):
-            self.norm = copy.deepcopy(norm).requires_grad_(False)
+        model = getattr(teacher, 'model', None)
+        for norm in (getattr(model, n, None) for n in ('norm', 'fc_norm')):     # timm has one of them, by how it pools
+            if tuple(getattr(norm, 'normalized_shape', ())) == (self.widths_t[0],) and not type(norm).__name__.endswith('2d'):
+                self.norm = copy.deepcopy(norm).requires_grad_(False)
 
     def metrics(self)->dict:
         "Values for the log"

@@ -6,6 +6,7 @@
 __all__ = ['trajectory_loss', 'trajectory_delta_loss', 'TrajectoryLoss']
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #581fcbdc
+import warnings
 from typing import Literal
 
 import torch
@@ -27,6 +28,8 @@ def _classifier_readout(
     head = getattr(m, 'head', None)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"the {who} has no linear head to read its layers with; use space='cka'")
+    if getattr(m, 'attn_pool', None) is not None:
+        raise ValueError(f"the {who} pools its tokens by attention, which was trained for its last layer alone; use space='cka'")
     before, after = (getattr(m, n, nn.Identity()) for n in ('norm', 'fc_norm'))  # timm has one of them, by how it pools
     def read(x):
         if x.shape[-1] != head.in_features:
@@ -86,7 +89,11 @@ class TrajectoryLoss(FeatureLoss):
     ):
         "Remember both models, whose heads are read; a copy of the loss without its task copies them, too"
         if self.space == 'cka': return
-        for model,who in zip(models := (student, teacher), ('student', 'teacher')): _classifier_readout(model, who)   # refuses what cannot be read
+        for model,who in zip(models := (student, teacher), ('student', 'teacher')):
+            _classifier_readout(model, who)                 # refuses what cannot be read
+            if getattr(model.model, 'global_pool', None) == 'token':
+                warnings.warn(f"the {who} predicts from its class token, and its patch tokens are read here, for which its head was not trained: "
+                              "what is matched can be far from its predictions; choose models with global_pool='avg', or space='cka'")
         self.models = models                    # in a tuple, so no parts of the loss; a copy of a task has those of the copy
 
 # %% ../../nbs/losses/34_logit_trajectory.ipynb #30110e7c

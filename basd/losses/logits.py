@@ -22,13 +22,14 @@ def check_logits(
     labels:Tensor|None=None, # class probabilities, (B, C)
     T=1.,       # temperature: a number, or a tensor () or (B, 1)
 ):
-    "Raise an error for logits and labels of different shapes, which would be broadcast, and for a temperature that is not positive"
+    ("Raise an error for logits, labels and temperatures of other shapes, which would be broadcast, and for a number that is no temperature; "
+     "values of a tensor are not read, which would wait for the device")
     if z_s.shape != z_t.shape:
         raise ValueError(f"student logits {tuple(z_s.shape)} and teacher logits {tuple(z_t.shape)} differ; "
                          "both models must have the same classes")
     if labels is not None and labels.shape != z_s.shape:
         raise ValueError(f"labels {tuple(labels.shape)} for logits {tuple(z_s.shape)}; give class probabilities (B, C), as one_hot makes them")
-    if T.dim() == 1 and len(T) > 1 if isinstance(T, Tensor) else not T > 0:
+    if T.numel() > 1 and T.shape != (len(z_s), 1) if isinstance(T, Tensor) else not 0 < T < float('inf'):
         raise ValueError(f"T={tuple(T.shape) if isinstance(T, Tensor) else T}; a temperature is positive, a number, () or (B, 1)")
 
 

@@ -58,6 +58,7 @@ class LearnedTemperature(nn.Module):
     ):
         super().__init__()
         check_choices(LearnedTemperature, kind=kind)
+        if kind == 'sample' and not classes: raise ValueError("kind='sample' reads the logits; give the number of classes")
         if not 0 < low: raise ValueError(f"low={low}; a temperature is positive")
         if not low < init < low + span:
             raise ValueError(f"init={init} is outside of the range ({low:g}, {low + span:g}); "

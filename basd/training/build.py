@@ -256,13 +256,14 @@ def evaluate_unlabeled(self:TrainingData,
     method = copy.deepcopy(task.method, {id(task.student): model, id(task.teacher): task.teacher}).requires_grad_(False).eval()
     ranks, parts = world_size(), self.unlabeled_batches(task, len(which))
     n = sum(map(len, parts))
-    batches = [(ranks*int(p[0]) + rank()*len(p) + torch.arange(len(p))).tolist() for p in parts]
+    # of each batch of all ranks, as often as the method reads it, the share of this one
+    batches = [(ranks*int(p[0]) + torch.arange(ranks*len(p)).repeat(self.requires.views_per_image).chunk(ranks)[rank()]).tolist() for p in parts]
     model.eval()
-    for at,b in zip(batches, self.readers(split, ViewDataset(images, which, self.clean, train=False), batches)):
+    for p,b in zip(parts, self.readers(split, ViewDataset(images, which, self.clean, train=False), batches)):
         if stop is not None and stop(): model.train(was); return None
-        x, x_t = (b[k].to(self.device, non_blocking=self.device.type == 'cuda').repeat(self.requires.views_per_image, 1, 1, 1) for k in ('student', 'teacher'))
+        x, x_t = (b[k].to(self.device, non_blocking=self.device.type == 'cuda') for k in ('student', 'teacher'))
         losses = task.distill_losses(method, model, x, x_t, self.total, self.recipe.train.epochs)
-        total += sum(losses.values())*len(at)/n
+        total += sum(losses.values())*len(p)/n
     model.train(was)
     out = dict(distill_loss=all_reduce_mean(total).item(), n=n*ranks)
     if split != 'test' or images.num_classes < 2: return out
