@@ -159,9 +159,9 @@ class LEAPLoss(LayerLadder, FeatureLoss):
     ):
         "Copy the teacher's final norm, if it has one"
         model = getattr(teacher, 'model', None)
-        for norm in (getattr(model, n, None) for n in ('norm', 'fc_norm')):     # timm has one of them, by how it pools
-            if tuple(getattr(norm, 'normalized_shape', ())) == (self.widths_t[0],) and not type(norm).__name__.endswith('2d'):
-                self.norm = copy.deepcopy(norm).requires_grad_(False)
+        fits = lambda norm: tuple(getattr(norm, 'normalized_shape', ())) == (self.widths_t[0],) and not type(norm).__name__.endswith('2d')
+        # timm has one of them, by how it pools
+        if norms := [m for n in ('norm', 'fc_norm') if fits(m := getattr(model, n, None))]: self.norm = copy.deepcopy(norms[0]).requires_grad_(False)
 
     def metrics(self)->dict:
         "Values for the log"
