@@ -149,7 +149,7 @@ def sample(self:CKALoss,
 def least_images(self:CKALoss,
     tokens:list, # of each student layer
 )->int: # of all ranks
-    "Images that have three rows, as two that are centered, and one, are alike in any layer; four to debias"
+    "Images that have three rows, as two that are centered, and one, are alike in any layer; four to debias. Raises ValueError for tokens too few within an image"
     rows, n = 4 if self.debias else 2 + self.center, min(tokens)
     if self.rows == 'within' and n < rows:
         raise ValueError(f"rows='within' of {n} token{'s'*(n > 1)} per image, which any two layers have alike; it takes {rows}, or choose rows='token'")
