@@ -6,7 +6,8 @@ The parts of a seed are `alone` (the quickstart's labels alone), `taught` (its t
 uniform layer map by the same teacher), `logits` (the teacher's logits alone, Hinton's) and `longer` (labels alone for as
 long as BASD takes); a part is done for all seeds before the next. Goes on where it was interrupted,
 and writes FILE, experiments/results/quickstart.json if none is given, after each part: test top-1 in %, wall seconds of the
-stages, and processor seconds of the quickstart (the first two parts). results/quickstart_again.json is a second set, by later code.
+stages, and processor seconds of the quickstart (the first two parts). results/quickstart_fifth.json holds two
+sets of the frame that the quickstart had until December 2026.
 """
 import argparse
 import json
@@ -30,7 +31,7 @@ CE, BY_TEACHER = ["stages.teacher=null", "stages.basd=null"], ["stages.ce=null",
 PARTS = dict(alone=CE, taught=["stages.ce=null"],
              uniform=[*BY_TEACHER, "stages.basd.method.layer_map=uniform", "stages.basd.method.selector=null"],
              logits=[*BY_TEACHER, "stages.basd.method={{name: distill, alpha: 0.9, T: 4.0}}"],
-             longer=[*CE, "train.epochs=110"])
+             longer=[*CE, "train.epochs=65"])
 
 
 def place(runs, seed, threads): return runs/f"seed_{seed}_threads_{threads}"

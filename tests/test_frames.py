@@ -29,7 +29,7 @@ deit_ss_distill_cifar_ablation_ce_only=bde27a0c deit_ss_distill_cka_cifar=83d0a3
 deit_ss_distill_gram_ablation=c577dda8 digits=ca647ec3 distilbert=f6fee0d1 diverse=b4f9086f dkd=be899ab8
 dot=0c39c5ef dual_head=15b9ef04 fdd=aa82a203 fitnets=9e0258ca fourier=bba7edba gram=acbf392a kd=9e872a11
 lad=180ae252 last_layer=0e924bb0 leap=79be8bd0 lift=8a74511b minilm=23bfaa19 mnist_improved=12c5a535
-ofa=d214d22b patient_kd=87ed8b9c pkd=4fbf786b pocl=3eeda3c2 quickstart=15f6fce5 resnet18_cifar=7106dd90
+ofa=d214d22b patient_kd=87ed8b9c pkd=4fbf786b pocl=3eeda3c2 quickstart=e5d8c2e1 resnet18_cifar=7106dd90
 reverse_kl=19b2ffce rkd=78e7801b rsd=0f942876 spectralkd=a9f9b650 tinybert=1f3a3a8f token_cosine=cd74d9ad
 two_stage=370058c4 unlabeled=8dad3a8e vrm=ddc014b1 wide_last=e61ea0f2
 """.split())
