@@ -33,6 +33,7 @@ from basd.methods.feature_distillation import FeatureDistillation
 from basd.models.cifar_models import SmallResNet
 from basd.models.taps import TappedModel
 from basd.runs.recipes import load_recipe
+from basd.training.cached_teacher import CachedTeacher
 
 x, y = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 images = ImageDataset(Source(TensorDataset(torch.zeros(40, 3, 4, 4, dtype=torch.uint8), torch.arange(40) % 4)))
@@ -255,3 +256,23 @@ def test_both_heads_in_evaluation():
     task = create_task("distill", s, teacher(), head="dist", total_steps=10)
     assert task(x, y)["loss"].isfinite()
     assert task.eval()(x, y)["losses"]["logits"] > 0
+
+
+def test_cache_of_another_network_with_the_same_weights(tmp_path):
+    "Another activation, or another number of heads, has no weights of its own"
+    def teacher(**more):
+        torch.manual_seed(0)
+        return create_teacher("vit_tiny_patch16_224", img_size=32, patch_size=16, depth=1, **dict(embed_dim=48, num_heads=3) | more, untrained=True)
+    views = DualViewTransform(24, 32, crop="center", flip=0.)
+    for _ in range(2): CachedTeacher(teacher(), tmp_path/"cache", images, range(8), views).build()
+    for more in (dict(act_layer="relu"), dict(num_heads=6)):
+        with pytest.raises(ValueError, match="another teacher; remove it"): CachedTeacher(teacher(**more), tmp_path/"cache", images, range(8), views)
+
+
+def test_a_task_seeds_no_gpu(monkeypatch):
+    "The random numbers of the caller's model go on as they would"
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    model = create_student(nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten()), img_size=16, layers=[])
+    before = torch.get_rng_state()
+    create_task("ce", model)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from basd.runs.recipes import to_dict, load_recipe
 from basd.runs.run_directory import save_checkpoint, set_rng_state
 from basd.training.nonfinite import diagnose_nonfinite, rerun_step
-from basd.training.build import build_trainer, in_lines, loader_arguments, replay
+from basd.training.build import _as_many, build_trainer, in_lines, loader_arguments, replay
 
 FEW = ["data.labeled=.1", "views.mix_prob=.7", "train.log_gradients=false"]
 
@@ -40,6 +40,24 @@ def test_refused(tmp_path):
     with pytest.raises(ValueError, match="data.labeled=0.1: method 'distill' with these options reads the label of every"):
         build_trainer(load_recipe("basd_cifar10", words)[""], tmp_path/"run", bars=False)
     assert not (tmp_path/"run").exists()
+
+
+def test_pairs_take_an_even_share(tmp_path):
+    "Labeled images are mixed with labeled ones, in pairs; a rank's micro-batch of odd size has none, and would lose a third of the labels"
+    words = [*TINY, *FEW, "data.batch_size=60", "train.grad_accum_steps=4"]
+    with pytest.raises(ValueError, match="the 15 images of a rank's micro-batch are no pairs; make data.batch_size a multiple of 8"):
+        build_trainer(load_recipe("basd_cifar10", words)[""], tmp_path/"run", bars=False)
+    build_trainer(load_recipe("basd_cifar10", [*words, "views.mix_prob=0"])[""], tmp_path/"run", bars=False)
+
+
+@pytest.mark.parametrize("few", [7, 30, 60, 99])
+def test_each_class_as_often(few):
+    "Labels alone take as many steps as all images: images sorted by class, as in folders, are repeated alike"
+    labels = torch.arange(10).repeat_interleave(few)
+    taken = torch.tensor(_as_many(list(range(10*few)), 1000))
+    assert len(taken) == 1000 and (taken.bincount(minlength=10*few).amax() - taken.bincount(minlength=10*few).amin()) <= 1
+    counts = labels[taken].bincount()
+    assert counts.amax() - counts.amin() <= 1
 
 
 def test_what_cross_entropy_sees(tmp_path):

@@ -8,6 +8,7 @@ __all__ = ['log_series', 'plot_series', 'plot_matrix', 'plot_run']
 # %% ../../nbs/runs/65_figures.ipynb #07d0318f
 import textwrap
 from functools import partial
+from math import isfinite, nan
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def _named_above(ax):
 # %% ../../nbs/runs/65_figures.ipynb #65aa0001
 def _mark_best(ax, epochs, by):
     "Mark the epoch whose weights are the best by a measure, the later of equals; `by` false: none"
-    rows = [e for e in epochs if f'val_{by}' in e][::-1]
+    rows = [e for e in epochs if isfinite(e.get(f'val_{by}', nan))][::-1]
     if not rows: return ax
     best = (min if by == 'distill_loss' else max)(rows, key=lambda e: e[f'val_{by}'])
     ax.axvline(best['step'], color='.6', ls='--', lw=1)

@@ -45,26 +45,24 @@ def validate(
     # classes and predictions are restricted to these; None if `stop` ended it
 )->dict|None:
     "Accuracy and cross-entropy of `model`, exact on any number of ranks"
-    was = model.training
-    model.eval()
     mine = ViewDataset(images, indices[rank()::world_size()], DualViewTransform(size, None, crop='center'), train=False)
     among = None if images.among is None else torch.tensor(images.among, device=device)
     sums = torch.zeros(4, dtype=widest_float(device), device=device)
     loader = lambda data, batch: torch.utils.data.DataLoader(data, batch, num_workers=workers, worker_init_fn=reader_process,
                                                              generator=torch.Generator().manual_seed(0))
     batches = iter((read or loader)(mine, batch))
-    for _ in range(0, -(-len(indices)//world_size()), batch): # the same count on each rank, because `stop` may communicate
-        if stop is not None and stop(): model.train(was); return None
-        if (b := next(batches, None)) is None: continue
-        x, y = (b[k].to(device, non_blocking=torch.device(device).type == 'cuda') for k in ('student', 'label'))
-        with autocast(device, precision): z = model(x).logits
-        if among is not None: z, y = z[:, among], torch.searchsorted(among, y)
-        hit = z.topk(min(5, z.shape[1])).indices == y[:, None]
-        sums += torch.stack([hit[:, 0].sum(), hit.any(1).sum(),
-                             nn.functional.cross_entropy(z.float(), y, reduction='sum'),
-                             torch.tensor(len(y), device=device)]).to(sums.dtype)
+    with evaluating(model):
+        for _ in range(0, -(-len(indices)//world_size()), batch): # the same count on each rank, because `stop` may communicate
+            if stop is not None and stop(): return None
+            if (b := next(batches, None)) is None: continue
+            x, y = (b[k].to(device, non_blocking=torch.device(device).type == 'cuda') for k in ('student', 'label'))
+            with autocast(device, precision): z = model(x).logits
+            if among is not None: z, y = z[:, among], torch.searchsorted(among, y)
+            hit = z.topk(min(5, z.shape[1])).indices == y[:, None]
+            sums += torch.stack([hit[:, 0].sum(), hit.any(1).sum(),
+                                 nn.functional.cross_entropy(z.float(), y, reduction='sum'),
+                                 torch.tensor(len(y), device=device)]).to(sums.dtype)
     if world_size() > 1: dist.all_reduce(sums)
-    model.train(was)
     top1, top5, loss, n = sums.tolist()
     return dict(top1=100*top1/n, top5=100*top5/n, loss=loss/n, n=int(n)) | ({} if among is None else dict(classes=len(among)))
 
@@ -80,14 +78,12 @@ def predict_logits(
     precision:str='float32',
 )->Tensor|None:    # (n, C) on the CPU, float32; None for a model without a head
     "Logits of a model on clean images, in the order of `indices`"
-    was, out = model.training, []
-    model.eval()
-    data = ViewDataset(images, indices, DualViewTransform(size, None, crop='center'), train=False)
-    for b in torch.utils.data.DataLoader(data, batch, generator=torch.Generator().manual_seed(0)):
-        with autocast(device, precision): z = model(b['student'].to(device)).logits
-        if z is None: break
-        out.append(z.float().cpu())
-    model.train(was)
+    out, data = [], ViewDataset(images, indices, DualViewTransform(size, None, crop='center'), train=False)
+    with evaluating(model):
+        for b in torch.utils.data.DataLoader(data, batch, generator=torch.Generator().manual_seed(0)):
+            with autocast(device, precision): z = model(b['student'].to(device)).logits
+            if z is None: break
+            out.append(z.float().cpu())
     return torch.cat(out) if out else None
 
 # %% ../../nbs/runs/67_inference.ipynb #32f2d235

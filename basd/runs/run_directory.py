@@ -21,6 +21,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -33,12 +34,26 @@ from .recipe_files import settle_paths
 from .recipes import Recipe, to_dict, diff_recipes, load_recipe, recipe_text, write_recipe
 
 # %% ../../nbs/runs/62_run_directory.ipynb #83c03a0f
+def _readable(
+    x,         # of a checkpoint
+    where:str='the state',
+):
+    "`x` as `load_checkpoint` can read it; raises ValueError for what it would refuse"
+    if isinstance(x, np.generic): return x.item()
+    if isinstance(x, np.ndarray) and x.dtype.kind in 'biufc': return torch.as_tensor(x)
+    if isinstance(x, dict): return {_readable(k, where): _readable(v, f'{where}.{k}') for k,v in x.items()}
+    if type(x) in (list, tuple): return type(x)(_readable(v, f'{where}[{i}]') for i,v in enumerate(x))
+    if x is None or isinstance(x, Tensor) or type(x) in (str, bytes, bool, int, float, complex, set, torch.Size, torch.dtype, torch.device): return x
+    raise ValueError(f"{where} is of type {type(x).__name__}, and a checkpoint keeps tensors, numbers, texts, and lists and dicts of them; "
+                     "keep it in one of these forms")
+
 def save_checkpoint(
     state:dict,         # tensors, numbers, strings, and lists and dicts of them
     path,
     keep:str|None=None, # file name beside `path` for the previous checkpoint; None: not kept
 ):
-    "Write a checkpoint atomically, with a checksum of its content"
+    "Write a checkpoint atomically, with a checksum of its content; numbers and arrays of NumPy become Python's and tensors"
+    state = _readable(state)
     def write(p):
         # an open file, not a name: then the `OSError` has the reason
         with open(p, 'wb') as f: torch.save({'state': state, 'digest': checksum(state)}, f)

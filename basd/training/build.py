@@ -31,6 +31,7 @@ from ..data.sources import ImageDataset, open_source, stratified_split
 from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
 from ..models.layers import layer_names
 from ..geometry.neighbors import knn_among, knn_predict, usual_k
+from ..models.taps import evaluating
 from ..models.teachers import members_of
 from ..runs.builders import (
     build_student, build_teacher, describe_teacher, fetching, input_size, labeled_positions, image_notes, build_datasets,
@@ -95,6 +96,14 @@ class TrainingData:
         if self.readers is not None: self.readers.close()
 
 # %% ../../nbs/training/75_build.ipynb #9cc5e0ea
+def _as_many(
+    few:list, # positions, of one class after the other or in any other order
+    n:int,    # how many are wanted, at least as many
+)->list:      # (n,)
+    "Each position as often as another, and what is left over from places evenly spaced, so that no class has more of it"
+    times, rest = divmod(n, len(few))
+    return few*times + [few[i*len(few)//rest] for i in range(rest)]
+
 @patch
 def hide_labels(self:TrainingData,
     labeled:list, # training indices whose labels are used
@@ -107,7 +116,11 @@ def hide_labels(self:TrainingData,
         raise ValueError(f"data.labeled={self.recipe.data.labeled:g}: method {method!r} with these options "
                          "reads the label of every image; leave data.labeled out, or take a method that compares with "
                          "labels by cross-entropy alone")
-    if not self.requires.teacher: self.fit = (labeled*-(-len(self.fit)//len(labeled)))[:len(self.fit)]; return
+    if not self.requires.teacher: self.fit = _as_many(labeled, len(self.fit)); return
+    v, d = self.recipe.views, self.recipe.data
+    if v.mix_prob and (v.mixup or v.cutmix) and (share := d.batch_size//(world_size()*self.grad_accum_steps)) % 2:
+        raise ValueError(f"data.labeled with mixed images: labeled ones are mixed in pairs, and the {share} images of a rank's micro-batch "
+                         f"are no pairs; make data.batch_size a multiple of {2*world_size()*self.grad_accum_steps}")
     self.labels = torch.full((len(self.images),), -1)
     self.labels[labeled] = torch.as_tensor(self.images.labels)[labeled]
     self.label_scale = len(self.fit)/len(labeled)
@@ -172,7 +185,7 @@ def indices(self:TrainingData,
     choice = self.chosen.get(epoch)
     if choice is None: return self.fit
     few = [self.fit[i] for i in choice.tolist()]
-    return (few*-(-len(self.fit)//len(few)))[:len(self.fit)]
+    return _as_many(few, len(self.fit))
 
 @patch
 def read(self:TrainingData,
@@ -251,20 +264,19 @@ def evaluate_unlabeled(self:TrainingData,
     stop=None,   # called before each batch, on all ranks
 )->dict|None: # distill_loss, n; knn (%) and k for a test split with labels; None if stopped
     "Distillation loss of a student, and k-NN among labeled test images"
-    task, was, total = self.task, model.training, 0.
+    task, total = self.task, 0.
     # losses that read the student's weights read, in the copy, those of the model that is evaluated
     method = copy.deepcopy(task.method, {id(task.student): model, id(task.teacher): task.teacher}).requires_grad_(False).eval()
     ranks, parts = world_size(), self.unlabeled_batches(task, len(which))
     n = sum(map(len, parts))
     # of each batch of all ranks, as often as the method reads it, the share of this one
     batches = [(ranks*int(p[0]) + torch.arange(ranks*len(p)).repeat(self.requires.views_per_image).chunk(ranks)[rank()]).tolist() for p in parts]
-    model.eval()
-    for p,b in zip(parts, self.readers(split, ViewDataset(images, which, self.clean, train=False), batches)):
-        if stop is not None and stop(): model.train(was); return None
-        x, x_t = (b[k].to(self.device, non_blocking=self.device.type == 'cuda') for k in ('student', 'teacher'))
-        losses = task.distill_losses(method, model, x, x_t, self.total, self.recipe.train.epochs)
-        total += sum(losses.values())*len(p)/n
-    model.train(was)
+    with evaluating(model):
+        for p,b in zip(parts, self.readers(split, ViewDataset(images, which, self.clean, train=False), batches)):
+            if stop is not None and stop(): return None
+            x, x_t = (b[k].to(self.device, non_blocking=self.device.type == 'cuda') for k in ('student', 'teacher'))
+            losses = task.distill_losses(method, model, x, x_t, self.total, self.recipe.train.epochs)
+            total += sum(losses.values())*len(p)/n
     out = dict(distill_loss=all_reduce_mean(total).item(), n=n*ranks)
     if split != 'test' or images.num_classes < 2: return out
     features = pooled_features(tapped_at(model, [-1], False), images, self.size, self.device, precision=task.precision)
@@ -444,7 +456,7 @@ def _open_run(
         if data.knn: marks['knn'] = f'{data.knn[0].fingerprint()}-{fingerprint([*data.knn[1:]])}'
         notes, made, fresh = image_notes(data.images, data.test, marks, data.fit, data.known), loader_arguments(recipe, data, task), not (run/'recipe.yaml').is_file()
         if data.knn: notes += [n for n in data.knn[0].source.notes if n not in notes]
-        notes += task.method.notes(made['steps'], recipe.train.log_every) + _warmup_notes(recipe.train)
+        notes += task.method.notes(made['steps'], recipe.train.log_every) + _schedule_notes(recipe.train)
         create_run_directory(run, recipe, resume, marks, made | (dict(notes=notes) if notes else {}), data.names or None)
         for line in (*in_lines(made), *notes): print(f"{recipe.name or 'run'}: {line}", flush=True)
         data.lock = lock_run_directory(run)
@@ -500,9 +512,11 @@ def create_schedule(
     return MultiStepLRScheduler(optimizer, [round(e*per_epoch) + 1 for e in sorted(t.lr_steps)], t.lr_decay, **warm)
 
 # %% ../../nbs/training/75_build.ipynb #ea6a77fa
-def _warmup_notes(t):
-    "Whether the learning rate rises for the whole of a run"
-    return [f"the warm-up ({t.warmup_epochs:g} epochs) is not shorter than the run ({t.epochs}), so the learning rate rises to its end; lower train.warmup_epochs"]*(t.warmup_epochs >= t.epochs)
+def _schedule_notes(t):
+    "Whether the learning rate rises for the whole of a run, or has steps that come after it"
+    late = [s for s in t.lr_steps or () if s >= t.epochs]
+    return [f"train.lr_steps: {', '.join(map(str, late))} {'comes' if len(late) == 1 else 'come'} after the last of {t.epochs} epochs, so the learning rate does not fall there; "
+            "scale the steps with train.epochs"]*bool(late) + [f"the warm-up ({t.warmup_epochs:g} epochs) is not shorter than the run ({t.epochs}), so the learning rate rises to its end; lower train.warmup_epochs"]*(t.warmup_epochs >= t.epochs)
 
 
 # %% ../../nbs/training/75_build.ipynb #140cf06f

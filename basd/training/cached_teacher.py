@@ -72,7 +72,9 @@ class CachedTeacher:
         self.rows = torch.full((len(images),), -1).scatter_(0, torch.tensor(self.indices),
                                                             self.each*torch.arange(len(self.indices)))
         weights = teacher.state_dict() | {n: b for n,b in teacher.named_buffers() if n in ('mean', 'std', 'columns')}
-        parts = dict(teacher=fingerprint(weights),
+        # what it computes with these weights, too: two networks may differ by an activation alone
+        parts = dict(teacher=fingerprint([weights, {k: v for k,v in teacher.model_args.items() if not callable(v)},
+                                          [(type(m).__qualname__, getattr(m, 'num_heads', None)) for m in teacher.modules()]]),
                      layers=fingerprint([teacher.names, self.form.forms]),
                      images=fingerprint([images.fingerprint(), list(indices)])) | _view_parts(views)
         self.cache = Cache(folder, self.layout, len(self.indices)*self.each, parts, shard)

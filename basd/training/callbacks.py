@@ -12,6 +12,7 @@ import json
 import signal
 import time
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -137,6 +138,7 @@ class NonFiniteGuard(Callback):
         self.recipe, self.checkpoint, self.recorder, self.averages = recipe, checkpoint, recorder, averages
         self.allowed, self.sentinel, self.buffers = recipe.train.max_nonfinite_steps, NonFiniteTracker(), None
         self.skipped, self.fatal = torch.tensor([0, -1])        # bad steps; the one too many, or -1
+        self.statistics = []                                    # buffers of the student before the step, as of batch norm
 
     def before_fit(self, t):
         device = next(t.task.parameters()).device
@@ -147,6 +149,11 @@ class NonFiniteGuard(Callback):
     def before_batch(self, t):
         if self.buffers is None:
             self.buffers = [(b, b.clone()) for m in (t.task, *self.averages) for b in m.buffers()]
+        if self.allowed and t.micro == 0: self.statistics = [(b, b.clone()) for b in t.task.student.buffers()]
+
+    @torch.no_grad()
+    def after_update(self, t):
+        for b,old in self.statistics: b.copy_(torch.where(t.optimizer.found_inf > 0, old, b))
 
     def after_backward(self, t): self.sentinel.watch(t.out['losses'], t.step)
 
@@ -273,7 +280,9 @@ class Validation(Callback):
 
     def validate(self, t):
         student = t.task.student
-        if world_size() > 1: distribute_bn(student, world_size(), reduce=True)
+        if world_size() > 1:
+            distribute_bn(student, world_size(), reduce=True)
+            for m in self.averages.values(): distribute_bn(m, world_size(), reduce=False)   # those of rank 0, which a checkpoint keeps
         row = dict(kind='epoch', step=t.step, epoch=t.epoch + 1, **{'time/elapsed': self.metrics.elapsed()})
         for suffix,model in ({'': student} | self.averages).items() if t.data.val else ():
             found = self.evaluate(t, model)
@@ -300,7 +309,7 @@ class Validation(Callback):
         "Note whether this epoch is the best so far, by a measure that it may lack"
         lower = by == 'distill_loss'
         found, before = row.get(f'val_{by}', 0. if by == 'top1' else None), self.best.get(by, float('inf') if lower else -1.)
-        self.improved = found is not None and (not found > before if lower else found >= before)
+        self.improved = found is not None and (self.best['epoch'] < 0 or isnan(before) or (found <= before if lower else found >= before))
         if not self.improved: return
         of = {k: row[f'val_{k}'] for k in ('top1', 'distill_loss', 'knn') if f'val_{k}' in row}
         self.best = (of or {by: found}) | dict(epoch=row['epoch'])
@@ -428,9 +437,8 @@ class Test(Callback):
 
     def after_fit(self, t):
         student, result = t.task.student, {}
-        weights = ({'last': student.model.state_dict(), 'best': load_best_student(self.run)}
-                   | {k: m.model.state_dict() for k,m in self.averages.items()})
-        last = {k: v.clone() for k,v in weights['last'].items()}
+        last = {k: v.clone() for k,v in student.model.state_dict().items()}
+        weights = {'last': last, 'best': load_best_student(self.run)} | {k: m.model.state_dict() for k,m in self.averages.items()}
         for name,w in weights.items():
             student.model.load_state_dict(w)
             result[name] = t.data.evaluate(student, 'test', t.task.precision, t.agreed_to_stop)

@@ -417,7 +417,7 @@ def assemble_task(
     check_shared_modules(student, teacher)
     check_trained(student)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
+        torch.default_generator.manual_seed(seed + 1)          # not torch.manual_seed, which would seed GPUs as well
         made = method(options, infer_shapes(student, device), None if teacher is None else infer_shapes(teacher, device), num_classes).to(device)
         made.setup(student, teacher)
     return DistillationTask(student, teacher, made, num_classes, seed=seed, **settings)
