@@ -66,7 +66,8 @@ def row(runs, seed, threads):
     done = {k: p for k,p in STAGES.items() if (folder/p/"result.json").is_file()}
     if not done: return None
     made = read(f"{next(iter(done.values()))}/environment.json")
-    return dict(seed=seed, threads=threads, commit=(made["git"] or {}).get("commit"), cpu=processor(), environment={k: made[k] for k in ("versions", "machine", "cpus")},
+    commits = dict.fromkeys(read(f"{p}/environment.json")["git"]["commit"] for p in done.values())     # of parts made later, too
+    return dict(seed=seed, threads=threads, commit=", ".join(commits), cpu=processor(), environment={k: made[k] for k in ("versions", "machine", "cpus")},
                 top1={k: read(f"{p}/result.json")["test"]["best"]["top1"] for k,p in done.items()},
                 seconds={k: read(f"{p}/result.json")["seconds"] for k,p in done.items()},
                 cpu_seconds=sum(read(f"{p}.json")["cpu_seconds"] for p in ("alone", "taught"))
