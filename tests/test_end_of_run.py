@@ -18,7 +18,7 @@ from basd.runs.inference import predict_logits, validate
 from basd.runs.metrics import read_metrics
 from basd.runs.recipes import load_recipe
 from basd.runs.run_directory import load_checkpoint, save_checkpoint, saved_weights
-from basd.training.build import build_trainer
+from basd.training.build import _schedule_notes, build_trainer
 from basd.training.callbacks import NonFiniteGuard, StepRecorder, Validation
 from basd.training.task import DistillationTask
 from basd.training.trainer import Trainer
@@ -127,3 +127,10 @@ def test_frozen_modules_stay_so(measure):
     measure(student, images, range(8), 16, "cpu")
     if measure is validate: assert validate(student, images, range(8), 16, "cpu", stop=lambda: True) is None
     assert student.training and student.model.head.training and not student.model.norm.training
+
+
+def test_steps_of_the_learning_rate_after_the_end_have_a_note():
+    run = dict(epochs=100, warmup_epochs=5)
+    (note,) = _schedule_notes(SimpleNamespace(**run, lr_steps=[60, 150, 180]))
+    assert note.startswith("train.lr_steps: 150, 180 come after the last of 100 epochs")
+    assert not _schedule_notes(SimpleNamespace(**run, lr_steps=[60, 80])) and not _schedule_notes(SimpleNamespace(**run, lr_steps=None))
