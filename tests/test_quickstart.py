@@ -34,6 +34,8 @@ def test_the_frame_before():
     gains, alone = ([[f(r["top1"]) for r in runs] for runs in BEFORE["sets"]]
                     for f in (lambda t: t["basd"] - t["ce"], lambda t: t["ce"]))
     assert len(gains[0]) == len(gains[1]) == 5 and min(gains[0]) > 0 > min(gains[1])
+    assert abs(sum(gains[1])/5 - sum(gains[0])/5) < 2
+    assert min(r["top1"]["teacher"] for runs in BEFORE["sets"] for r in runs) > 95
     assert spread(alone[0]) <= 4 < spread(alone[1])
 
 

@@ -514,9 +514,11 @@ def create_schedule(
 # %% ../../nbs/training/75_build.ipynb #ea6a77fa
 def _schedule_notes(t):
     "Whether the learning rate rises for the whole of a run, or has steps that come after it"
-    late = [s for s in t.lr_steps or () if s >= t.epochs]
-    return [f"train.lr_steps: {', '.join(map(str, late))} {'comes' if len(late) == 1 else 'come'} after the last of {t.epochs} epochs, so the learning rate does not fall there; "
-            "scale the steps with train.epochs"]*bool(late) + [f"the warm-up ({t.warmup_epochs:g} epochs) is not shorter than the run ({t.epochs}), so the learning rate rises to its end; lower train.warmup_epochs"]*(t.warmup_epochs >= t.epochs)
+    notes, late = [], [f'{s:g}' for s in t.lr_steps or () if s >= t.epochs]
+    if late: notes.append(f"train.lr_steps: {', '.join(late)} {'comes' if len(late) == 1 else 'come'} after the last of {t.epochs} epochs, "
+                          "so the learning rate does not fall there; scale the steps with train.epochs")
+    if t.warmup_epochs >= t.epochs: notes.append(f"the warm-up ({t.warmup_epochs:g} epochs) is not shorter than the run ({t.epochs}), so the learning rate rises to its end; lower train.warmup_epochs")
+    return notes
 
 
 # %% ../../nbs/training/75_build.ipynb #140cf06f
