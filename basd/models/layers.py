@@ -28,21 +28,28 @@ def layer_names(
 )->list: # dotted module names, in the order in which the model lists or registers them
     "Names of the layers of `model`: the blocks of a transformer, the stages of a CNN or of a Swin"
     at, part = _timm_part(model)
-    if part is None: return _listed(model)
-    modules = dict(part.named_modules())
-    listed = [_called(i['module'], modules) for i in part.feature_info if i['module'] in modules and i['module']]
-    stem = next((j for j,n in enumerate(listed) if list(modules[n].children())), 0)
-    return [at + n for n in dict.fromkeys(listed[stem:])] or _listed(model)
+    return part and _part_layers(at, part) or _listed(model)
 
 # %% ../../nbs/models/39_layers.ipynb #063b3120
 def _inside(name, outer): return name != outer and (not outer or name.startswith(f'{outer}.'))
 
-def _timm_part(model):
-    "The one part of `model` that lists its features as timm's models do: a prefix of names, and the module"
+def _timm_parts(model):
+    "Parts of `model` that list their features as timm's models do: a prefix of names → the module"
     found = {n: m for n,m in model.named_modules() if isinstance(getattr(m, 'feature_info', None), list)
              and m.feature_info and all('module' in i for i in m.feature_info)}
-    outer = [n for n in found if not any(_inside(n, o) for o in found)]
-    return (f'{outer[0]}.'.lstrip('.'), found[outer[0]]) if len(outer) == 1 else ('', None)
+    return {f'{n}.'.lstrip('.'): m for n,m in found.items() if not any(_inside(n, o) for o in found)}
+
+def _timm_part(model):
+    "The only such part: a prefix of names, and the module"
+    parts = _timm_parts(model)
+    return next(iter(parts.items())) if len(parts) == 1 else ('', None)
+
+def _part_layers(at, part):
+    "Names of the layers that one part lists, without its stem"
+    modules = dict(part.named_modules())
+    listed = [_called(i['module'], modules) for i in part.feature_info if i['module'] in modules and i['module']]
+    stem = next((j for j,n in enumerate(listed) if list(modules[n].children())), 0)
+    return [at + n for n in dict.fromkeys(listed[stem:])]
 
 def _called(name, modules):
     "Name of the module that runs: of a list, its last member"

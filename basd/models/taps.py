@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.features import Features
-from .layers import (Hook, _full, _is_channels_last, _place_tokens, _reader, _timm_part, layer_names,
+from .layers import (Hook, _full, _is_channels_last, _part_layers, _place_tokens, _reader, _timm_parts, layer_names,
     prefix_tokens, resolve_layers, to_tokens)
 
 # %% ../../nbs/models/40_taps.ipynb #0033089e
@@ -45,6 +45,7 @@ class Taps:
         time_axis:bool=False,
         grid:tuple|None=None,    # (h, w) of the patches; None: worked out
         readings:list|None=None, # `_Reading` of each layer, where a comparison has settled it
+        settled:bool=False,      # it is known whose outputs are written into, as `readings` say
     ):
         self.model, self.names = model, resolve_layers(model, layers)
         self.modules = [model.get_submodule(n) for n in self.names]
@@ -56,15 +57,15 @@ class Taps:
         self.widths, self.channels_last = _channels(model), _is_channels_last(model)
         self.fixed, self.embed = grid and tuple(grid), None if grid else _embedding(model)
         self.droppers = [m for m in model.modules() if 'PatchDrop' in type(m).__name__]
-        self.images = any(isinstance(m, nn.Conv2d) for m in model.modules())
+        self.images = self.convolves = any(isinstance(m, nn.Conv2d) for m in model.modules())
         self.outputs, self.versions, self.grid, self.handles = {}, {}, self.fixed, []
-        self.running, self.repeated = False, set()
+        self.running, self.repeated, self.settled = False, set(), settled
         self.depth = None        # layers after which the pass that is running ends; None: it does not end early
 
     def install_hooks(self):
         "Register the hooks"
         try:
-            self.handles += [self.model.register_forward_pre_hook(Hook(self._begin)),
+            self.handles += [self.model.register_forward_pre_hook(Hook(self._begin), with_kwargs=True),
                              self.model.register_forward_hook(Hook(self._end))]
             for r in self.readers: self.handles += r.hooks() if r else []
             if self.embed is not None: self.handles.append(self.embed.register_forward_hook(Hook(self._note_grid)))
@@ -77,9 +78,10 @@ class Taps:
         for h in self.handles: h.remove()
         self.handles.clear()
 
-    def _begin(self, module, args):
+    def _begin(self, module, args, kwargs):
         for seen in (self.outputs, self.versions, self.repeated): seen.clear()
         self.running = True
+        self.images = self.convolves or not self.time_axis and _image(args, kwargs) is not None
 
     def _end(self, module, args, out): self.running = False
 
@@ -87,7 +89,7 @@ class Taps:
         if self.running and i in self.outputs: self.repeated.add(i)
         r = self.readings[i]
         out = _pick(out, r.item, self.names[i])
-        self.outputs[i] = out.clone() if r.copy else out
+        self.outputs[i] = out.clone() if r.copy or not self.settled and _uncounted(out) else out
         self.versions[i] = _version(self.outputs[i])
         if self.depth is not None and all(j in self.outputs for j in range(self.depth)): raise _Enough(self)
 
@@ -155,6 +157,7 @@ def tokens(self:Taps,
     prefix, grid = _place_tokens(out.shape[1], self.grid, self.stated if r.prefix is None else r.prefix,
                                 r.prefix is not None or drops)
     if r.grid: grid = r.grid if out.shape[1] - prefix == math.prod(r.grid) else None
+    if drops: grid = None                               # what is left may be as many as a coarser grid has
     if grid is None and (r.grid or r.prefix is None) and not drops and self.images and out.shape[1] > 1:
         raise ValueError(f"{self.names[i]} returns {out.shape[1]} tokens, and it cannot be told which of them are class or "
                          f"register tokens and where the others lie ({_grids(self.grid, r.grid)}); "
@@ -189,7 +192,12 @@ def _embedding(model):
     return next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1
                  and m.kernel_size == m.stride and m.stride[0] > 1), None)
 
-def _channels(model): return {i.get('num_chs') for i in getattr(_timm_part(model)[1], 'feature_info', [])}
+def _channels(model): return {i.get('num_chs') for part in _timm_parts(model).values() for i in part.feature_info}
+
+def _image(args, kwargs):
+    "The images among what a model is called with: the first tensor (B, 3, h, w), or (B, C, h, w) in the first place"
+    maps = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 4]
+    return next((t for t in maps if t.shape[1] == 3 or args and t is args[0]), None)
 
 def _tensors(out):
     "Tensors in a layer's output"
@@ -205,6 +213,8 @@ def _pick(out, item, name):
         raise ValueError(f"{name} returns a list of {len(found)} tensors {[tuple(t.shape) for t in found]}, branches of one "
                          "layer, and none of them is the layer; tap modules inside of one branch")
     return found[item or 0]
+
+def _uncounted(t): return not torch.compiler.is_compiling() and t.is_inference()   # changes of such a tensor are not counted
 
 def _version(t): return 0 if torch.compiler.is_compiling() or t.is_inference() else t._version
 
@@ -254,18 +264,39 @@ def run(self:Taps,
         if e.args[0] is not self: raise
     finally: self.depth, self.running = None, False
 
+# %% ../../nbs/models/40_taps.ipynb #4cfb34d7
+_heads = 'head', 'heads', 'fc', 'classifier', 'last_linear'
+
+def _is_headless(model):
+    "Whether a model ends in features: its head is an identity, or it does nothing but hold a model without head"
+    ends = model.get_classifier() if hasattr(model, 'get_classifier') else [getattr(model, n, None) for n in _heads]
+    ends = [m for m in (ends if isinstance(ends, (list, tuple)) else [ends]) if isinstance(m, nn.Module)]
+    if any(_holds(m) for m in ends): return False
+    if any(isinstance(m, nn.Identity) for m in ends): return True
+    inner = [m for m in model.children() if _holds(m)]
+    if len(inner) != 1 or _holds(model, recurse=False): return False
+    return getattr(inner[0], 'num_classes', None) == 0 or _is_headless(inner[0])
+
+def _holds(module, recurse=True):
+    "Whether a module has anything that a head could be made of: parameters, or a buffer that is a matrix"
+    return next(module.parameters(recurse), None) is not None or any(b.dim() == 2 for b in module.buffers(recurse))
+
+
 # %% ../../nbs/models/40_taps.ipynb #c830a721
 def _find_logits(
     model:nn.Module,
     out,             # what it returned
     where='auto',    # key or place of the logits in `out`; None: the model has no head
+    dims=(2,),       # dimensions that logits may have: three with a time axis
 )->tuple: # logits or None, logits of a distillation head or None
     "The logits in what a model returned"
     core = next((m for a in ('_orig_mod', 'module') if isinstance(m := getattr(model, a, None), nn.Module)), model)
     C = getattr(core, 'num_classes', getattr(getattr(core, 'config', None), 'num_labels', None))
-    headless = C == 0 or C is None and isinstance(getattr(core, 'head', None), nn.Identity)
-    if where is None or where == 'auto' and headless: return None, None
-    if isinstance(out, Tensor) and where == 'auto': return out, None
+    lone = isinstance(out, Tensor) and where == 'auto'
+    if where is None or where == 'auto' and C == 0: return None, None
+    # what is as wide as the model states classes are its logits, whatever its modules are called
+    if where == 'auto' and _is_headless(core) and not (lone and C and out.shape[-1] == C): return None, None
+    if lone: return (out if out.dim() in dims else None), None
     named = (dict(out) if isinstance(out, Mapping) else out._asdict() if hasattr(out, '_asdict')
              else dict(enumerate(out)) if isinstance(out, (tuple, list)) else vars(out) if hasattr(out, '__dict__') else {})
     if where != 'auto' and isinstance(named.get(where), Tensor): return named[where], None
@@ -332,7 +363,7 @@ class TappedModel(nn.Module):
             raise ValueError(f"depth={depth} of {len(self.names)} tapped layers; give 1 to {len(self.names)}, or None for the "
                              "whole model")
         if depth is not None and not self.stops: return self(x, *args, **kwargs).first(depth)
-        if self.readings is None and not torch.compiler.is_compiling(): self.settle(x, *args, **kwargs)
+        if self.readings is None: _settle(self, x, *args, **kwargs)
         z = self.normalize(x)
         if self.taps is not None: return self._features(self.taps.pop_features, z, self.taps.run(depth, z, *args, **kwargs), depth)
         with self._watched() as taps: out = taps.run(depth, z, *args, **kwargs)
@@ -377,7 +408,7 @@ class TappedModel(nn.Module):
         now = [*self.model.modules()], settings
         then, readings, taps = self.made or (None, None, None)
         if then != now or readings is not self.readings:
-            taps = Taps(self.model, *settings, self.readings)
+            taps = Taps(self.model, *settings, self.readings, settled=self.readings is not None)
             self.made = now, self.readings, taps
         return taps
 
@@ -391,7 +422,7 @@ class TappedModel(nn.Module):
         finally: taps.remove()
 
     def _features(self, read, x, out, depth):
-        z, second = _find_logits(self.model, out, self.logits) if depth is None else (None, None)
+        z, second = (None, None) if depth is not None else _find_logits(self.model, out, self.logits, (2, 3) if self.time_axis else (2,))
         f = read(z.mean(0) if z is not None and self.time_axis and z.dim() == 3 else z, depth)
         f.dist_logits = second
         wrong = next((i for i,t in enumerate(f.tokens) if not self.time_axis and len(t) != len(x)), None) \
@@ -462,11 +493,12 @@ def settle(self:TappedModel,
 ):
     "Work out how the output of each layer is read"
     if isinstance(x, Tensor) and x.dim() == 4 and not (self.time_axis or args or kwargs): x = x[:1]
+    x, args, kwargs = _plain(x), _plain(args), _plain(kwargs)
     free = self.prefix is None and self.channels_last is None and self.grid is None and not self.time_axis
-    with evaluating(self):
+    with torch.inference_mode(False), evaluating(self):     # an inference tensor does not count its changes
         x = self.normalize(x)
         run = lambda: self.model(x, *args, **kwargs)
-        found = _compare(self.model, self.names, x, run) if free else {}
+        found = _compare(self.model, self.names, run) if free else {}
         self.readings = [found.get(n, _Reading(prefix=self.prefix, last=self.channels_last)) for n in self.names]
         try:
             listed = layer_names(self.model) if self.by_index else []
@@ -474,9 +506,23 @@ def settle(self:TappedModel,
             written.update(taps.changed())
             self.readings = [replace(_settled(taps, i), copy=i in written) for i in range(len(self.names))]
             _check_counted(self.model, listed, ran)
+            _check_places(self, taps, x, args, kwargs)
         except BaseException: self.readings = None; raise
+    self.made = None            # what made copies to be on the safe side
     self.ran = [n for n in ran if n in self.names]
     if self.taps is not None: self.taps.readings = self.readings
+
+# %% ../../nbs/models/40_taps.ipynb #66bc2fdd
+@torch.compiler.disable(reason="what a TappedModel reads is worked out in its first pass, outside of a graph; "
+                               "run infer_shapes(x) once before a compiled pass")
+def _settle(tapped, x, *args, **kwargs): tapped.settle(x, *args, **kwargs)
+
+def _plain(x):
+    "Tensors of an inference mode as ordinary ones"
+    if isinstance(x, Tensor): return x.clone() if x.is_inference() else x
+    if isinstance(x, Mapping): return {k: _plain(v) for k,v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, (list, tuple)) else x
+
 
 # %% ../../nbs/models/40_taps.ipynb #2fcbf2b4
 def _settled(taps, i):
@@ -525,25 +571,70 @@ def _check_counted(model, listed, ran):
                          "give layers by name, in the order of the forward pass, or register them in that order")
 
 
+# %% ../../nbs/models/40_taps.ipynb #ad5d6208
+def _check_places(tapped, taps, x, args, kwargs):
+    "Refuse tokens that are the same for every image and lie among those that have a place in it"
+    placed = [(i, out.shape[1], taps.tokens(i, out)) for i,out in taps.outputs.items() if out.dim() == 3 and not tapped.time_axis]
+    placed = [(i, n, prefix) for i,n,(_, grid, prefix) in placed if grid is not None and tapped.readings[i].order is None]
+    if not placed or not isinstance(x, Tensor) or x.dim() != 4: return
+    a, b = (_first_tokens(tapped, torch.randn(x.shape, generator=torch.Generator().manual_seed(s)).to(x), args, kwargs) for s in range(2))
+    if a is None or b is None or a.shape != b.shape or len(a) != len(x): return
+    same = (a == b).all(-1).all(0)
+    for i,n,prefix in placed:
+        stray = (same[prefix:].nonzero()[:, 0] + prefix).tolist() if len(same) == n and not same.all() else []
+        if stray:
+            raise ValueError(f"of the {n} tokens of {tapped.names[i]}, {_few(stray)} are the same for every image, and among the "
+                             f"first {prefix} they are not: class and register tokens have to come first; tap a module "
+                             "that puts them there")
+
+def _first_tokens(tapped, x, args, kwargs):
+    "Tokens (B, N', D) that enter the first of the layers; None if it takes none"
+    seen = []
+    def note(module, args, kwargs):
+        if not seen: seen.append(next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 3), None))
+        if tapped.stops: raise _Enough(tapped)
+    try: names = layer_names(tapped.model)
+    except ValueError: names = []
+    handles = [tapped.model.get_submodule(n).register_forward_pre_hook(note, with_kwargs=True) for n in dict.fromkeys([*names, *tapped.names])]
+    try: tapped.model(x, *args, **kwargs)
+    except _Enough as e:
+        if e.args[0] is not tapped: raise
+    finally:
+        for h in handles: h.remove()
+    return seen[0] if seen else None
+
+def _few(places): return ', '.join(map(str, places[:4])) + ', …'*(len(places) > 4)
+
+
 # %% ../../nbs/models/40_taps.ipynb #4a3c5ab6
 def _compare(
     model:nn.Module,
     names:list,  # of tapped layers
-    x:Tensor,    # what `model` takes
     run,         # runs `model`
 )->dict: # name → `_Reading`
     "Which reading of each layer gives a map of timm's `forward_intermediates`, bit by bit"
-    at, part = _timm_part(model)
-    if not hasattr(part, 'forward_intermediates'): return {}
-    seen = [x]
-    if part is not model:
-        handle = part.register_forward_pre_hook(lambda module, args: seen.insert(0, args[0] if args else None))
-        run(); handle.remove()
-    if not isinstance(seen[0], Tensor) or seen[0].dim() != 4: return {}
-    maps, kept = _intermediates(part, seen[0], {n: model.get_submodule(n) for n in names if n.startswith(at)})
+    found = {}
+    for at,part in _timm_parts(model).items():
+        inside = {n: model.get_submodule(n) for n in names if n.startswith(at)}
+        if inside and hasattr(part, 'forward_intermediates'): found |= _compare_part(at, part, inside, _first_images(part, run))
+    return found
+
+def _first_images(part, run):
+    "The images with which a pass enters a part of the model, by whichever of its modules is called first; None if it has none"
+    seen = []
+    note = lambda module, args, kwargs: None if seen else seen.append(_image(args, kwargs))
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in part.modules()]
+    try: run()
+    finally:
+        for h in handles: h.remove()
+    return seen[0] if seen else None
+
+def _compare_part(at, part, modules, x):
+    "The readings of `modules`, layers of one part of the model"
+    maps, kept = ([], {}) if x is None else _intermediates(part, x, modules)
     if not maps: return {}
-    found = {n: _reading(kept.get(n, []), maps) for n in names}
-    n = next((n for n in layer_names(model) if n in names and found[n] is None), None)
+    found = {n: _reading(kept.get(n, []), maps) for n in modules}
+    n = next((n for n in _part_layers(at, part) if n in modules and found[n] is None), None)
     if n is not None:
         raise ValueError(f"{n} of {type(part).__name__} returns {[tuple(t.shape) for t,_ in kept.get(n, [])] or 'nothing'}, "
                          "and none of it is one of the maps that the model's own forward_intermediates gives "
