@@ -56,6 +56,9 @@ def pack(self:RecordLayout,
         if not most <= torch.finfo(dtype).max:
             raise ValueError(f"field {k!r} holds {most:g}, which {self.dtype} cannot "
                              f"(up to {torch.finfo(dtype).max:g}); use a cache of float32")
+        if 0 < most < torch.finfo(dtype).tiny:
+            raise ValueError(f"field {k!r} holds nothing above {most:g}, of which {self.dtype} keeps few digits or none "
+                             f"(all from {torch.finfo(dtype).tiny:g} on); use a cache of float32")
     return torch.cat([arrays[k].flatten(1).to(dtype) for k in self.fields], 1)
 
 # %% ../../nbs/data/49_cache.ipynb #b66934d9

@@ -18,6 +18,8 @@ from torch import Tensor
 from torchvision.io import decode_image
 from torchvision.transforms.v2 import functional as F
 
+from ..core.processes import Meanwhile
+
 # %% ../../nbs/data/45_pictures.ipynb #ccb0f008
 def _check_png(
     raw:bytes, # of a PNG file
@@ -43,12 +45,12 @@ def _open_picture(
     max_pixels:int|None=MAX_PIXELS, # the most that are decoded; None: no limit
 )->Image.Image: # of which nothing but the header has been read
     "Read the header; raises `ValueError` for an unknown format, an empty file or too many pixels"
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None     # compared below, by our own limit
-    try: image = Image.open(io.BytesIO(raw))
+    try:
+        with Meanwhile(Image, 'MAX_IMAGE_PIXELS', None):             # compared below, by our own limit
+            image = Image.open(io.BytesIO(raw))
     except UnidentifiedImageError:
         raise ValueError(f"{len(raw)} bytes in no known format" if raw else "an empty file") from None
     except Exception as e: raise ValueError(f"its header is damaged ({_first_line(e)})") from None
-    finally: Image.MAX_IMAGE_PIXELS = limit
     w, h = image.size
     if max_pixels is not None and w*h > max_pixels:
         raise ValueError(f"{w} × {h} pixels are more than max_pixels={max_pixels}; shrink the picture, or raise it")
@@ -91,10 +93,11 @@ def _shown(
 
 # %% ../../nbs/data/45_pictures.ipynb #990b8ce2
 def _checked(x):
-    "RGB pixels (3, h, w) of an array (h, w[, 1 or 3]) or a tensor (1 or 3, h, w)"
+    "RGB pixels (3, h, w) of an array (h, w[, 1 or 3]) or a tensor (1 or 3, h, w), which may change later"
     if isinstance(x, np.ndarray):
-        x = torch.from_numpy(x) if x.dtype == np.uint8 else x
+        x = torch.from_numpy(np.array(x)) if x.dtype == np.uint8 else x
         if isinstance(x, Tensor): x = x[None] if x.ndim == 2 else x.movedim(-1, 0) if x.ndim == 3 else x
+    elif isinstance(x, Tensor): x = x.clone()
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 3 or x.shape[0] not in (1, 3):
         what = (f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__)
         raise ValueError(f"a picture given as {what}; give uint8 with 1 or 3 channels, a tensor (C, h, w) "

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.transforms.v2 import functional as F
 
+from ..core.processes import Meanwhile
 from ..core.registry import call_imported, check_choices, is_import_name
 from .pictures import MAX_PIXELS, decode_picture
 
@@ -79,7 +80,8 @@ def number_labels(
         return _by_name(list(at), [at[t] for t in labels], classes, name)
     try: y = labels.numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except (TypeError, ValueError): y = np.empty(0, object)
-    if y.dtype.kind == 'U': return number_labels(y.tolist(), classes, name)
+    if y.dtype.kind == 'U' or y.dtype.kind == 'O' and y.ndim == 1 and len(y) and all(isinstance(v, str) for v in y):
+        return number_labels(y.tolist(), classes, name)
     if y.ndim > 1:
         raise ValueError(f"{name}: labels of shape {y.shape} name several classes per image (multi-hot); "
                          "give one class number per image, or name a column of these with data.label_key")
@@ -188,6 +190,7 @@ def under(self:Source,
     whose:str='the training split', # they are, for the message
 )->Source:
     "The same images, numbered by the names in `classes`; refuses the first name that is not there"
+    if not self.classes: return copy.copy(self)        # images without labels have no class to be numbered
     bare = lambda names: names == [*map(str, range(len(names)))]
     by_number = self.inherited and bare(classes) and len(classes) == len(self.classes)  # of a run from before names were inherited
     at = {c: i for i,c in enumerate(self.classes if by_number else classes)}
@@ -492,10 +495,8 @@ def _open_folder(
 def _offline(on):
     "Set the hub's packages to offline mode"
     import datasets.config as readers, huggingface_hub.constants as hub
-    before = readers.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
-    if on: readers.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-    try: yield
-    finally: readers.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
+    if not on: yield; return
+    with Meanwhile(readers, 'HF_HUB_OFFLINE', True), Meanwhile(hub, 'HF_HUB_OFFLINE', True): yield
 
 # %% ../../nbs/data/46_sources.ipynb #6ae17d73
 class TableSource(Source):
@@ -871,6 +872,7 @@ def _feed_files(h, paths, root, most):
     for path,(size,time) in zip(paths, found):
         h.update(f"{path[len(root):]}\0{size}\0{'' if whole else time}\0".encode(errors='surrogateescape'))
         if whole and size >= 0: h.update(Path(path).read_bytes())
+    if any(size < 0 for size,_ in found): return 'sample'                      # what is not there was not hashed
     return 'content' if whole else 'times'
 
 def _feed_raw(h, raw):
@@ -878,7 +880,7 @@ def _feed_raw(h, raw):
     if isinstance(raw, Image.Image): h.update(f'{raw.mode}{raw.size}'.encode() + raw.tobytes())
     elif isinstance(raw, (Tensor, np.ndarray)): h.update(f'{raw.dtype}{tuple(raw.shape)}'.encode() + np.asarray(raw).tobytes())
     elif isinstance(raw, bytes): h.update(f'{len(raw)}\0'.encode() + raw)
-    elif isinstance(raw, (str, Path)): _feed_files(h, [str(raw)], '', 2**62)
+    elif isinstance(raw, (str, Path)): return _feed_files(h, [str(raw)], '', 2**62) == 'content'
     else: return False
     return True
 
@@ -889,9 +891,10 @@ def feed(self:Source,
     most:int=2**30,  # bytes of images that are read whole
 )->str:              # "content", "times" or "sample"
     "Add all images to a hash, by content or by times; a hook for sources that can hash what they read from"
-    held = getattr(self.dataset, 'data', None)                                # of torchvision's small sets
+    known = type(self.dataset).__module__.startswith('torchvision.datasets.') # others may call anything `data` or `samples`
+    held = getattr(self.dataset, 'data', None) if known else None             # of torchvision's small sets
     if isinstance(held, (Tensor, np.ndarray)) and len(held) == len(self): return 'content' if _feed_raw(h, held) else 'sample'
-    files = getattr(self.dataset, 'samples', None)                            # of its folders
+    files = getattr(self.dataset, 'samples', None) if known else None         # of its folders
     if isinstance(files, list) and len(files) == len(self):
         return _feed_files(h, [str(f[0]) for f in files], str(getattr(self.dataset, 'root', '')), most)
     if not isinstance(self.dataset, (list, tuple, TensorDataset)): return 'sample'

@@ -8,6 +8,7 @@ __all__ = ['LiftedViT', 'deit_tiny_lift', 'WideLastBlock', 'deit_tiny_wide_last'
 # %% ../../nbs/models/38_last_layers.ipynb #19c79e6b
 import timm
 from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 # %% ../../nbs/models/38_last_layers.ipynb #76f37194
@@ -48,11 +49,20 @@ def _reads_width(
 )->nn.Module:        # `model`, changed
     "Give a ViT a new head, of another width, and note the width where timm looks for it"
     model.num_features = model.head_hidden_size = model.feature_info[-1]['num_chs'] = width
-    if model.num_classes:
-        model.head = nn.Linear(width, model.num_classes)
-        nn.init.trunc_normal_(model.head.weight, std=.02)
-        nn.init.zeros_(model.head.bias)
+    model.__class__ = _OtherEnd
+    if model.num_classes: model.reset_classifier(model.num_classes)
     return model
+
+class _OtherEnd(VisionTransformer):
+    "timm's ViT with a head as wide as its last layer is, also when it gets another one"
+    def reset_classifier(self, num_classes, global_pool=None):
+        super().reset_classifier(0, global_pool)
+        self.num_classes = num_classes
+        if not num_classes: return
+        like = next(self.parameters())
+        self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype).train(self.training)
+        nn.init.trunc_normal_(self.head.weight, std=.02)
+        nn.init.zeros_(self.head.bias)
 
 # %% ../../nbs/models/38_last_layers.ipynb #599a290e
 class WideLastBlock(nn.Module):

@@ -116,11 +116,16 @@ def wrap_student(
     return t
 
 # %% ../../nbs/models/42_students.ipynb #1cd8587d
+def _names(names, classes):
+    return names is None or isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
+
 def export_config(
     student:TappedModel, # made by `create_student`, or with `architecture` and `model_args` set; `label_names`, if set, names its classes
 )->str:             # JSON
     "The configuration written beside the weights; raises `ValueError` for arguments that a file cannot hold"
     args, names = dict(student.model_args), getattr(student, 'label_names', None)
+    if not _names(names if names is None else list(names), args.get('num_classes', 0 if names is None else len(names))):
+        raise ValueError(f"label_names holds {len(names)} names, and the student has {args['num_classes']} classes; give one name, a text, for each class")
     config = dict(architecture=student.architecture, num_classes=args.pop('num_classes', None), model_args=args,
                   input_size=list(student.input_size), **({} if names is None else dict(label_names=list(names))),
                   mean=student.mean.flatten().tolist(), std=student.std.flatten().tolist(), **(dict(reading=student.stated_reading) if student.stated_reading else {}))
@@ -197,9 +202,6 @@ def _read_config(
     except (ValueError, KeyError, TypeError, RecursionError): pass
     raise ValueError(f"{path} is damaged: it says nothing of architecture, num_classes, model_args and input_size; "
                      "export the student again")
-
-def _names(names, classes):
-    return names is None or isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
 
 def _is_reading(given):
     kinds = dict(prefix=int, grid=list, channels_last=bool, logits=str|int|None, time_axis=bool)

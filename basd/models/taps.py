@@ -264,7 +264,7 @@ def run(self:Taps,
         if e.args[0] is not self: raise
     finally: self.depth, self.running = None, False
 
-# %% ../../nbs/models/40_taps.ipynb #4cfb34d7
+# %% ../../nbs/models/40_taps.ipynb #c830a721
 _heads = 'head', 'heads', 'fc', 'classifier', 'last_linear'
 
 def _is_headless(model):
@@ -281,8 +281,6 @@ def _holds(module, recurse=True):
     "Whether a module has anything that a head could be made of: parameters, or a buffer that is a matrix"
     return next(module.parameters(recurse), None) is not None or any(b.dim() == 2 for b in module.buffers(recurse))
 
-
-# %% ../../nbs/models/40_taps.ipynb #c830a721
 def _find_logits(
     model:nn.Module,
     out,             # what it returned
@@ -398,9 +396,10 @@ class TappedModel(nn.Module):
                                  "give both to TappedModel, or normalize the images before")
             return x
         check_image_type(x)
-        if x.dtype == torch.uint8: x = x.to(self.mean.dtype) / 255
+        usual = torch.float32 if x.dtype == torch.uint8 else x.dtype
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.to(torch.promote_types(x.dtype, torch.float32))
         x = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
-        return x.to(_precision(self.model, x.dtype))
+        return x.to(_precision(self.model, usual))
 
     def _taps(self):
         "`Taps` of this model, made anew where a module was replaced or a setting changed since the pass before"
@@ -484,6 +483,17 @@ def check_image_type(
     if not (x.is_floating_point() or x.dtype == torch.uint8):
         raise ValueError(f"images in {x.dtype}; give floats in [0, 1], or bytes (torch.uint8) from 0 to 255")
 
+@torch.compiler.disable(reason="what a TappedModel reads is worked out in its first pass, outside of a graph; "
+                               "run infer_shapes(x) once before a compiled pass")
+def _settle(tapped, x, *args, **kwargs): tapped.settle(x, *args, **kwargs)
+
+def _plain(x):
+    "Tensors of an inference mode as ordinary ones"
+    if isinstance(x, Tensor): return x.clone() if x.is_inference() else x
+    if isinstance(x, Mapping): return {k: _plain(v) for k,v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+
 # %% ../../nbs/models/40_taps.ipynb #e8977478
 @patch
 def settle(self:TappedModel,
@@ -511,18 +521,6 @@ def settle(self:TappedModel,
     self.made = None            # what made copies to be on the safe side
     self.ran = [n for n in ran if n in self.names]
     if self.taps is not None: self.taps.readings = self.readings
-
-# %% ../../nbs/models/40_taps.ipynb #66bc2fdd
-@torch.compiler.disable(reason="what a TappedModel reads is worked out in its first pass, outside of a graph; "
-                               "run infer_shapes(x) once before a compiled pass")
-def _settle(tapped, x, *args, **kwargs): tapped.settle(x, *args, **kwargs)
-
-def _plain(x):
-    "Tensors of an inference mode as ordinary ones"
-    if isinstance(x, Tensor): return x.clone() if x.is_inference() else x
-    if isinstance(x, Mapping): return {k: _plain(v) for k,v in x.items()}
-    return [_plain(v) for v in x] if isinstance(x, (list, tuple)) else x
-
 
 # %% ../../nbs/models/40_taps.ipynb #2fcbf2b4
 def _settled(taps, i):
@@ -570,8 +568,6 @@ def _check_counted(model, listed, ran):
         raise ValueError(f"{type(model).__name__} runs {found[0]} before {found[1]} and registers it later, so an index is not the depth of a layer; "
                          "give layers by name, in the order of the forward pass, or register them in that order")
 
-
-# %% ../../nbs/models/40_taps.ipynb #ad5d6208
 def _check_places(tapped, taps, x, args, kwargs):
     "Refuse tokens that are the same for every image and lie among those that have a place in it"
     placed = [(i, out.shape[1], taps.tokens(i, out)) for i,out in taps.outputs.items() if out.dim() == 3 and not tapped.time_axis]
@@ -604,7 +600,6 @@ def _first_tokens(tapped, x, args, kwargs):
     return seen[0] if seen else None
 
 def _few(places): return ', '.join(map(str, places[:4])) + ', …'*(len(places) > 4)
-
 
 # %% ../../nbs/models/40_taps.ipynb #4a3c5ab6
 def _compare(

@@ -11,6 +11,7 @@ __all__ = ['FrozenTeacher', 'refuse_derived', 'freeze', 'read_weights', 'load_we
 import difflib
 import inspect
 import json
+import re
 import sys
 import warnings
 from collections import OrderedDict
@@ -147,6 +148,11 @@ def _stripped(
 
 # %% ../../nbs/models/41_teachers.ipynb #b3008916
 _wrappers = ('_orig_mod.', 'module.', '_fsdp_wrapped_module.', '_checkpoint_wrapped_module.') # anywhere in a name
+def _preference(prefix):
+    "Of several models under one another's names, averages of weights come first, then teachers; a student comes last"
+    words = set(re.split(r'[._]', prefix))
+    return 0 if 'ema' in words else 1 if 'teacher' in words else 3 if 'student' in words else 2
+
 _prefixes = {*_wrappers, 'model.', 'net.', 'network.', 'encoder.', 'backbone.', 'teacher.', 'student.', 'visual.', 'trunk.',
             'vit.', 'ema.', 'ema_model.', 'model_ema.', 'classifier.', 'feature_extractor.', 'image_encoder.'}
 
@@ -166,7 +172,8 @@ def load_weights(
         if not state: raise ValueError(f"{name} holds nothing under {key!r}; leave the key out to see what it holds")
     fits = [(len(f.wrong), i, p, f) for i,(p,s) in enumerate(_stripped(state).items())
             for f in _attempts(model, s, new_head)]
-    _, _, prefix, best = next((f for f in fits if not f[0]), None) or min(fits, key=lambda f: f[:2])
+    whole = sorted((f for f in fits if not f[0]), key=lambda f: (_preference(f[2]), f[1]))
+    _, _, prefix, best = whole[0] if whole else min(fits, key=lambda f: f[:2])
     if best.wrong:
         raise ValueError(f"{name} is no checkpoint of {type(model).__name__} as built: {best.words()}; "
                          "check the model's name and its arguments")

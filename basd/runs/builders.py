@@ -22,6 +22,7 @@ from torch import nn
 from ..core.distributed import rank
 from ..core.features import Features
 from ..core.files import fingerprint
+from ..core.processes import Meanwhile
 from ..core.registry import is_import_name
 from ..data.sources import (
     _eval, ImageFolderSource, ImageDataset, ClassMismatch, stratified_split, has_columns, natural_order, open_source)
@@ -41,17 +42,16 @@ def fetching(
     "Context manager that blocks downloads if the recipe was found in a run directory and is not trusted"
     if not recipe.foreign: yield; return
     models = [recipe.student, *teachers_of(recipe).values()]
-    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
     try:
-        for m in models:
-            about = get_pretrained_cfg(m.model, allow_unregistered=True) if m.model and m.pretrained else None
-            if about and not about.hf_hub_id: raise ValueError(f"the pretrained weights of {m.model} would be downloaded from {about.url}")
-        yield
+        with Meanwhile(hub, 'HF_HUB_OFFLINE', True):
+            for m in models:
+                about = get_pretrained_cfg(m.model, allow_unregistered=True) if m.model and m.pretrained else None
+                if about and not about.hf_hub_id: raise ValueError(f"the pretrained weights of {m.model} would be downloaded from {about.url}")
+            yield
     except ValueError as e:
         if not (recipe.data.download or any(m.pretrained for m in models)): raise
         raise ValueError(f"{e}; the recipe was found in a run directory, so nothing was downloaded: read it, then allow downloads "
                          "with --trust (in Python: trust=True)") from None
-    finally: hub.HF_HUB_OFFLINE = before
 
 # %% ../../nbs/runs/66_builders.ipynb #d09ca3ef
 def open_images(

@@ -9,6 +9,7 @@ __all__ = ['TrainingData', 'knn_datasets', 'build_task', 'loader_arguments', 'in
 # %% ../../nbs/training/75_build.ipynb #99905cd3
 import copy
 import json
+import math
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ from ..core.files import fingerprint
 from ..core.processes import check_compiler, keep_freed_memory
 from ..core.registry import METHODS, check_choices, is_given_name, trusting
 from ..data.sources import ImageDataset, open_source, stratified_split
-from ..data.views import DistributedBatchSampler, ReaderPool, ViewDataset, DualViewTransform, build_loader
+from ..data.views import DistributedBatchSampler, holds_pairs, ReaderPool, ViewDataset, DualViewTransform, build_loader
 from ..models.layers import layer_names
 from ..geometry.neighbors import knn_among, knn_predict, usual_k
 from ..models.taps import evaluating
@@ -109,7 +110,7 @@ def hide_labels(self:TrainingData,
     labeled:list, # training indices whose labels are used
 ):
     "Select the labels that the run may read, and the factor of its cross-entropy"
-    self.labels, self.label_scale, self.labeled, method = None, 1., len(labeled), self.recipe.method.name
+    self.labels, self.pairs, self.label_scale, self.labeled, method = None, True, 1., len(labeled), self.recipe.method.name
     if len(labeled) == len(self.fit): return
     if not labeled: self.label_scale = 0.; return self.refuse_without_labels()
     if self.requires.labels:
@@ -118,9 +119,12 @@ def hide_labels(self:TrainingData,
                          "labels by cross-entropy alone")
     if not self.requires.teacher: self.fit = _as_many(labeled, len(self.fit)); return
     v, d = self.recipe.views, self.recipe.data
-    if v.mix_prob and (v.mixup or v.cutmix) and (share := d.batch_size//(world_size()*self.grad_accum_steps)) % 2:
+    a, twins = self.grad_accum_steps, self.requires.views_per_image > 1
+    self.pairs = holds_pairs(d.batch_size//a, world_size(), twins)
+    if v.mix_prob and (v.mixup or v.cutmix) and not self.pairs:
+        share, each = d.batch_size//(a*world_size()), math.lcm(4, 2*world_size())*a if twins else 2*world_size()*a
         raise ValueError(f"data.labeled with mixed images: labeled ones are mixed in pairs, and the {share} images of a rank's micro-batch "
-                         f"are no pairs; make data.batch_size a multiple of {2*world_size()*self.grad_accum_steps}")
+                         f"{'with two views each ' if twins else ''}are no pairs; make data.batch_size a multiple of {each}")
     self.labels = torch.full((len(self.images),), -1)
     self.labels[labeled] = torch.as_tensor(self.images.labels)[labeled]
     self.label_scale = len(self.fit)/len(labeled)
@@ -199,7 +203,7 @@ def read(self:TrainingData,
     return build_loader(self.images, self.indices(epoch), self.whole_views if whole else self.views,
                         self.recipe.data.batch_size//a, seed=self.seed, epoch=epoch, rank=rank(), world=world_size(),
                         start=(start - first)*a, stop=(stop - first)*a, pin=self.device.type == 'cuda',
-                        twins=self.requires.views_per_image > 1, labels=self.labels)
+                        twins=self.requires.views_per_image > 1, labels=self.labels, pairs=self.pairs)
 
 # %% ../../nbs/training/75_build.ipynb #76ea3904
 @patch
