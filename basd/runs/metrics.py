@@ -14,41 +14,50 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
+from math import isfinite, nan, prod
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
 from ..core.files import open_private, create_private_folder, write_atomic
 
 # %% ../../nbs/runs/64_metrics.ipynb #bc1df48f
 class AverageMeter:
     "Running means of tensors, kept on their device until they are read"
-    def __init__(self): self.sums, self.counts = {}, {}
+    def __init__(self): self.groups = {}        # names and shapes of values that come together → their sum, flat, and their number
 
     @torch.no_grad()
     def add(self,
         values:dict, # name → detached tensor of any fixed shape
+        where:Tensor|None=None, # whether they count, bool (); None: they do
     ):
-        "Add one observation of each value"
-        for k,v in values.items():
-            v = v.detach().float()
-            if k in self.sums: self.sums[k] += v
-            else: self.sums[k] = v.clone()
-            self.counts[k] = self.counts.get(k, 0) + 1
+        "Add one observation of each value, or none, in a few kernels for all of them"
+        if not values: return
+        key = tuple((k, tuple(v.shape)) for k,v in values.items())
+        x, n = torch.cat([v.detach().float().flatten() for v in values.values()]), 1.
+        if where is not None: x, n = x.where(where, 0.), where.float()
+        s, before = self.groups.get(key, (0., 0.))
+        self.groups[key] = s + x, before + n
 
-    def read(self)->dict: # name → float or nested list
+    def read(self)->dict: # name → float or nested list; nan where no observation counted
         "Means since the last call, in one transfer from the device; resets the sums"
-        if not self.sums: return {}
-        flat = torch.cat([(s / self.counts[k]).flatten() for k,s in self.sums.items()]).cpu()
-        parts = flat.split([s.numel() for s in self.sums.values()])
-        out = {k: p.view(s.shape).tolist() for (k,s),p in zip(self.sums.items(), parts)}
-        self.sums, self.counts = {}, {}
-        return out
+        groups, self.groups, sums, counts = self.groups, {}, {}, {}
+        flat = [torch.cat([s, torch.as_tensor(n, device=s.device).view(1)]) for s,n in groups.values()]
+        sizes = [len(x) for x in flat]
+        if len({x.device for x in flat}) == 1: flat = torch.cat(flat).cpu().split(sizes)
+        for key,x in zip(groups, flat):
+            for (k, shape),part in zip(key, x[:-1].cpu().split([prod(shape) for _,shape in key])):
+                sums[k], counts[k] = sums.get(k, 0.) + part.view(shape), counts.get(k, 0.) + x[-1].cpu()
+        return {k: (s/counts[k]).tolist() for k,s in sums.items()}
 
-    def state_dict(self): return dict(sums=dict(self.sums), counts=dict(self.counts))
+    def state_dict(self): return dict(groups=[[key, s, n] for key,(s, n) in self.groups.items()])
 
-    def load_state_dict(self, state): self.sums, self.counts = dict(state['sums']), dict(state['counts'])
+    def load_state_dict(self, state):
+        "A state, also of a run from before values were summed together"
+        old = [[[(k, s.shape)], s.flatten(), float(state['counts'][k])] for k,s in state.get('sums', {}).items()]
+        self.groups = {tuple((k, tuple(shape)) for k,shape in key): (s, n) for key,s,n in state.get('groups', old)}
 
 # %% ../../nbs/runs/64_metrics.ipynb #7553ad4f
 class NonFiniteTracker:
@@ -86,9 +95,9 @@ class MetricsLogger:
         row:dict, # plain values; `kind` as in `read_metrics`
     ):
         "Append one row"
-        line = json.dumps(row)
+        line = json.dumps(_without_nan(row), allow_nan=False)
         with open_private(self.path) as f: f.write(line + '\n')
-        self.rows.append(json.loads(line))
+        self.rows.append(_with_nan(json.loads(line)))
         if self.trackers: self.trackers.write(row)
 
     @property
@@ -101,8 +110,20 @@ def read_metrics(
 )->list:
     "Rows of a run's log"
     text = (Path(run)/'metrics.jsonl').read_text(encoding='utf-8')
-    rows = [json.loads(line) for line in text.rpartition('\n')[0].splitlines()]     # a run that was killed may have left part of a line
+    rows = [_with_nan(json.loads(line)) for line in text.rpartition('\n')[0].splitlines()]     # a run that was killed may have left part of a line
     return [r for r in rows if kind in (None, r['kind'])]
+
+# %% ../../nbs/runs/64_metrics.ipynb #48055486
+def _without_nan(x):
+    "JSON has no numbers that are not finite: null stands for them"
+    if isinstance(x, dict): return {k: _without_nan(v) for k,v in x.items()}
+    if isinstance(x, (list, tuple)): return [_without_nan(v) for v in x]
+    return None if isinstance(x, float) and not isfinite(x) else x
+
+def _with_nan(row):
+    "A row as it was written: in measurements, null is a number that was not finite"
+    number = lambda v: nan if v is None else [number(w) for w in v] if isinstance(v, list) else v
+    return {k: number(v) for k,v in row.items()} if row['kind'] in ('step', 'epoch') else row
 
 # %% ../../nbs/runs/64_metrics.ipynb #7a1c0e03
 class Tracker(ABC):

@@ -36,6 +36,12 @@ def _whole(x):
     if isinstance(x, bool): raise ValueError("should be a number")
     return x
 
+def _numbered(x):
+    "Texts such as 1e-5 as numbers: YAML 1.1 wants a point in them, and where any value may stand, nothing else would tell"
+    if isinstance(x, dict): return {k: _numbered(v) for k,v in x.items()}
+    if isinstance(x, list): return [_numbered(v) for v in x]
+    return float(x) if isinstance(x, str) and re.fullmatch(r'[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+', x) else x
+
 # %% ../../nbs/runs/61_recipes.ipynb #edc6faff
 _Int = Annotated[int, BeforeValidator(_whole)]
 _PositiveInt, _Seed = Annotated[_Int, Field(ge=1, lt=2**31)], Annotated[_Int, Field(ge=0, lt=2**32)]
@@ -43,7 +49,7 @@ _Fraction, _PositiveFloat, _NonNegativeFloat = (Annotated[float, Field(ge=0, le=
                            Annotated[float, Field(gt=0)],
                            Annotated[float, Field(ge=0)])
 # null empties what an extended recipe has filled
-_Keywords = Annotated[dict[str, Any], BeforeValidator(lambda x: {} if x is None else x)]
+_Keywords = Annotated[dict[str, Any], BeforeValidator(lambda x: {} if x is None else _numbered(x))]
 # a single tracker may stand without brackets
 _Trackers = Annotated[list[Literal['jsonl', 'tensorboard', 'trackio', 'wandb', 'mlflow']],
                       BeforeValidator(lambda x: [x] if isinstance(x, str) else x)]
@@ -169,11 +175,11 @@ class TrainRecipe:
     # Δ of "dot": its momentum is 0.9 − Δ for cross-entropy and 0.9 + Δ for the rest
     dot_delta:Annotated[float, Field(gt=0, lt=.1)] = .075
     lr:_PositiveFloat = 1e-3              # largest learning rate, after the warm-up; not scaled by the batch size
-    min_lr:_NonNegativeFloat = 1e-6       # learning rate at the first step and, after a half cosine, at the last
+    min_lr:_NonNegativeFloat = 1e-6       # learning rate at the first step of a warm-up, and that of the half cosine one step after the last
     # weight decay of matrices and kernels; biases, norms and what the model names have none
     weight_decay:_NonNegativeFloat = .05
     warmup_epochs:Annotated[float, Field(ge=0, lt=2**31)] = 5. # epochs of linear rise from `min_lr` to `lr`
-    # epochs after which the learning rate is multiplied by `lr_decay`, as [150, 180, 210], in place of the half cosine; null: half cosine
+    # epochs after which the learning rate is multiplied by `lr_decay`, as [150, 180, 210], in place of the half cosine; [] keeps it; null: half cosine
     lr_steps:list[_PositiveFloat]|None = None
     lr_decay:Annotated[float, Field(gt=0, lt=1)] = .1 # factor on the learning rate at each of `lr_steps`
     nesterov:bool = True                  # is the momentum of "sgd" Nesterov's, or the plain one
@@ -362,7 +368,10 @@ def _agree(recipe):
                          "or choose best or last")
     if t.optimizer != 'dot': refuse_unread(TrainRecipe, 'train.optimizer=dot', t.optimizer, dot_delta=t.dot_delta)
     if t.optimizer != 'sgd': refuse_unread(TrainRecipe, 'train.optimizer=sgd', t.optimizer, nesterov=t.nesterov)
-    if t.lr_steps is None: refuse_unread(TrainRecipe, 'train.lr_steps', 'null', lr_decay=t.lr_decay)
+    if not t.lr_steps: refuse_unread(TrainRecipe, 'train.lr_steps', 'null' if t.lr_steps is None else '[]', lr_decay=t.lr_decay)
+    if len({*(t.lr_steps or [])}) < len(t.lr_steps or []): raise ValueError(f"train.lr_steps={t.lr_steps} has an epoch twice; give each once, and a smaller train.lr_decay for larger steps")
+    if recipe.views.crop_padding is not None:
+        refuse_unread(ViewRecipe, 'views.crop_padding=null', str(recipe.views.crop_padding), crop_scale=recipe.views.crop_scale)
     if recipe.views.crop_padding is not None and recipe.views.crop == 'center':
         raise ValueError("views.crop_padding moves the crop, and views.crop=center keeps it in the middle; leave one of them out")
     if t.min_lr > t.lr:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingData', 'knn_datasets', 'build_task', 'loader_arguments', 'in_lines', 'create_schedule', 'build_trainer',
-           'compile_model', 'shard_teacher', 'replay']
+           'compile_model', 'unused_parameters', 'shard_teacher', 'replay']
 
 # %% ../../nbs/training/75_build.ipynb #99905cd3
 import copy
@@ -32,7 +32,7 @@ from ..data.sources import ImageDataset, open_source, stratified_split
 from ..data.views import DistributedBatchSampler, holds_pairs, ReaderPool, ViewDataset, DualViewTransform, build_loader
 from ..models.layers import layer_names
 from ..geometry.neighbors import knn_among, knn_predict, usual_k
-from ..models.taps import evaluating
+from ..models.taps import TappedModel, evaluating
 from ..models.teachers import members_of
 from ..runs.builders import (
     build_student, build_teacher, describe_teacher, fetching, input_size, labeled_positions, image_notes, build_datasets,
@@ -617,7 +617,21 @@ def compile_model(
     if trainer.config.compile: task.compile()
     elif device.type == 'cpu': keep_freed_memory()
     # without labels nothing is computed from what follows the last tapped layer
-    if world_size() > 1: trainer.model = DistributedDataParallel(task, find_unused_parameters=not task.label_scale)
+    if world_size() > 1: trainer.model = DistributedDataParallel(task, find_unused_parameters=not task.label_scale or bool(unused_parameters(task.student)))
+
+@torch.enable_grad()
+def unused_parameters(
+    student:TappedModel,
+)->list: # names
+    "Trainable parameters on which neither tokens nor attention nor logits of a model depend, for which ranks must not wait"
+    named = [(n, p) for n,p in student.named_parameters() if p.requires_grad]
+    modes = [(m, m.training) for m in student.modules()]
+    try: f = student.eval()(torch.zeros(1, *student.input_size, device=named[0][1].device))
+    finally:
+        for m,mode in modes: m.training = mode
+    outputs = [*f.tokens, *(t for a in f.attention if a is not None for t in (a.q, a.k)), f.logits, f.dist_logits]
+    outputs = [t.sum() for t in outputs if t is not None and t.requires_grad]
+    return [n for (n,_),g in zip(named, torch.autograd.grad(outputs, [p for _,p in named], allow_unused=True)) if g is None]
 
 # %% ../../nbs/training/75_build.ipynb #e4f20002
 def shard_teacher(

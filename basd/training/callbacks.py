@@ -46,6 +46,7 @@ class MetricsLog(Callback):
         self.run, self.names, self.config, self.log, self.before = Path(run), names, config, None, 0.
         self.clock = self.began = self.at = time.perf_counter()
         self.first = self.made = self.busy = self.waited = 0    # first step here; since the last row: steps, seconds of training
+        self.seen, self.lr = [], None                           # of the step that runs: values of its micro-batches, learning rate
 
     def open(self,
         offset:int=0,       # bytes of an existing log to keep
@@ -84,14 +85,19 @@ class MetricsLog(Callback):
         return out
 
     def after_backward(self, t):
-        t.meter.add({'loss': t.out['loss']} | {f'loss/{k}': v for k,v in t.out['losses'].items()} | t.out['metrics'])
+        values = {'loss': t.out['loss']} | {f'loss/{k}': v for k,v in t.out['losses'].items()} | t.out['metrics']
+        self.seen.append({k: v.detach() for k,v in values.items()})
+
+    def before_update(self, t): self.lr = t.optimizer.param_groups[-1]['lr']
 
     def after_step(self, t):
-        t.meter.add({f'grad_norm/{k}': n for k,n in zip(('student', 'objective'), t.grad_norms)})
+        made, seen, self.seen = t.nonfinite == 0, self.seen, []                     # a step that was skipped is not in the means
+        for values in seen: t.meter.add(values, where=made)
+        t.meter.add({f'grad_norm/{k}': n for k,n in zip(('student', 'objective'), t.grad_norms)}, where=made)
         self.made += 1
         if not t.should_log: return
         row, now = t.meter.read(), time.perf_counter()
-        row |= dict(kind='step', step=t.step, epoch=t.step/t.data.per_epoch, lr=t.optimizer.param_groups[-1]['lr'],
+        row |= dict(kind='step', step=t.step, epoch=t.step/t.data.per_epoch, lr=self.lr,
                     skipped=t.skipped.item(), **{'time/interval': now - self.clock})
         if t.layers: row['teacher_depth'] = t.task.depth or t.layers                # of the step just made
         self.clock, t.comment = now, f"loss {row['loss']:.3f}"
