@@ -21,14 +21,16 @@ class Taps:
     embed: Any
     droppers: Any
     images: Any
+    convolves: Any
     outputs: Any
     versions: Any
     grid: tuple[Any, ...] | None
     handles: Any
     running: Any
     repeated: Any
+    settled: bool
     depth: Any
-    def __init__(self, model: nn.Module, layers: Any = 'all', attention: bool = True, prefix: int | None = None, channels_last: bool | None = None, time_axis: bool = False, grid: tuple[Any, ...] | None = None, readings: list[Any] | None = None) -> None: ...
+    def __init__(self, model: nn.Module, layers: Any = 'all', attention: bool = True, prefix: int | None = None, channels_last: bool | None = None, time_axis: bool = False, grid: tuple[Any, ...] | None = None, readings: list[Any] | None = None, settled: bool = False) -> None: ...
     def install_hooks(self) -> None: ...
     def remove(self) -> None: ...
     def features(self, logits: Tensor | None = None, depth: int | None = None) -> Features: ...
