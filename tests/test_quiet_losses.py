@@ -6,6 +6,7 @@ import time
 import warnings
 from itertools import pairwise
 
+import basd
 import numpy as np
 import pytest
 import timm
@@ -261,3 +262,37 @@ def test_images_are_normalized_in_full_precision():
     assert torch.equal(tapped.normalize(x), true.bfloat16())        # rounded once
     assert TappedModel(nn.Linear(2, 2), None, mean=mean.tolist(), std=std.tolist()).normalize(x).dtype == torch.float32
     assert TappedModel(nn.Linear(2, 2).double(), None, mean=mean.tolist(), std=std.tolist()).normalize(x.double()).dtype == torch.float64
+
+
+def small(seed, **more):
+    torch.manual_seed(seed)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=4, depth=4, embed_dim=24, num_heads=3, **more)
+
+
+@pytest.mark.parametrize("name", ("basd", "crd", "rkd"))
+@pytest.mark.parametrize("student, teacher", ((torch.float64, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.float64)))
+def test_models_in_float64(name, student, teacher):
+    "Beside a method in float32, which ended in a traceback of a matrix product"
+    def loss(student, teacher, whole=False):
+        task = basd.create_task(name, small(0).to(student), basd.create_teacher(small(1).to(teacher), untrained=True), total_steps=2, seed=3)
+        if whole: task.double()
+        torch.manual_seed(2)
+        x = torch.rand(8, 3, 16, 16, dtype=torch.float64)
+        out = task(x.to(torch.float64 if whole else student), torch.arange(8))["loss"]
+        out.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in task.student.parameters())
+        return out.item(), out.dtype
+    exact, _ = loss(torch.float32, torch.float32)
+    assert loss(student, teacher)[0] == pytest.approx(exact, rel=1e-4)
+    if student == teacher: assert loss(student, teacher, whole=True)[1] == torch.float64
+
+
+def test_gradient_norms_through_reentrant_checkpointing():
+    "A sentence in place of a traceback"
+    from basd.training.task import loss_gradients
+    first, net = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    x, params = torch.randn(3, 4), [*first.parameters(), *net.parameters()]
+    out = torch.utils.checkpoint.checkpoint(net, first(x), use_reentrant=True).sum()
+    with pytest.raises(ValueError, match="set train.log_gradients=false"): loss_gradients(dict(a=out), params)
+    out = torch.utils.checkpoint.checkpoint(net, first(x), use_reentrant=False).sum()
+    assert (loss_gradients(dict(a=out), params)["a"] != 0).all()

@@ -6,12 +6,14 @@
 __all__ = ['Attention', 'AttentionMap', 'Features']
 
 # %% ../../nbs/core/00_features.ipynb #608bda70
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 # %% ../../nbs/core/00_features.ipynb #717cf1dd
+def _lowered(t): return t.float() if t.dtype == torch.float64 else t
+
 class Attention:
     "Attention of one layer, kept as queries and keys and computed on demand"
     def __init__(
@@ -75,6 +77,10 @@ class Attention:
             dtype = torch.promote_types(q.dtype, torch.float32)
             return (q.to(dtype) * self.scale) @ k.to(dtype).mT
 
+    def lowered(self)->'Attention':
+        return self if self.q.dtype != torch.float64 else Attention(self.q.float(), self.k.float(), self.scale, self.num_prefix_tokens,
+                                                                    None if self.v is None else self.v.float())
+
     def __repr__(self):
         return f'Attention(B={len(self.q)}, heads={self.num_heads}, tokens={self.num_tokens}, prefix={self.num_prefix_tokens})'
 
@@ -108,6 +114,8 @@ class AttentionMap:
         return whole if whole.dtype == A.dtype else whole/whole.sum(-1, keepdim=True).clamp(min=torch.finfo(whole.dtype).tiny)
 
     def detach(self)->'AttentionMap': return AttentionMap(self.map.detach())
+
+    def lowered(self)->'AttentionMap': return AttentionMap(_lowered(self.map))
 
     def __getitem__(self, images)->'AttentionMap': return AttentionMap(self.map[images])
 
@@ -143,6 +151,14 @@ class Features:
         if not 1 <= n <= len(self): raise ValueError(f"the first {n} of {len(self)} layers; give 1 to {len(self)}")
         return Features(self.tokens[:n], self.attention[:n], None, self.grid_sizes[:n], unread=self.unread[:n],
                         per_teacher=self.per_teacher and [f.first(min(n, len(f))) for f in self.per_teacher])
+
+    def lowered(self)->'Features':
+        "The same in float32 where it is float64, for a method whose parameters are float32; `self` where nothing is"
+        tensors, low = (*self.tokens, self.logits, self.dist_logits), lambda t: None if t is None else _lowered(t)
+        if not any(t is not None and t.dtype == torch.float64 for t in tensors) and not self.per_teacher: return self
+        return replace(self, tokens=[low(t) for t in self.tokens], attention=[None if a is None else a.lowered() for a in self.attention],
+                       logits=low(self.logits), dist_logits=low(self.dist_logits),
+                       per_teacher=self.per_teacher and [f.lowered() for f in self.per_teacher])
 
     def __repr__(self):
         layers = ', '.join(f"{'×'.join(map(str, x.shape[1:]))}{'' if a is None else f' ({a.num_heads} heads)'}"

@@ -112,6 +112,8 @@ class DistillationTask(nn.Module):
         features = self.student(images)
         if features.logits is None: features = replace(features, logits=target.labels[:, :0])
         if self.training and torch.is_grad_enabled(): self.check_gradient(features)
+        if any(p.dtype == torch.float32 for p in self.method.parameters()): # beside a model of float64
+            features, teacher_features = features.lowered(), teacher_features and teacher_features.lowered()
         out = self.method(features, teacher_features, target, progress)
         if not self.label_scale: out['losses'].pop('ce', None); out['metrics'].pop('loss_unweighted/ce', None)
         if progress.should_log and features.tokens: out['metrics'] |= student_statistics(features.tokens)
@@ -580,8 +582,12 @@ def loss_gradients(
     "Gradient of each loss with respect to the student"
     out = {}
     for name,part in parts.items():
-        grads = (torch.autograd.grad(part, params, retain_graph=True, allow_unused=True) if part.requires_grad
-                 else [None]*len(params))
+        try: grads = (torch.autograd.grad(part, params, retain_graph=True, allow_unused=True) if part.requires_grad
+                      else [None]*len(params))
+        except RuntimeError as e:
+            if 'reentrant' not in str(e).lower() and 'Checkpointing is not compatible with .grad()' not in str(e): raise
+            raise ValueError("the gradient of one loss alone cannot be computed through reentrant checkpointing; checkpoint with "
+                             "use_reentrant=False, or set train.log_gradients=false") from e
         out[name] = all_reduce_mean(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
                                            for p,g in zip(params, grads)]))
     return out
