@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.numerics import upcast, autocast_disabled
-from ..core.registry import LOSSES, check_choices
+from ..core.registry import LOSSES, check_choices, refuse_unread
 from ..geometry.layer_maps import layer_map
 from .base import FeatureLoss, check_same_images
 from .hidden_states import normalize_tokens
@@ -58,6 +58,7 @@ class ALPLoss(_Pooled):
         scaled:bool=True,   # divide inner products by the root of the teacher's width; ALP-KD does not, and cosines ("unit") are not
     ):
         check_choices(ALPLoss, normalize=normalize)
+        if normalize == 'unit': refuse_unread(ALPLoss, "normalize='none' or 'layer'", "'unit'", scaled=scaled)
         super().__init__(widths_s, widths_t, normalize)
         self.scale = widths_t[0]**-.5 if scaled and normalize != 'unit' else 1.
 
