@@ -55,7 +55,7 @@ def pictures(): return torch.randn(2, 3, 32, 32)
 def test_tokens_of_no_patch_are_not_taken_for_patches(front, behind, strays, pictures):
     "Registers behind the patches: cut in front, four patches are lost and the registers get their places"
     model = TappedModel(Transformer(front, behind).eval())
-    with pytest.raises(ValueError, match=f"{strays} are the same for every image"): model(pictures)
+    with pytest.raises(ValueError, match=f"tokens {strays} of the {16 + front + behind} of layers.0 are the same for every image"): model(pictures)
     equals((model.readings, hooks(model)), (None, 0))
     with pytest.raises(ValueError, match="have to come first"):                  # told wrongly
         TappedModel(model.model, [-1], prefix=front + behind, grid=(4, 4))(pictures)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# %% ../../nbs/core/00_features.ipynb #717cf1dd
 def _lowered(t): return t.float() if t.dtype == torch.float64 else t
 
+# %% ../../nbs/core/00_features.ipynb #717cf1dd
 class Attention:
     "Attention of one layer, kept as queries and keys and computed on demand"
     def __init__(

@@ -244,10 +244,11 @@ class Meanwhile:
         value,    # inside of the context
     ):
         key = id(holder), name, value
-        if key not in cls.every:
-            self = cls.every[key] = super().__new__(cls)
-            self.holder, self.name, self.value, self.inside, self.lock = holder, name, value, 0, Lock()
-            if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=self._alone)
+        if key in cls.every: return cls.every[key]
+        self = super().__new__(cls)
+        self.holder, self.name, self.value, self.inside, self.lock = holder, name, value, 0, Lock()
+        if cls.every.setdefault(key, self) is self and hasattr(os, 'register_at_fork'):      # another thread may have been faster
+            os.register_at_fork(after_in_child=self._alone)
         return cls.every[key]
 
     def __enter__(self):

@@ -490,8 +490,8 @@ def _settle(tapped, x, *args, **kwargs): tapped.settle(x, *args, **kwargs)
 def _plain(x):
     "Tensors of an inference mode as ordinary ones"
     if isinstance(x, Tensor): return x.clone() if x.is_inference() else x
-    if isinstance(x, Mapping): return {k: _plain(v) for k,v in x.items()}
-    return [_plain(v) for v in x] if isinstance(x, (list, tuple)) else x
+    if type(x) is dict: return {k: _plain(v) for k,v in x.items()}
+    return type(x)(_plain(v) for v in x) if type(x) in (list, tuple) else x
 
 
 # %% ../../nbs/models/40_taps.ipynb #e8977478
@@ -508,7 +508,7 @@ def settle(self:TappedModel,
     with torch.inference_mode(False), evaluating(self):     # an inference tensor does not count its changes
         x = self.normalize(x)
         run = lambda: self.model(x, *args, **kwargs)
-        found = _compare(self.model, self.names, run) if free else {}
+        found = _compare(self.model, self.names, x, run) if free else {}
         self.readings = [found.get(n, _Reading(prefix=self.prefix, last=self.channels_last)) for n in self.names]
         try:
             listed = layer_names(self.model) if self.by_index else []
@@ -518,9 +518,8 @@ def settle(self:TappedModel,
             _check_counted(self.model, listed, ran)
             _check_places(self, taps, x, args, kwargs)
         except BaseException: self.readings = None; raise
-    self.made = None            # what made copies to be on the safe side
     self.ran = [n for n in ran if n in self.names]
-    if self.taps is not None: self.taps.readings = self.readings
+    if self.taps is not None: self.taps.readings, self.taps.settled = self.readings, True
 
 # %% ../../nbs/models/40_taps.ipynb #2fcbf2b4
 def _settled(taps, i):
@@ -579,9 +578,8 @@ def _check_places(tapped, taps, x, args, kwargs):
     for i,n,prefix in placed:
         stray = (same[prefix:].nonzero()[:, 0] + prefix).tolist() if len(same) == n and not same.all() else []
         if stray:
-            raise ValueError(f"of the {n} tokens of {tapped.names[i]}, {_few(stray)} are the same for every image, and among the "
-                             f"first {prefix} they are not: class and register tokens have to come first; tap a module "
-                             "that puts them there")
+            raise ValueError(f"tokens {_few(stray)} of the {n} of {tapped.names[i]} are the same for every image and follow the patches; "
+                             "class and register tokens have to come first: tap a module that puts them there")
 
 def _first_tokens(tapped, x, args, kwargs):
     "Tokens (B, N', D) that enter the first of the layers; None if it takes none"
@@ -605,13 +603,15 @@ def _few(places): return ', '.join(map(str, places[:4])) + ', …'*(len(places) 
 def _compare(
     model:nn.Module,
     names:list,  # of tapped layers
+    x,           # what `model` takes
     run,         # runs `model`
 )->dict: # name → `_Reading`
     "Which reading of each layer gives a map of timm's `forward_intermediates`, bit by bit"
     found = {}
     for at,part in _timm_parts(model).items():
         inside = {n: model.get_submodule(n) for n in names if n.startswith(at)}
-        if inside and hasattr(part, 'forward_intermediates'): found |= _compare_part(at, part, inside, _first_images(part, run))
+        if not inside or not hasattr(part, 'forward_intermediates'): continue
+        found |= _compare_part(at, part, inside, _image((x,), {}) if part is model and isinstance(x, Tensor) else _first_images(part, run))
     return found
 
 def _first_images(part, run):
