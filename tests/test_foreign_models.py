@@ -1,6 +1,7 @@
 "Models that nobody thought of: what is no patch, no text, no logits, and comparisons that must not be left out"
 import copy
 
+import basd
 import pytest
 import timm
 import torch
@@ -231,6 +232,20 @@ def test_a_tensor_of_another_shape_is_no_logits(pictures):
     z = torch.randn(4, 2, 7)                                                     # (T, B, C)
     equals(_find_logits(nn.Linear(7, 7), z, dims=(2, 3))[0].shape, (4, 2, 7))
     equals(_find_logits(nn.Linear(7, 7), z), (None, None))
+
+
+def test_a_dense_student_is_not_taken_for_one_without_a_head(pictures):
+    "Its cross-entropy would be left out in silence; a model that has no head may return what it likes"
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.ReLU(), nn.Conv2d(24, 10, 1))
+    teacher = basd.create_teacher(timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY), untrained=True)
+    make = lambda model, **more: basd.create_task("basd", basd.create_student(model, img_size=32, layers=["1"], **more), teacher, total_steps=2)
+    with pytest.raises(ValueError, match="logits of one image of shape .1, 10, 4, 4.; give a student that returns .B, C., .* or logits=None"): make(dense)
+    assert "ce" not in make(dense, logits=None)(pictures.sigmoid(), torch.arange(2))["losses"]
+    tokens = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="", **TINY)
+    equals(tokens(pictures).dim(), 3)
+    student = basd.create_student(tokens, img_size=32)
+    assert "ce" not in basd.create_task("basd", student, teacher, total_steps=2)(pictures.sigmoid(), torch.arange(2))["losses"]
 
 
 class Writes(nn.Module):

@@ -25,7 +25,7 @@ from ..geometry.alignment import student_statistics
 from ..methods.base import Requires, Method, StepState, Target
 from ..models.students import create_student
 from ..models.layers import resolve_layers
-from ..models.taps import TappedModel, check_image_type
+from ..models.taps import TappedModel, _find_logits, check_image_type, evaluating
 from ..models.teachers import TeacherEnsemble, FrozenTeacher, create_teacher, freeze, check_shared_modules, members_of, refuse_derived
 from ..runs.builders import infer_shapes, run_once
 from ..runs.inference import autocast
@@ -497,9 +497,14 @@ def _outputs_of(
     needs:Requires,
 )->tuple: # C; are there labels
     "Logits of a student, and whether it learns from labels; refuses what does not go together"
-    logits = run_once(student, next(student.parameters()).device).logits
-    if logits is not None and logits.dim() != 2:
-        raise ValueError(f"logits of one image of shape {tuple(logits.shape)}; give a student that returns (B, C), as by a mean over places and flatten(1)")
+    device = next(student.parameters()).device
+    logits = run_once(student, device).logits
+    if logits is None and student.logits == 'auto' and not student.time_axis:
+        with evaluating(student): out = student.model(student.normalize(torch.zeros(1, *student.input_size, dtype=torch.uint8, device=device)))
+        dense, _ = _find_logits(student.model, out, dims=range(9))       # a tensor of another shape, of a model that has a head
+        if dense is not None and dense.dim() != 2:
+            raise ValueError(f"logits of one image of shape {tuple(dense.shape)}; give a student that returns (B, C), as by a mean over places and "
+                             "flatten(1), or logits=None to create_student where these are no logits")
     has, labels = 0 if logits is None else logits.shape[1], logits is not None if labels is None else labels
     if has == 1 and (labels or needs.logits): raise ValueError("the student has one logit, and a softmax over one class learns nothing; give it two, for yes and no")
     if num_classes not in (None, has):
