@@ -619,16 +619,12 @@ def compile_model(
     # without labels nothing is computed from what follows the last tapped layer
     if world_size() > 1: trainer.model = DistributedDataParallel(task, find_unused_parameters=not task.label_scale or bool(unused_parameters(task.student)))
 
-@torch.enable_grad()
 def unused_parameters(
     student:TappedModel,
 )->list: # names
     "Trainable parameters on which neither tokens nor attention nor logits of a model depend, for which ranks must not wait"
     named = [(n, p) for n,p in student.named_parameters() if p.requires_grad]
-    modes = [(m, m.training) for m in student.modules()]
-    try: f = student.eval()(torch.zeros(1, *student.input_size, device=named[0][1].device))
-    finally:
-        for m,mode in modes: m.training = mode
+    with evaluating(student), torch.enable_grad(): f = student(torch.zeros(1, *student.input_size, device=named[0][1].device))
     outputs = [*f.tokens, *(t for a in f.attention if a is not None for t in (a.q, a.k)), f.logits, f.dist_logits]
     outputs = [t.sum() for t in outputs if t is not None and t.requires_grad]
     return [n for (n,_),g in zip(named, torch.autograd.grad(outputs, [p for _,p in named], allow_unused=True)) if g is None]
